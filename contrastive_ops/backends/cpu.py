@@ -1,0 +1,30 @@
+"""The C++ engine (csrc/cpu): fused tiles, threads, vector instructions chosen at run time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_ops import build, checks
+
+OPS = ("similarity_logsumexp",)
+
+
+def why_not(op: str, x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"cpu runs CPU tensors, got a tensor on {x.device.type}."
+    if build.missing is not None:
+        return build.missing
+    if x.dtype not in checks.FEATURE_DTYPES:
+        return f"cpu takes {checks.names(checks.FEATURE_DTYPES)}, got {checks.names([x.dtype])}."
+    return None
+
+
+def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.contrastive_ops_cpu.similarity_logsumexp(*arguments)
+
+
+def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.contrastive_ops_cpu.similarity_logsumexp_backward(*arguments)

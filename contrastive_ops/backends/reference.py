@@ -1,0 +1,58 @@
+"""Dense PyTorch: O(N M) memory, the correctness oracle. Runs only when named.
+
+Autograd differentiates it directly, to any order, so it has no backward of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from contrastive_ops.reference.similarity_logsumexp import logsumexp, similarity_logits
+
+OPS = ("similarity_logsumexp",)
+
+
+def why_not(op: str, x: Tensor) -> str | None:
+    return None
+
+
+def similarity_logsumexp(
+    x: Tensor,
+    y: Tensor | None,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    exclude: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    restrict: bool,
+    rows: bool,
+    cols: bool,
+) -> tuple[Tensor, ...]:
+    logits = similarity_logits(
+        x,
+        y,
+        row_scale=row_scale,
+        col_scale=col_scale,
+        row_bias=row_bias,
+        col_bias=col_bias,
+        exclude=exclude,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        restrict=restrict,
+    )
+    nothing = logits.new_empty(0)
+    return (
+        logsumexp(logits, 1) if rows else nothing,
+        logsumexp(logits, 0) if cols else nothing,
+        _largest(logits, 1) if rows else nothing,
+        _largest(logits, 0) if cols else nothing,
+    )
+
+
+def _largest(logits: Tensor, dim: int) -> Tensor:
+    if logits.shape[dim] == 0:
+        return logits.new_full((logits.shape[1 - dim],), -torch.inf)
+    return logits.amax(dim)

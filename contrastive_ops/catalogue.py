@@ -1,0 +1,106 @@
+"""The one table of losses that tests, doctests, benches and the README's table iterate.
+
+A new loss is a function in `losses/`, its naive twin in `reference/`, and a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from contrastive_ops import losses, reference
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One row: the fused loss, its naive twin, and how to call both.
+
+    inputs(n, d, dtype, generator) makes the positional arguments: n samples of d unit features, tensors that require a
+    gradient where the loss has one. `variants` are option sets that make the loss another formula.
+    """
+
+    name: str
+    fused: Callable[..., Any]
+    naive: Callable[..., Any]
+    inputs: Callable[[int, int, torch.dtype, torch.Generator], tuple[Any, ...]]
+    formula: str
+    paper: str
+    variants: tuple[dict[str, Any], ...] = field(default=({},))
+
+
+def unit(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """n random unit vectors that require a gradient."""
+    return F.normalize(torch.randn(n, d, generator=generator, dtype=torch.float64), dim=1).to(dtype).requires_grad_()
+
+
+def pair(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return unit(n, d, dtype, generator), unit(n, d, dtype, generator)
+
+
+def pair_and_scale(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    scale = torch.tensor(1 / 0.07, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return *pair(n, d, dtype, generator), scale.requires_grad_()
+
+
+def labelled(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return unit(n, d, dtype, generator), torch.randint(max(n // 4, 1), (n,), generator=generator)
+
+
+LOSSES: tuple[Loss, ...] = (
+    Loss(
+        "info_nce",
+        losses.info_nce,
+        reference.info_nce,
+        pair,
+        "-log softmax over all keys of the positive key",
+        "arXiv:1807.03748",
+        ({}, {"label_smoothing": 0.1}),
+    ),
+    Loss(
+        "clip_loss",
+        losses.clip_loss,
+        reference.clip_loss,
+        pair_and_scale,
+        "mean of InfoNCE from images to texts and from texts to images",
+        "arXiv:2103.00020",
+        ({}, {"label_smoothing": 0.1}),
+    ),
+    Loss(
+        "nt_xent",
+        losses.nt_xent,
+        reference.nt_xent,
+        pair,
+        "InfoNCE of each view against all 2N - 1 others",
+        "arXiv:2002.05709",
+    ),
+    Loss(
+        "dcl",
+        losses.dcl,
+        reference.dcl,
+        pair,
+        "NT-Xent without the positive in the denominator",
+        "arXiv:2110.06848",
+    ),
+    Loss(
+        "dclw",
+        losses.dclw,
+        reference.dclw,
+        pair,
+        "DCL with hard positives weighted up",
+        "arXiv:2110.06848",
+    ),
+    Loss(
+        "supcon",
+        losses.supcon,
+        reference.supcon,
+        labelled,
+        "mean over the positives of the class of -log softmax",
+        "arXiv:2004.11362",
+        ({}, {"variant": "in"}),
+    ),
+)

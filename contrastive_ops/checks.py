@@ -1,0 +1,168 @@
+"""Every argument check and every error sentence, written once.
+
+A sentence names the argument, what was expected, what came, and the way out. All checks read only shapes, dtypes and
+devices: they cost no synchronisation and hold under `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def shape(tensor: Tensor) -> str:
+    return "(" + ", ".join(str(size) for size in tensor.shape) + ("," if tensor.dim() == 1 else "") + ")"
+
+
+def tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; call torch.as_tensor({name}).")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor; call {name}.to_local() or {name}.full_tensor().")
+
+
+def features(name: str, value: Any, *, dim: int = 2) -> None:
+    """Embeddings: a strided floating-point tensor of shape (N, D) with D >= 1."""
+    tensor(name, value)
+    expected = {2: "(N, D)", 3: "(N, V, D)"}[dim]
+    if value.dim() != dim:
+        raise ValueError(
+            f"{name} must have shape {expected}, got {shape(value)}; flatten or unsqueeze it to {dim} dimensions."
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}; call {name}.to_dense().")
+    if value.dtype not in FEATURE_DTYPES:
+        raise TypeError(
+            f"{name} must be one of {names(FEATURE_DTYPES)}, got {names([value.dtype])}; call {name}.float()."
+        )
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one feature (D >= 1), got shape {shape(value)}.")
+
+
+def same_kind(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Two embeddings that meet in one product: same device, dtype and feature size."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {value.device}; "
+            f"call {name}.to({other_name}.device)."
+        )
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {other_name}, {names([other.dtype])}, got {names([value.dtype])}; "
+            f"call {name}.to({other_name}.dtype)."
+        )
+    if value.shape[-1] != other.shape[-1]:
+        raise ValueError(
+            f"{name} must have the feature size of {other_name}, D = {other.shape[-1]}, got {value.shape[-1]}; "
+            "project both to one size."
+        )
+
+
+def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {shape(other)}, got {shape(value)}; "
+            f"row i of {name} is the positive of row i of {other_name}."
+        )
+
+
+def integer_vector(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+    """Labels, ids or indices: one integer per row."""
+    tensor(name, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {names([value.dtype])}; call {name}.long().")
+    vector(name, value, size, device, rows_of=rows_of)
+
+
+def weights(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+    tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {names([value.dtype])}; call {name}.float().")
+    vector(name, value, size, device, rows_of=rows_of)
+
+
+def vector(name: str, value: Tensor, size: int, device: torch.device, *, rows_of: str) -> None:
+    if value.dim() != 1 or value.shape[0] != size:
+        way_out = f"call {name}.flatten()" if value.numel() == size else f"give one value per row of {rows_of}"
+        raise ValueError(f"{name} must have shape ({size},), got {shape(value)}; {way_out}.")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}; call {name}.to({rows_of}.device).")
+
+
+def scale(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+    """A scale or bias of the logits: float, one-element tensor, or one value per row."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {names([value.dtype])}; call {name}.float().")
+        if value.numel() != 1:
+            vector(name, value, size, device, rows_of=rows_of)
+        elif value.device != device:
+            raise ValueError(f"{name} must be on {device}, got {value.device}; call {name}.to({rows_of}.device).")
+    elif not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}; call float({name}).")
+    elif not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.")
+
+
+def temperature(name: str, value: Any, device: torch.device, *, rows: int | None = None, rows_of: str = "") -> None:
+    """A temperature or a logit scale: positive; a float, a one-element tensor, or (where `rows` is given) a vector.
+
+    The sign of a tensor is not read, that would synchronise the device.
+    """
+    if isinstance(value, Tensor):
+        if rows is None and value.numel() != 1:
+            raise ValueError(f"{name} must be a float or a tensor of one element, got shape {shape(value)}.")
+        scale(name, value, 1 if rows is None else rows, device, rows_of=rows_of)
+        return
+    scale(name, value, 1, device, rows_of=rows_of)
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}; pass a value such as 0.07 (or 1 / 0.07 for a scale).")
+
+
+def fraction(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be a float in [0, 1), got {value!r}; 0.0 switches it off.")
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        options = ", ".join(repr(option) for option in allowed)
+        raise ValueError(f"{name} must be one of {options}, got {value!r}.")
+
+
+def both_or_neither(name: str, value: Any, other_name: str, other: Any) -> None:
+    if (value is None) != (other is None):
+        given, missing = (other_name, name) if value is None else (name, other_name)
+        raise ValueError(f"{missing} must be given together with {given}, got only {given}; pass both or neither.")
+
+
+def enough_keys(queries: int, keys: int) -> None:
+    if keys < queries:
+        raise ValueError(
+            f"key must have at least as many rows as query, N = {queries}, got M = {keys}; "
+            "row i of key is the positive of query i, or pass target=."
+        )
+
+
+def target_range(target: Tensor, keys: int) -> None:
+    """Reads the values, so only where that is free: eager CPU tensors."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or target.numel() == 0:
+        return
+    low, high = (int(value) for value in target.aminmax())
+    if low < 0 or high >= keys:
+        raise ValueError(f"target must be in [0, M) = [0, {keys}), got values from {low} to {high}.")
+
+
+def positive(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive float, got {value!r}; pass a value such as 0.5.")

@@ -1,0 +1,129 @@
+"""The CLIP loss: InfoNCE from images to texts and from texts to images, in one sweep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from contrastive_ops import checks
+from contrastive_ops.losses import terms
+from contrastive_ops.losses.terms import LossStats
+from contrastive_ops.ops import similarity_logsumexp
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""Symmetric cross-entropy over the similarities of images and texts.
+
+    .. math::
+        s_{ij} = \mathrm{scale} \, \langle x_i, y_j \rangle, \qquad
+        \ell_i = \tfrac12 \Big[ \mathrm{softplus}\Big(\log \sum_{j \in N(i)} e^{s_{ij}} - s_{ii}\Big)
+                              + \mathrm{softplus}\Big(\log \sum_{j \in N(i)} e^{s_{ji}} - s_{ii}\Big) \Big]
+
+    :math:`N(i)` are all pairs but i and, with ids, but the pairs of the same id. This is the mean of
+    ``cross_entropy(s, arange(N))`` and ``cross_entropy(s.T, arange(N))``, exact where those round to 0; with
+    ``normalize=False`` it is open_clip's ``ClipLoss``.
+
+    Parameters
+    ----------
+    image_features, text_features : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
+        Row i of one is the positive of row i of the other.
+    logit_scale : float or Tensor of one element
+        Multiplier of the similarities, already exponentiated. A tensor receives its gradient.
+    ids : integer Tensor of shape (N,), optional
+        Pairs of the same id are not negatives of each other.
+    sample_weight : floating-point Tensor of shape (N,), optional
+        Weights of the pairs in the sum; the mean divides by their sum.
+    label_smoothing : float in [0, 1)
+        Mass spread evenly over the columns that take part, the positive included.
+    normalize : bool
+        Cosine similarity; False takes the dot product as it is.
+    reduction : "mean", "sum" or "none"
+    return_stats : bool
+        Also return `LossStats`, from the same sweep.
+    backend : str
+        See `similarity_logsumexp`.
+
+    Returns
+    -------
+    Tensor of shape (), or (N,) for ``reduction="none"`` (unweighted), float32 (float64 for float64)
+        With `return_stats`, a pair of it and `LossStats`: `lse` of shape (2, N), images then texts,
+        `positive_similarity` of shape (N,), `accuracy` the mean of both directions.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any kernel, naming the argument.
+
+    Notes
+    -----
+    Extra memory is O(N D). A pair without negatives contributes 0 with zero gradient and stays in the mean.
+    Gradients reach both features, `logit_scale` and `sample_weight`.
+
+    References
+    ----------
+    Radford et al.: Learning Transferable Visual Models From Natural Language Supervision, arXiv:2103.00020.
+
+    Examples
+    --------
+    >>> clip_loss(torch.eye(3), torch.eye(3), 1.0)
+    tensor(0.5514)
+    """
+    terms.check_options(reduction, normalize)
+    checks.features("image_features", image_features)
+    checks.features("text_features", text_features)
+    checks.same_kind("text_features", text_features, "image_features", image_features)
+    checks.same_shape("text_features", text_features, "image_features", image_features)
+    n, device = image_features.shape[0], image_features.device
+    checks.temperature("logit_scale", logit_scale, device)
+    checks.fraction("label_smoothing", label_smoothing)
+    if ids is not None:
+        checks.integer_vector("ids", ids, n, device, rows_of="image_features")
+    if sample_weight is not None:
+        checks.weights("sample_weight", sample_weight, n, device, rows_of="image_features")
+
+    scale = terms.flat(logit_scale, image_features)
+    image_scale = terms.inverse_norm(image_features) if normalize else None
+    text_scale = terms.inverse_norm(text_features) if normalize else None
+    similarity = terms.pair_similarity(image_features, text_features, image_scale, text_scale)
+    positive = scale * similarity
+    diagonal = torch.arange(n, device=device)
+    negatives = similarity_logsumexp(
+        image_features,
+        text_features,
+        row_scale=scale if image_scale is None else scale * image_scale,
+        col_scale=text_scale,
+        exclude=diagonal,
+        row_ids=ids,
+        col_ids=ids,
+        cols=True,
+        backend=backend,
+    )
+    per_pair = (terms.softplus(negatives.row_lse - positive) + terms.softplus(negatives.col_lse - positive)) / 2
+    if label_smoothing > 0.0:
+        image, text = (image_features, image_scale), (text_features, text_scale)
+        uniform = sum(
+            terms.uniform_similarity(x, y, x_scale, y_scale, similarity, diagonal, ids, ids)
+            for (x, x_scale), (y, y_scale) in ((image, text), (text, image))
+        )
+        per_pair = per_pair + label_smoothing * scale * (similarity - uniform / 2)
+    loss = terms.reduce(per_pair, reduction, sample_weight)
+    if not return_stats:
+        return loss
+    lse = torch.stack([negatives.row_lse, negatives.col_lse])
+    return loss, LossStats(
+        lse=torch.logaddexp(lse, positive).detach(),
+        positive_similarity=similarity.detach(),
+        accuracy=terms.accuracy(positive.expand(2, n), torch.stack([negatives.row_max, negatives.col_max])),
+    )

@@ -1,0 +1,135 @@
+"""InfoNCE: each query against all keys, one of them its positive."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from contrastive_ops import checks
+from contrastive_ops.losses import terms
+from contrastive_ops.losses.terms import LossStats
+from contrastive_ops.ops import similarity_logsumexp
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    target: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    label_smoothing: float = 0.0,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""InfoNCE: cross-entropy of each query over all keys, with its positive key as the class.
+
+    .. math::
+        s_{ij} = \frac{\langle q_i, k_j \rangle}{\tau}, \qquad
+        \ell_i = \mathrm{softplus}\Big(\log \sum_{j \in N(i)} e^{s_{ij}} - s_{i t_i}\Big)
+                 + \epsilon \, (s_{i t_i} - \bar s_i)
+
+    :math:`N(i)` are all keys but the positive :math:`t_i` and, with ids, but the keys of the query's id;
+    :math:`\bar s_i` is the mean over :math:`N(i)` and the positive. This is
+    ``cross_entropy(s, t, label_smoothing=epsilon)``, exact where that rounds to 0.
+
+    Parameters
+    ----------
+    query : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
+    key : Tensor of shape (M, D), dtype of `query`
+        Without `target`, M >= N and row i is the positive of query i; the other keys are negatives of all queries.
+    target : integer Tensor of shape (N,), optional
+        Index of each query's positive in `key`, in [0, M); its values are not checked on devices but CPU.
+    temperature : float, Tensor of one element, or Tensor of shape (N,)
+        Tensors receive their gradient.
+    label_smoothing : float in [0, 1)
+        Mass spread evenly over the keys that take part, the positive included.
+    query_ids, key_ids : integer Tensors of shape (N,) and (M,), optional
+        A key with the query's id that is not its positive is not a negative.
+    sample_weight : floating-point Tensor of shape (N,), optional
+        Weights of the queries in the sum; the mean divides by their sum.
+    normalize : bool
+        Cosine similarity; False takes the dot product as it is.
+    reduction : "mean", "sum" or "none"
+    return_stats : bool
+        Also return `LossStats`, from the same sweep.
+    backend : str
+        See `similarity_logsumexp`.
+
+    Returns
+    -------
+    Tensor of shape (), or (N,) for ``reduction="none"`` (unweighted), float32 (float64 for float64)
+        With `return_stats`, a pair of it and `LossStats` with vectors of shape (N,).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any kernel, naming the argument.
+
+    Notes
+    -----
+    Extra memory is O((N + M) D). A query without negatives contributes 0 with zero gradient and stays in the mean.
+    Gradients reach `query`, `key`, `temperature` and `sample_weight`.
+
+    References
+    ----------
+    van den Oord, Li, Vinyals: Representation Learning with Contrastive Predictive Coding, arXiv:1807.03748.
+
+    Examples
+    --------
+    >>> info_nce(torch.eye(3), torch.eye(3), temperature=1.0)
+    tensor(0.5514)
+    """
+    terms.check_options(reduction, normalize)
+    checks.features("query", query)
+    checks.features("key", key)
+    checks.same_kind("key", key, "query", query)
+    n, m = query.shape[0], key.shape[0]
+    checks.temperature("temperature", temperature, query.device, rows=n, rows_of="query")
+    checks.fraction("label_smoothing", label_smoothing)
+    checks.both_or_neither("query_ids", query_ids, "key_ids", key_ids)
+    if query_ids is not None and key_ids is not None:
+        checks.integer_vector("query_ids", query_ids, n, query.device, rows_of="query")
+        checks.integer_vector("key_ids", key_ids, m, key.device, rows_of="key")
+    if sample_weight is not None:
+        checks.weights("sample_weight", sample_weight, n, query.device, rows_of="query")
+    if target is None:
+        checks.enough_keys(n, m)
+        target = torch.arange(n, device=query.device)
+    else:
+        checks.integer_vector("target", target, n, query.device, rows_of="query")
+        checks.target_range(target, m)
+        target = target.long()
+
+    logit_scale = terms.inverse(temperature, query)
+    query_scale = terms.inverse_norm(query) if normalize else None
+    key_scale = terms.inverse_norm(key) if normalize else None
+    positive = terms.pair_similarity(query, key[target], query_scale, None if key_scale is None else key_scale[target])
+    negatives = similarity_logsumexp(
+        query,
+        key,
+        row_scale=logit_scale if query_scale is None else logit_scale * query_scale,
+        col_scale=key_scale,
+        exclude=target,
+        row_ids=query_ids,
+        col_ids=key_ids,
+        backend=backend,
+    )
+    per_row = terms.softplus(negatives.row_lse - logit_scale * positive)
+    if label_smoothing > 0.0:
+        uniform = terms.uniform_similarity(
+            query, key, query_scale, key_scale, positive, target, query_ids, key_ids
+        )
+        per_row = per_row + label_smoothing * logit_scale * (positive - uniform)
+    loss = terms.reduce(per_row, reduction, sample_weight)
+    if not return_stats:
+        return loss
+    return loss, LossStats(
+        lse=torch.logaddexp(negatives.row_lse, logit_scale * positive).detach(),
+        positive_similarity=positive.detach(),
+        accuracy=terms.accuracy(logit_scale * positive, negatives.row_max),
+    )

@@ -1,0 +1,150 @@
+"""Supervised contrastive loss: all samples of the anchor's class are its positives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from contrastive_ops import checks
+from contrastive_ops.losses import terms
+from contrastive_ops.losses.terms import LossStats
+from contrastive_ops.ops import similarity_logsumexp
+
+
+def supcon(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    variant: str = "out",
+    empty: str = "zero",
+    normalize: bool = True,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""Supervised contrastive loss over the samples (or all views of the samples) of a batch.
+
+    .. math::
+        \mathrm{out:} \quad \ell_a = \log \sum_{b \ne a} e^{s_{ab}} - \frac{1}{|P(a)|} \sum_{p \in P(a)} s_{ap}
+        \qquad
+        \mathrm{in:} \quad \ell_a = \log \sum_{b \ne a} e^{s_{ab}}
+                    - \log \Big( \frac{1}{|P(a)|} \sum_{p \in P(a)} e^{s_{ap}} \Big)
+
+    with :math:`s_{ab} = \langle z_a, z_b \rangle / \tau` and :math:`P(a)` the other rows of the anchor's class.
+    Computed as :math:`\mathrm{softplus}(\mathrm{lse}_N - \mathrm{lse}_P)` plus what is left, so that it is exact
+    where it is tiny.
+
+    Parameters
+    ----------
+    features : Tensor of shape (N, D) or (N, V, D), float32 / bfloat16 / float16 / float64
+        Samples, or V views of each sample; every view is an anchor.
+    labels : integer Tensor of shape (N,)
+        Classes. Unique labels with V = 2 views make NT-Xent.
+    temperature : float or Tensor of one element
+        A tensor receives its gradient.
+    variant : "out" or "in"
+        Whether the mean over the positives is taken outside or inside the logarithm.
+    empty : "zero" or "drop"
+        An anchor without positives, or without negatives, contributes 0 with zero gradient; "drop" also leaves it
+        out of the mean's denominator, as pytorch-metric-learning does.
+    normalize : bool
+        Cosine similarity; False takes the dot product as it is.
+    reduction : "mean", "sum" or "none"
+    return_stats : bool
+        Also return `LossStats`, from the same sweeps.
+    backend : str
+        See `similarity_logsumexp`.
+
+    Returns
+    -------
+    Tensor of shape (), or (N,) / (N, V) for ``reduction="none"``, float32 (float64 for float64)
+        With `return_stats`, a pair of it and `LossStats` with tensors of that shape; the accuracy counts the anchors
+        whose nearest row is of their class.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any kernel, naming the argument.
+
+    Notes
+    -----
+    Extra memory is O(N V D). Rows are sorted by label, so that the sweep over the positives visits only the tiles
+    of equal labels. Gradients reach `features` and `temperature`.
+
+    References
+    ----------
+    Khosla et al.: Supervised Contrastive Learning, arXiv:2004.11362.
+
+    Examples
+    --------
+    >>> supcon(torch.eye(4), torch.tensor([0, 0, 1, 1]), temperature=1.0)
+    tensor(1.0986)
+    """
+    terms.check_options(reduction, normalize)
+    checks.choice("variant", variant, ("out", "in"))
+    checks.choice("empty", empty, ("zero", "drop"))
+    checks.tensor("features", features)
+    checks.features("features", features, dim=3 if features.dim() == 3 else 2)
+    checks.integer_vector("labels", labels, features.shape[0], features.device, rows_of="features")
+    checks.temperature("temperature", temperature, features.device)
+
+    shape = features.shape[:-1]
+    label = labels if features.dim() == 2 else labels[:, None].expand(shape).flatten()
+    label, order = label.sort(stable=True)
+    z = features.reshape(-1, features.shape[-1])[order]
+    n = z.shape[0]
+
+    logit_scale = terms.inverse(temperature, z)
+    norm_scale = terms.inverse_norm(z) if normalize else None
+    root = logit_scale**0.5
+    row_scale = root if norm_scale is None else root * norm_scale
+    positives = similarity_logsumexp(
+        z,
+        row_scale=row_scale,
+        row_ids=label,
+        ids="restrict",
+        exclude=torch.arange(n, device=z.device),
+        backend=backend,
+    )
+    negatives = similarity_logsumexp(z, row_scale=row_scale, row_ids=label, backend=backend)
+
+    similarity, count = _mean_positive_similarity(z, norm_scale, label)
+    valid = (positives.row_lse > -torch.inf) & (negatives.row_lse > -torch.inf)
+    positive_lse = torch.where(valid, positives.row_lse, 0.0)
+    per_row = terms.softplus(negatives.row_lse - positive_lse)
+    if variant == "in":
+        per_row = per_row + count.clamp(min=1.0).log()
+    else:
+        # of a single positive the log-sum-exp is the mean: exactly 0, where the difference of two roundings is not
+        spread = positive_lse - logit_scale * similarity
+        per_row = per_row + torch.where(count > 1.0, spread, 0.0)
+    per_row = torch.where(valid, per_row, 0.0)
+
+    inverse_order = torch.empty_like(order).scatter(0, order, torch.arange(n, device=z.device))
+    per_row = per_row[inverse_order].reshape(shape)
+    if empty == "drop" and reduction == "mean":
+        loss = per_row.sum() / valid.sum().clamp(min=1)
+    else:
+        loss = terms.reduce(per_row, reduction)
+    if not return_stats:
+        return loss
+    lse = torch.logaddexp(positives.row_lse, negatives.row_lse).detach()
+    return loss, LossStats(
+        lse=lse[inverse_order].reshape(shape),
+        positive_similarity=similarity.detach()[inverse_order].reshape(shape),
+        accuracy=terms.accuracy(positives.row_max, negatives.row_max),
+    )
+
+
+def _mean_positive_similarity(z: Tensor, norm_scale: Tensor | None, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean similarity of each row to the others of its class, and how many they are; labels are sorted.
+
+    A sum of dot products is the dot product with the class sum: no sweep. A row alone in its class has 0 and 0.
+    """
+    unit = z.to(terms.statistics_dtype(z)) if norm_scale is None else norm_scale[:, None] * z
+    group = terms.starts_of_groups(label).cumsum(0) - 1
+    sums = torch.zeros_like(unit).index_add(0, group, unit)[group]
+    sizes = unit.new_zeros(len(unit)).index_add(0, group, unit.new_ones(len(unit)))[group]
+    count = sizes - 1.0
+    return (unit * (sums - unit)).sum(-1) / count.clamp(min=1.0), count

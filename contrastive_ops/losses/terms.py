@@ -1,0 +1,138 @@
+"""The terms that losses share and that cost O(N D): norms, positives, uniform means, the final reduction."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from contrastive_ops import checks
+from contrastive_ops.ops import statistics_dtype
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class LossStats(NamedTuple):
+    """What `return_stats=True` adds; detached.
+
+    lse : log-sum-exp of all logits of a row that take part, the positives included
+    positive_similarity : similarity of a row to its positive (their mean if several), without the temperature
+    accuracy : share of the rows whose positive is more similar than every negative, of shape ()
+    """
+
+    lse: Tensor
+    positive_similarity: Tensor
+    accuracy: Tensor
+
+
+def inverse_norm(x: Tensor) -> Tensor:
+    """1 / |x_i|, the scale that makes dot products cosines; 0 with zero gradient for a zero row."""
+    squared = x.to(statistics_dtype(x)).square().sum(-1)
+    zero = squared == 0
+    return squared.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
+
+
+def row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> in the dtype of the statistics."""
+    dtype = statistics_dtype(x)
+    return (x.to(dtype) * y.to(dtype)).sum(-1)
+
+
+def inverse(temperature: float | Tensor, x: Tensor) -> float | Tensor:
+    """The logit scale 1 / temperature, a tensor in the dtype of the statistics."""
+    if isinstance(temperature, Tensor):
+        return flat(temperature, x).reciprocal()
+    return 1.0 / temperature
+
+
+def flat(scale: float | Tensor, x: Tensor) -> float | Tensor:
+    """A scale that multiplies vectors of rows: a float as it is, a tensor of shape (1,) or (N,)."""
+    return scale.to(statistics_dtype(x)).reshape(-1) if isinstance(scale, Tensor) else scale
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), with full relative accuracy for very negative x; beyond 60 it is x in float64, too."""
+    return F.softplus(x, threshold=60.0)
+
+
+def scaled(scale: Tensor | None, vector: Tensor) -> Tensor:
+    """scale * vector, where None is a scale of 1."""
+    return vector if scale is None else scale * vector
+
+
+def pair_similarity(x: Tensor, y: Tensor, x_scale: Tensor | None, y_scale: Tensor | None) -> Tensor:
+    """x_scale_i y_scale_i <x_i, y_i>: the similarities of the positives."""
+    return scaled(x_scale, scaled(y_scale, row_dot(x, y)))
+
+
+def uniform_similarity(
+    x: Tensor,
+    y: Tensor,
+    x_scale: Tensor | None,
+    y_scale: Tensor | None,
+    positive: Tensor,
+    target: Tensor,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+) -> Tensor:
+    """Mean similarity of row i over the columns that take part: its negatives and its positive.
+
+    A mean of dot products is the dot product with a mean, so label smoothing needs no sweep; the columns that are
+    left out by their ids are taken off as the sum of their group.
+    """
+    m = y.shape[0]
+    cols = y.to(statistics_dtype(y)) if y_scale is None else y_scale[:, None] * y
+    total = scaled(x_scale, row_dot(x, cols.sum(0)))
+    if x_ids is None or y_ids is None:
+        return total / max(m, 1)
+    group, x_group = _groups(y_ids, x_ids)
+    sums = torch.zeros_like(cols).index_add(0, group, cols)
+    sizes = cols.new_zeros(m).index_add(0, group, cols.new_ones(m))
+    known = x_group >= 0
+    x_group = x_group.clamp(min=0)
+    same = scaled(x_scale, row_dot(x, sums[x_group])) * known
+    positive_in_group = (x_ids == y_ids[target]).to(cols.dtype)
+    size = m - sizes[x_group] * known + positive_in_group
+    return (total - same + positive_in_group * positive) / size
+
+
+def _groups(ids: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the groups of equal `ids` from 0, and give each query id the number of its group, -1 without one."""
+    ordered, order = ids.sort(stable=True)
+    number = starts_of_groups(ordered).cumsum(0) - 1
+    group = torch.empty_like(number).scatter(0, order, number)
+    place = torch.searchsorted(ordered, queries.contiguous()).clamp(max=max(ids.shape[0] - 1, 0))
+    return group, torch.where(ordered[place] == queries, number[place], -1)
+
+
+def starts_of_groups(ordered: Tensor) -> Tensor:
+    """True where a value of a sorted vector differs from the one before it; the first starts a group."""
+    return torch.cat([ordered.new_ones(ordered[:1].shape, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+
+
+def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:
+    """The vector itself, its (weighted) sum, or its (weighted) mean; the mean of nothing is 0."""
+    if reduction == "none":
+        return per_row
+    if sample_weight is None:
+        total = per_row.sum()
+        return total if reduction == "sum" else total / max(per_row.numel(), 1)
+    weight = sample_weight.to(per_row.dtype)
+    total = (weight * per_row).sum()
+    if reduction == "sum":
+        return total
+    mass = weight.sum()
+    return total / mass.masked_fill(mass == 0, 1.0)
+
+
+def accuracy(positive: Tensor, largest_negative: Tensor) -> Tensor:
+    """Share of the rows whose positive exceeds every negative; 0 for no rows."""
+    return (positive > largest_negative).to(positive.dtype).sum() / max(positive.numel(), 1)
+
+
+def check_options(reduction: str, normalize: bool) -> None:
+    """The options that every loss has; the backend's name is checked where it is chosen."""
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.choice("normalize", normalize, (True, False))

@@ -1,0 +1,257 @@
+"""Losses over two views of every sample, each view an anchor against both views of all other samples.
+
+NT-Xent and DCL are two formulas over one reduction: per anchor, the log-sum-exp of its negatives and the similarity
+of its positive.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_ops import checks
+from contrastive_ops.losses import terms
+from contrastive_ops.losses.terms import LossStats
+from contrastive_ops.ops import similarity_logsumexp
+
+
+class Anchors(NamedTuple):
+    """Vectors of shape (2N,), the anchors of view 1, then those of view 2."""
+
+    negative_lse: Tensor
+    negative_max: Tensor
+    similarity: Tensor  # of the positive, without the temperature
+    positive: Tensor  # its logit
+
+
+def _anchors(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: str, normalize: bool, backend: str
+) -> Anchors:
+    terms.check_options(reduction, normalize)
+    checks.features("z1", z1)
+    checks.features("z2", z2)
+    checks.same_kind("z2", z2, "z1", z1)
+    checks.same_shape("z2", z2, "z1", z1)
+    checks.temperature("temperature", temperature, z1.device)
+    logit_scale = terms.inverse(temperature, z1)
+    z = torch.cat([z1, z2])
+    norm_scale = terms.inverse_norm(z) if normalize else None
+    n = z1.shape[0]
+    halves = (None, None) if norm_scale is None else norm_scale.split(n)
+    similarity = terms.pair_similarity(z1, z2, *halves).repeat(2)
+    # both sides of the symmetric product carry the root of the logit scale
+    root = logit_scale**0.5
+    sample = torch.arange(n, device=z.device).repeat(2)
+    negatives = similarity_logsumexp(
+        z, row_scale=root if norm_scale is None else root * norm_scale, row_ids=sample, backend=backend
+    )
+    return Anchors(negatives.row_lse, negatives.row_max, similarity, logit_scale * similarity)
+
+
+def _finish(
+    per_anchor: Tensor, anchors: Anchors, reduction: str, return_stats: bool
+) -> Tensor | tuple[Tensor, LossStats]:
+    loss = terms.reduce(per_anchor, reduction)
+    if not return_stats:
+        return loss
+    return loss, LossStats(
+        lse=torch.logaddexp(anchors.negative_lse, anchors.positive).detach(),
+        positive_similarity=anchors.similarity.detach(),
+        accuracy=terms.accuracy(anchors.positive, anchors.negative_max),
+    )
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    normalize: bool = True,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""NT-Xent, the loss of SimCLR: each view must find the other view of its sample among all 2N - 1 others.
+
+    .. math::
+        \ell_a = \mathrm{softplus}\Big(\log \sum_{b \in N(a)} e^{\langle z_a, z_b \rangle / \tau}
+                 - \langle z_a, z_{a^+} \rangle / \tau\Big), \qquad a = 1 \dots 2N
+
+    :math:`N(a)` are both views of all other samples, :math:`a^+` the other view of the same sample.
+
+    Parameters
+    ----------
+    z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
+        Row i of both are two views of sample i.
+    temperature : float or Tensor of one element
+        A tensor receives its gradient.
+    normalize : bool
+        Cosine similarity; False takes the dot product as it is.
+    reduction : "mean", "sum" or "none"
+    return_stats : bool
+        Also return `LossStats`, from the same sweep.
+    backend : str
+        See `similarity_logsumexp`.
+
+    Returns
+    -------
+    Tensor of shape (), or (2N,) for ``reduction="none"``: the anchors of `z1`, then of `z2`; float32 (or float64)
+        With `return_stats`, a pair of it and `LossStats` with vectors of shape (2N,).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any kernel, naming the argument.
+
+    Notes
+    -----
+    Extra memory is O(N D); only the upper triangle of the 2N x 2N similarities is computed. For N = 1 there are no
+    negatives: the loss is 0 with zero gradient. Gradients reach both views and `temperature`.
+
+    References
+    ----------
+    Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning, arXiv:2002.05709.
+
+    Examples
+    --------
+    >>> nt_xent(torch.eye(3), torch.eye(3), temperature=1.0)
+    tensor(0.9048)
+    """
+    anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
+    per_anchor = terms.softplus(anchors.negative_lse - anchors.positive)
+    return _finish(per_anchor, anchors, reduction, return_stats)
+
+
+def dcl(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""Decoupled contrastive loss: NT-Xent without the positive in its denominator.
+
+    .. math::
+        \ell_a = \log \sum_{b \in N(a)} e^{\langle z_a, z_b \rangle / \tau} - \langle z_a, z_{a^+} \rangle / \tau
+
+    :math:`N(a)` are both views of all other samples, :math:`a^+` the other view of the same sample. It may be
+    negative. This is lightly's ``DCLLoss``.
+
+    Parameters
+    ----------
+    z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
+        Row i of both are two views of sample i.
+    temperature : float or Tensor of one element
+        A tensor receives its gradient.
+    normalize : bool
+        Cosine similarity; False takes the dot product as it is.
+    reduction : "mean", "sum" or "none"
+    return_stats : bool
+        Also return `LossStats`, from the same sweep.
+    backend : str
+        See `similarity_logsumexp`.
+
+    Returns
+    -------
+    Tensor of shape (), or (2N,) for ``reduction="none"``: the anchors of `z1`, then of `z2`; float32 (or float64)
+        With `return_stats`, a pair of it and `LossStats` with vectors of shape (2N,).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any kernel, naming the argument.
+
+    Notes
+    -----
+    Extra memory is O(N D). For N = 1 there are no negatives: the loss is 0 with zero gradient.
+    Gradients reach both views and `temperature`.
+
+    References
+    ----------
+    Yeh et al.: Decoupled Contrastive Learning, arXiv:2110.06848.
+
+    Examples
+    --------
+    >>> dcl(torch.eye(3), torch.eye(3), temperature=1.0)
+    tensor(0.3863)
+    """
+    anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
+    return _finish(_decoupled(anchors, anchors.positive), anchors, reduction, return_stats)
+
+
+def dclw(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    sigma: float = 0.5,
+    normalize: bool = True,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""Decoupled contrastive loss that weights hard positives up.
+
+    .. math::
+        \ell_a = \log \sum_{b \in N(a)} e^{\langle z_a, z_b \rangle / \tau}
+                 - w_a \langle z_a, z_{a^+} \rangle / \tau, \qquad
+        w_i = 2 - N \, \mathrm{softmax}_i(\langle z_i, z_{i^+} \rangle / \sigma)
+
+    The weights are detached; their mean is 1. This is lightly's ``DCLWLoss``.
+
+    Parameters
+    ----------
+    z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
+        Row i of both are two views of sample i.
+    temperature : float or Tensor of one element
+        A tensor receives its gradient.
+    sigma : float
+        Temperature of the weights, positive.
+    normalize : bool
+        Cosine similarity; False takes the dot product as it is.
+    reduction : "mean", "sum" or "none"
+    return_stats : bool
+        Also return `LossStats`, from the same sweep.
+    backend : str
+        See `similarity_logsumexp`.
+
+    Returns
+    -------
+    Tensor of shape (), or (2N,) for ``reduction="none"``: the anchors of `z1`, then of `z2`; float32 (or float64)
+        With `return_stats`, a pair of it and `LossStats` with vectors of shape (2N,).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any kernel, naming the argument.
+
+    Notes
+    -----
+    Extra memory is O(N D). For N = 1 there are no negatives: the loss is 0 with zero gradient.
+    Gradients reach both views and `temperature`, none flows through the weights.
+
+    References
+    ----------
+    Yeh et al.: Decoupled Contrastive Learning, arXiv:2110.06848.
+
+    Examples
+    --------
+    >>> dclw(torch.eye(3), torch.eye(3), temperature=1.0)
+    tensor(0.3863)
+    """
+    checks.positive("sigma", sigma)
+    anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
+    n = z1.shape[0]
+    weight = 2.0 - n * (anchors.similarity[:n].detach() / sigma).softmax(0)
+    return _finish(_decoupled(anchors, weight.repeat(2) * anchors.positive), anchors, reduction, return_stats)
+
+
+def _decoupled(anchors: Anchors, positive: Tensor) -> Tensor:
+    """negative_lse - positive; an anchor without negatives has 0, not -inf."""
+    empty = anchors.negative_lse == -torch.inf
+    return torch.where(empty, 0.0, anchors.negative_lse - positive)

@@ -1,0 +1,153 @@
+"""The naive twin of every loss: dense, written from the paper, differentiable to any order, float64-capable.
+
+Nothing is shared with the fused losses but the formula. Rows without positives or without negatives contribute 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _unit(x: Tensor, normalize: bool) -> Tensor:
+    return F.normalize(x, dim=-1, eps=0.0 if x.dtype == torch.float64 else 1e-12) if normalize else x
+
+
+def _reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:
+    if reduction == "none":
+        return per_row
+    weight = torch.ones_like(per_row) if sample_weight is None else sample_weight
+    total = (weight * per_row).sum()
+    return total if reduction == "sum" else total / weight.sum()
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, out: Tensor, label_smoothing: float) -> Tensor:
+    """Row-wise cross-entropy against `target`; `out` marks the pairs that do not take part."""
+    out = out.scatter(1, target[:, None], False)
+    masked = logits.masked_fill(out, -torch.inf)
+    log_p = masked.log_softmax(1)
+    of_target = log_p.gather(1, target[:, None]).squeeze(1)
+    of_all = log_p.masked_fill(out, 0.0).sum(1) / (~out).sum(1)
+    return -(1 - label_smoothing) * of_target - label_smoothing * of_all
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    target: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    label_smoothing: float = 0.0,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy over the N x M logits."""
+    if target is None:
+        target = torch.arange(len(query), device=query.device)
+    logits = _unit(query, normalize) @ _unit(key, normalize).T
+    logits = logits / (temperature.reshape(-1, 1) if isinstance(temperature, Tensor) else temperature)
+    out = torch.zeros_like(logits, dtype=torch.bool)
+    if query_ids is not None and key_ids is not None:
+        out = query_ids[:, None] == key_ids[None, :]
+    return _reduce(_cross_entropy(logits, target, out, label_smoothing), reduction, sample_weight)
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Half of the cross-entropy over the rows and half of that over the columns of the N x N logits."""
+    logits = logit_scale * (_unit(image_features, normalize) @ _unit(text_features, normalize).T)
+    diagonal = torch.arange(len(logits), device=logits.device)
+    out = torch.zeros_like(logits, dtype=torch.bool) if ids is None else ids[:, None] == ids[None, :]
+    rows = _cross_entropy(logits, diagonal, out, label_smoothing)
+    cols = _cross_entropy(logits.T, diagonal, out.T, label_smoothing)
+    return _reduce((rows + cols) / 2, reduction, sample_weight)
+
+
+def _two_view_logits(z1: Tensor, z2: Tensor, temperature: float | Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    z = _unit(torch.cat([z1, z2]), normalize)
+    return z @ z.T / temperature, torch.arange(2 * len(z1), device=z.device).roll(len(z1))
+
+
+def nt_xent(
+    z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.5, normalize: bool = True, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of the 2N x 2N logits without their diagonal."""
+    logits, positive = _two_view_logits(z1, z2, temperature, normalize)
+    logits = logits.masked_fill(torch.eye(len(logits), dtype=torch.bool, device=logits.device), -torch.inf)
+    return _reduce(F.cross_entropy(logits, positive, reduction="none"), reduction)
+
+
+def dclw(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    sigma: float = 0.5,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """DCL with weights 2 - N softmax(similarity / sigma) on the positives."""
+    similarity = (_unit(z1, normalize) * _unit(z2, normalize)).sum(1).detach()
+    weight = 2 - len(z1) * (similarity / sigma).softmax(0)
+    return _decoupled(z1, z2, temperature, weight.repeat(2), normalize, reduction)
+
+
+def dcl(
+    z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.1, normalize: bool = True, reduction: str = "mean"
+) -> Tensor:
+    """The positive leaves the denominator."""
+    return _decoupled(z1, z2, temperature, torch.ones_like(z1[:, 0]).repeat(2), normalize, reduction)
+
+
+def _decoupled(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, weight: Tensor, normalize: bool, reduction: str
+) -> Tensor:
+    if len(z1) < 2:  # no negatives
+        return _reduce(0.0 * torch.cat([z1, z2]).sum(1), reduction)
+    logits, positive = _two_view_logits(z1, z2, temperature, normalize)
+    sample = torch.arange(len(z1), device=z1.device).repeat(2)
+    negatives = logits.masked_fill(sample[:, None] == sample[None, :], -torch.inf)
+    return _reduce(negatives.logsumexp(1) - weight * logits.gather(1, positive[:, None]).squeeze(1), reduction)
+
+
+def supcon(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    variant: str = "out",
+    empty: str = "zero",
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """The printed formula, with the N V x N V masks of the positives and of everything but the anchor."""
+    shape = features.shape[:-1]
+    z = _unit(features.flatten(0, -2), normalize)
+    label = labels.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).flatten()
+    logits = z @ z.T / temperature
+    others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    same = (label[:, None] == label[None, :]) & others
+    valid = same.any(1) & (same != others).any(1)
+    log_p = logits - logits.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
+    size = same.sum(1).clamp(min=1)
+    if variant == "out":
+        per_row = -log_p.masked_fill(~same, 0.0).sum(1) / size
+    else:
+        per_row = size.to(z.dtype).log() - log_p.masked_fill(~(same | ~valid[:, None]), -torch.inf).logsumexp(1)
+    per_row = per_row.masked_fill(~valid, 0.0)
+    if reduction == "mean" and empty == "drop":
+        return per_row.sum() / valid.sum().clamp(min=1)
+    return _reduce(per_row.reshape(shape), reduction)
