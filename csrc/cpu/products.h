@@ -1,0 +1,169 @@
+// How the operands of the three products of a tile are stored and multiplied:
+//
+//   dots = X Y^T        a: rows of x                 b: depth panels of y    (transposed: the depth is the features)
+//   dX  += G Y          a: coefficients              b: feature panels of y
+//   dY  += G^T X        a: transposed coefficients   b: feature panels of x
+//
+// A panel holds the columns [p W, (p + 1) W) of b, contiguous by depth, zero beyond the last column. VectorProducts
+// runs on vector instructions in the dtype of the statistics, MatrixUnitProducts on a bfloat16 matrix unit (AMX).
+#pragma once
+
+#include "tile.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/constant_pad_nd.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace contrastive_ops {
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+template <typename T>
+class VectorProducts {
+ public:
+  using Statistic = T;
+  using Operand = T;
+
+  int64_t panel() const {
+    return kernels_.panel;
+  }
+
+  const TileKernels<T>& kernels() const {
+    return kernels_;
+  }
+
+  // Rows of an embedding as the a of the first product, [n, depth(features)].
+  at::Tensor rows(const at::Tensor& x) const {
+    return x.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  }
+
+  int64_t depth(int64_t n) const {
+    return n;
+  }
+
+  void pack_depth_panel(int64_t cols, int64_t depth, const T* rows, T* panel) const {
+    if (cols < this->panel()) {
+      std::fill_n(panel, depth * this->panel(), T(0));
+    }
+    kernels_.transpose(depth, cols, rows, depth, panel, this->panel());
+  }
+
+  void pack_feature_panel(int64_t depth, int64_t cols, const T* rows, int64_t ld, T* panel) const {
+    for (int64_t l = 0; l < depth; ++l) {
+      T* target = panel + l * this->panel();
+      std::copy_n(rows + l * ld, cols, target);
+      std::fill(target + cols, target + this->panel(), T(0));
+    }
+  }
+
+  void multiply(int64_t m, int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, bool accumulate) const {
+    kernels_.multiply(m, k, a, lda, b, c, ldc, accumulate);
+  }
+
+  void store_coefficients(int64_t rows, const T* tile, T* destination, int64_t ld) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      std::copy_n(tile + i * kTile, kTile, destination + i * ld);
+    }
+  }
+
+  void store_transposed(int64_t rows, T* tile, T*, T* destination, int64_t ld) const {
+    kernels_.transpose(kTile, rows, tile, kTile, destination, ld);
+  }
+
+  void release() const {}
+
+ private:
+  const TileKernels<T>& kernels_ = tile_kernels<T>();
+};
+
+// bfloat16 x bfloat16 -> float32. Panels interleave pairs along the depth, as the instructions read them, so that a
+// depth is even and padded with zeros.
+class MatrixUnitProducts {
+ public:
+  using Statistic = float;
+  using Operand = c10::BFloat16;
+
+  static bool available() {
+    return std::strcmp(tile_kernels<float>().instruction_set, "AVX512") == 0 &&
+           at::native::cpublas::could_pack(at::kBFloat16);
+  }
+
+  int64_t panel() const {
+    return 64;
+  }
+
+  const TileKernels<float>& kernels() const {
+    return kernels_;
+  }
+
+  at::Tensor rows(const at::Tensor& x) const {
+    const at::Tensor even = x.size(1) % 2 == 0 ? x : at::constant_pad_nd(x, {0, 1});
+    return even.to(at::kBFloat16).contiguous();
+  }
+
+  int64_t depth(int64_t n) const {
+    return round_up(n, 2);
+  }
+
+  // A pair is 32 bits wide: transposing pairs is transposing floats, bit by bit.
+  void pack_depth_panel(int64_t cols, int64_t depth, const Operand* rows, Operand* panel) const {
+    if (cols < this->panel()) {
+      std::fill_n(panel, depth * this->panel(), Operand(0.0f));
+    }
+    kernels_.transpose(
+        depth / 2,
+        cols,
+        reinterpret_cast<const float*>(rows),
+        depth / 2,
+        reinterpret_cast<float*>(panel),
+        this->panel());
+  }
+
+  void pack_feature_panel(int64_t depth, int64_t cols, const Operand* rows, int64_t ld, Operand* panel) const {
+    const Operand zero(0.0f);
+    for (int64_t l = 0; l < depth; l += 2) {
+      const Operand* even = rows + l * ld;
+      const Operand* odd = even + ld;
+      Operand* target = panel + l * this->panel();
+      for (int64_t j = 0; j < this->panel(); ++j) {
+        target[2 * j] = j < cols ? even[j] : zero;
+        target[2 * j + 1] = j < cols && l + 1 < depth ? odd[j] : zero;
+      }
+    }
+  }
+
+  void multiply(
+      int64_t m, int64_t k, const Operand* a, int64_t lda, const Operand* b, float* c, int64_t ldc, bool accumulate)
+      const {
+    at::native::cpublas::brgemm(m, panel(), depth(k), lda, panel(), ldc, accumulate, a, b, c, /*is_vnni=*/true);
+  }
+
+  void store_coefficients(int64_t rows, const float* tile, Operand* destination, int64_t ld) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      kernels_.round(kTile, tile + i * kTile, destination + i * ld);
+    }
+  }
+
+  void store_transposed(int64_t rows, float* tile, float* scratch, Operand* destination, int64_t ld) const {
+    std::fill(tile + rows * kTile, tile + depth(rows) * kTile, 0.0f);
+    kernels_.transpose(kTile, depth(rows), tile, kTile, scratch, kTile);
+    for (int64_t j = 0; j < kTile; ++j) {
+      kernels_.round(depth(rows), scratch + j * kTile, destination + j * ld);
+    }
+  }
+
+  // The unit's configuration belongs to the thread and must not outlive the task.
+  void release() const {
+    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  }
+
+ private:
+  const TileKernels<float>& kernels_ = tile_kernels<float>();
+};
+
+}  // namespace contrastive_ops

@@ -1,0 +1,628 @@
+// similarity_logsumexp on the CPU: row and column log-sum-exps of s_ij = a_i b_j <x_i, y_j> + c_i + d_j, and gradients.
+//
+//   for each block of the plane, 2048 x 2048:
+//     pack the rows of x and y                                              (bounded, whatever N and M are)
+//     for each tile of the block, 128 x 128, in parallel:
+//       dots = X Y^T;  s = logits of dots, -inf where a pair does not take part
+//       forward:   max and sum of e^s over the rows and over the columns    -> partials of the tile
+//       backward:  g = u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j)        -> g a b and its transpose, in a workspace
+//     forward:     fold the partials of the block, in the order of the tiles
+//     backward:    dX += (g a b) Y and dY += (g a b)^T X over the whole block, in parallel over rows and columns
+//
+// Every sum is taken in an order that depends on the shapes alone: results are bitwise equal for any number of threads.
+// In self-similarity (no y) tiles below the diagonal are left out; a tile above it also stands for its mirror image.
+
+#include "similarity_logsumexp.h"
+#include "products.h"
+#include "tasks.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/irange.h>
+
+#include <chrono>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <vector>
+
+namespace contrastive_ops {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kBlock = 2048;
+// Depth of one product with the workspace: the panel of the other operand stays in the second-level cache.
+constexpr int64_t kRun = 4 * kTile;
+
+// A range of rows or columns, cut into tiles.
+struct Range {
+  int64_t begin;
+  int64_t end;
+
+  int64_t size() const {
+    return end - begin;
+  }
+  int64_t tiles() const {
+    return (size() + kTile - 1) / kTile;
+  }
+  Range tile(int64_t t) const {
+    return {begin + t * kTile, std::min(begin + (t + 1) * kTile, end)};
+  }
+  bool operator==(const Range& other) const {
+    return begin == other.begin && end == other.end;
+  }
+};
+
+std::vector<Range> blocks_of(int64_t n) {
+  std::vector<Range> blocks;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    blocks.push_back({begin, std::min(begin + kBlock, n)});
+  }
+  return blocks;
+}
+
+template <typename T>
+Tensor full(int64_t n, T value) {
+  return at::full({n}, value, c10::CppTypeToScalarType<T>::value);
+}
+
+// A vector over rows or columns, padded to whole tiles.
+template <typename T>
+Tensor padded(const OptionalTensor& vector, int64_t n, T absent, T padding) {
+  Tensor result = full<T>(round_up(n, kTile), padding);
+  Tensor values = result.narrow(0, 0, n);
+  if (vector.has_value()) {
+    values.copy_(*vector);
+  } else {
+    values.fill_(absent);
+  }
+  return result;
+}
+
+struct IdRange {
+  int64_t min;
+  int64_t max;
+
+  bool disjoint(const IdRange& other) const {
+    return max < other.min || other.max < min;
+  }
+};
+
+// Group ids, padded to whole tiles, and their range in each tile: with sorted ids most tiles need no look at the pairs.
+struct Ids {
+  Tensor values;
+  std::vector<IdRange> ranges;
+
+  Ids(const OptionalTensor& ids, int64_t n) {
+    if (!ids.has_value()) {
+      return;
+    }
+    values = padded<int64_t>(ids, n, 0, 0);
+    const int64_t* id = data();
+    for (int64_t begin = 0; begin < n; begin += kTile) {
+      const auto [low, high] = std::minmax_element(id + begin, id + std::min(begin + kTile, n));
+      ranges.push_back({*low, *high});
+    }
+  }
+  bool given() const {
+    return values.defined();
+  }
+  const int64_t* data() const {
+    return values.const_data_ptr<int64_t>();
+  }
+};
+
+// What a tile above, on, or below the diagonal contributes to.
+enum class Part : uint8_t { nothing, rows, both };
+
+template <typename Products>
+class Engine {
+ public:
+  using T = typename Products::Statistic;
+  using Operand = typename Products::Operand;
+
+  explicit Engine(const SimilarityOptions& options)
+      : mirrored_(!options.y.has_value()),
+        restrict_(options.restrict_to_ids),
+        rows_(options.rows),
+        cols_(options.cols),
+        x_(options.x),
+        y_(mirrored_ ? options.x : *options.y),
+        n_(x_.size(0)),
+        m_(y_.size(0)),
+        features_(x_.size(1)),
+        depth_(products_.depth(features_)),
+        row_scale_(padded<T>(options.row_scale, n_, T(1), T(0))),
+        col_scale_(mirrored_ ? row_scale_ : padded<T>(options.col_scale, m_, T(1), T(0))),
+        row_bias_(padded<T>(options.row_bias, n_, T(0), -kInfinity)),
+        col_bias_(mirrored_ ? row_bias_ : padded<T>(options.col_bias, m_, T(0), -kInfinity)),
+        row_ids_(options.row_ids, n_),
+        col_ids_(mirrored_ ? row_ids_ : Ids(options.col_ids, m_)) {
+    if (options.exclude.has_value()) {
+      exclude_ = options.exclude->contiguous();
+    }
+  }
+
+  SimilarityStatistics forward();
+  SimilarityGradients backward(const SimilarityStatistics& lse, const SimilarityStatistics& grad_lse, Needs needs);
+  double product_rate(double seconds);
+
+ private:
+  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+  struct Scratch {
+    alignas(64) T dots[kTile * kTile];
+    alignas(64) T logits[kTile * kTile];
+  };
+  static std::unique_ptr<Scratch> new_scratch() {
+    return std::make_unique<Scratch>();
+  }
+
+  static T* at_offset(const Tensor& vector, int64_t offset) {
+    return vector.defined() ? vector.mutable_data_ptr<T>() + offset : nullptr;
+  }
+
+  // One side of a block: its rows as an a, and panels as a b.
+  struct Packed {
+    Tensor rows;            // [range, depth]
+    Tensor depth_panels;    // [range / panel][depth][panel]
+    Tensor feature_panels;  // [features / panel][range][panel]
+  };
+
+  int64_t feature_panels() const {
+    return (features_ + products_.panel() - 1) / products_.panel();
+  }
+
+  Tensor operands(int64_t count) const {
+    return at::empty({count}, c10::CppTypeToScalarType<Operand>::value);
+  }
+
+  Packed pack(const Tensor& x, Range range, bool depth_panels, bool feature_panels) const {
+    Packed packed{products_.rows(x.narrow(0, range.begin, range.size())), {}, {}};
+    const int64_t panel = products_.panel();
+    const Operand* rows = packed.rows.template const_data_ptr<Operand>();
+    if (depth_panels) {
+      // whole tiles: a tile multiplies all of its panels
+      const int64_t count = round_up(range.size(), kTile) / panel;
+      packed.depth_panels = operands(count * depth_ * panel);
+      Operand* target = packed.depth_panels.template mutable_data_ptr<Operand>();
+      for_each_task(count, [&](int64_t p) {
+        const int64_t cols = std::clamp<int64_t>(range.size() - p * panel, 0, panel);
+        products_.pack_depth_panel(cols, depth_, rows + p * panel * depth_, target + p * depth_ * panel);
+      });
+    }
+    if (feature_panels) {
+      const int64_t count = this->feature_panels();
+      const int64_t depth = products_.depth(range.size());
+      packed.feature_panels = operands(count * depth * panel);
+      Operand* target = packed.feature_panels.template mutable_data_ptr<Operand>();
+      for_each_task(count, [&](int64_t p) {
+        const int64_t cols = std::min(panel, features_ - p * panel);
+        products_.pack_feature_panel(range.size(), cols, rows + p * panel, depth_, target + p * depth * panel);
+      });
+    }
+    return packed;
+  }
+
+  Part part_of(Range rows, Range cols) const {
+    if (restrict_ && row_ids_.given() &&
+        row_ids_.ranges[rows.begin / kTile].disjoint(col_ids_.ranges[cols.begin / kTile])) {
+      return Part::nothing;
+    }
+    if (!mirrored_ || cols.begin > rows.begin) {
+      return Part::both;
+    }
+    return cols.begin == rows.begin ? Part::rows : Part::nothing;
+  }
+
+  void multiply_dots(
+      Range rows, Range cols, Range block_rows, Range block_cols, const Packed& x, const Packed& y, T* dots) const {
+    const int64_t panel = products_.panel();
+    const Operand* a = x.rows.template const_data_ptr<Operand>() + (rows.begin - block_rows.begin) * depth_;
+    const Operand* b = y.depth_panels.template const_data_ptr<Operand>() + (cols.begin - block_cols.begin) * depth_;
+    for (int64_t p = 0; p < kTile; p += panel) {
+      products_.multiply(rows.size(), depth_, a, depth_, b + p * depth_, dots + p, kTile, false);
+    }
+  }
+
+  Tile<T> logits(Range rows, Range cols, Scratch& scratch) const {
+    const Tile<T> tile{
+        rows.size(),
+        scratch.dots,
+        scratch.logits,
+        at_offset(row_scale_, rows.begin),
+        at_offset(col_scale_, cols.begin),
+        at_offset(row_bias_, rows.begin),
+        at_offset(col_bias_, cols.begin)};
+    products_.kernels().logits(tile);
+    if (exclude_.defined()) {
+      const int64_t* exclude = exclude_.const_data_ptr<int64_t>();
+      for (const auto i : c10::irange(rows.begin, rows.end)) {
+        if (exclude[i] >= cols.begin && exclude[i] < cols.end) {
+          scratch.logits[(i - rows.begin) * kTile + exclude[i] - cols.begin] = -kInfinity;
+        }
+      }
+      // in self-similarity either row of a pair may name the other
+      for (int64_t j = cols.begin; mirrored_ && j < cols.end; ++j) {
+        if (exclude[j] >= rows.begin && exclude[j] < rows.end) {
+          scratch.logits[(exclude[j] - rows.begin) * kTile + j - cols.begin] = -kInfinity;
+        }
+      }
+    }
+    if (row_ids_.given() && !row_ids_.ranges[rows.begin / kTile].disjoint(col_ids_.ranges[cols.begin / kTile])) {
+      products_.kernels().mask_ids(tile, row_ids_.data() + rows.begin, col_ids_.data() + cols.begin, restrict_);
+    }
+    return tile;
+  }
+
+  // Visits every block with the packed rows of x and y, outer loop over x.
+  template <typename Visit>
+  void for_each_block(bool x_panels, bool y_panels, const Visit& visit) const {
+    for (const Range rows : blocks_of(n_)) {
+      const Packed x = pack(x_, rows, false, x_panels);
+      for (const Range cols : blocks_of(m_)) {
+        if (mirrored_ && cols.begin < rows.begin) {
+          continue;
+        }
+        visit(rows, cols, x, pack(y_, cols, true, y_panels));
+      }
+    }
+  }
+
+  Products products_;
+  bool mirrored_;
+  bool restrict_;
+  bool rows_;
+  bool cols_;
+  Tensor x_;
+  Tensor y_;
+  int64_t n_;
+  int64_t m_;
+  int64_t features_;
+  int64_t depth_;
+  Tensor row_scale_;
+  Tensor col_scale_;
+  Tensor row_bias_;
+  Tensor col_bias_;
+  Ids row_ids_;
+  Ids col_ids_;
+  Tensor exclude_;
+};
+
+template <typename Products>
+SimilarityStatistics Engine<Products>::forward() {
+  const TileKernels<T>& kernels = products_.kernels();
+  const Tensor row_max = full<T>(rows_ ? n_ : 0, -kInfinity);
+  const Tensor row_sum = full<T>(rows_ ? n_ : 0, T(0));
+  const Tensor col_max = full<T>(cols_ ? m_ : 0, -kInfinity);
+  const Tensor col_sum = full<T>(cols_ ? m_ : 0, T(0));
+  const bool to_cols = cols_ || mirrored_;
+  // the columns of a tile above the diagonal are rows of its mirror image
+  const Tensor& of_cols_max = mirrored_ ? row_max : col_max;
+  const Tensor& of_cols_sum = mirrored_ ? row_sum : col_sum;
+
+  for_each_block(false, false, [&](Range block_rows, Range block_cols, const Packed& x, const Packed& y) {
+    const int64_t tile_rows = block_rows.tiles();
+    const int64_t tile_cols = block_cols.tiles();
+    const int64_t tiles = tile_rows * tile_cols;
+    std::vector<Part> part(tiles);
+    // partials of tile (r, c): the maxima, then the sums of its 128 rows, and the same of its columns
+    const Tensor row_partials = full<T>(rows_ ? tiles * 2 * kTile : 0, T(0));
+    const Tensor col_partials = full<T>(to_cols ? tiles * 2 * kTile : 0, T(0));
+    const auto partial = [](const Tensor& partials, int64_t tile) {
+      T* max = at_offset(partials, tile * 2 * kTile);
+      return MaxSum<T>{max, max + kTile};
+    };
+    const MaxSum<T> none{nullptr, nullptr};
+
+    for_each_task(
+        tiles,
+        new_scratch,
+        [&](int64_t tile, std::unique_ptr<Scratch>& scratch) {
+          const Range rows = block_rows.tile(tile / tile_cols);
+          const Range cols = block_cols.tile(tile % tile_cols);
+          part[tile] = part_of(rows, cols);
+          if (part[tile] == Part::nothing) {
+            return;
+          }
+          multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch->dots);
+          kernels.reduce(
+              logits(rows, cols, *scratch),
+              rows_ ? partial(row_partials, tile) : none,
+              to_cols && part[tile] == Part::both ? partial(col_partials, tile) : none);
+        },
+        [&] { products_.release(); });
+
+    if (rows_) {
+      for_each_task(tile_rows, [&](int64_t r) {
+        const Range rows = block_rows.tile(r);
+        const MaxSum<T> running{at_offset(row_max, rows.begin), at_offset(row_sum, rows.begin)};
+        for (const auto c : c10::irange(tile_cols)) {
+          if (part[r * tile_cols + c] != Part::nothing) {
+            kernels.fold(rows.size(), running, partial(row_partials, r * tile_cols + c));
+          }
+        }
+      });
+    }
+    if (to_cols) {
+      for_each_task(tile_cols, [&](int64_t c) {
+        const Range cols = block_cols.tile(c);
+        const MaxSum<T> running{at_offset(of_cols_max, cols.begin), at_offset(of_cols_sum, cols.begin)};
+        for (const auto r : c10::irange(tile_rows)) {
+          if (part[r * tile_cols + c] == Part::both) {
+            kernels.fold(cols.size(), running, partial(col_partials, r * tile_cols + c));
+          }
+        }
+      });
+    }
+  });
+  return {row_sum.log().add_(row_max), col_sum.log().add_(col_max), row_max, col_max};
+}
+
+template <typename Products>
+SimilarityGradients Engine<Products>::backward(
+    const SimilarityStatistics& lse, const SimilarityStatistics& grad_lse, Needs needs) {
+  const TileKernels<T>& kernels = products_.kernels();
+  const int64_t panel = products_.panel();
+  const int64_t padded_features = feature_panels() * panel;
+  const c10::ScalarType statistic = c10::CppTypeToScalarType<T>::value;
+  const bool to_x = needs.x;
+  const bool to_y = mirrored_ ? needs.x : needs.y;
+  const bool sums = needs.row_scale || needs.col_scale || needs.row_bias || needs.col_bias;
+
+  // an empty set gives nothing: e^(-inf - inf) = 0, and its gradient is not read
+  const auto direction_of = [](const Tensor& lse, const Tensor& grad, int64_t n) {
+    const Tensor empty = lse.eq(-kInfinity);
+    return std::make_pair(
+        padded<T>(grad.masked_fill(empty, 0.0), n, T(0), T(0)),
+        padded<T>(lse.masked_fill(empty, kInfinity), n, kInfinity, kInfinity));
+  };
+  std::pair<Tensor, Tensor> of_rows;
+  std::pair<Tensor, Tensor> of_cols;
+  if (rows_) {
+    of_rows = direction_of(lse.row_lse, grad_lse.row_lse, n_);
+  }
+  if (mirrored_) {
+    of_cols = of_rows;
+  } else if (cols_) {
+    of_cols = direction_of(lse.col_lse, grad_lse.col_lse, m_);
+  }
+  const auto direction = [](const std::pair<Tensor, Tensor>& of, int64_t offset) {
+    return Direction<T>{at_offset(of.first, offset), at_offset(of.second, offset)};
+  };
+
+  const Tensor grad_x = at::zeros({to_x ? n_ : 0, padded_features}, statistic);
+  const Tensor grad_y = mirrored_ ? grad_x : at::zeros({to_y ? m_ : 0, padded_features}, statistic);
+  const Tensor row_scale_sum = full<T>(sums ? n_ : 0, T(0));
+  const Tensor row_bias_sum = full<T>(sums ? n_ : 0, T(0));
+  const Tensor col_scale_sum = mirrored_ ? row_scale_sum : full<T>(sums ? m_ : 0, T(0));
+  const Tensor col_bias_sum = mirrored_ ? row_bias_sum : full<T>(sums ? m_ : 0, T(0));
+
+  // strips of 128 rows of coefficients (of 128 columns, transposed); the padding keeps rows off one cache set
+  const int64_t ld_strip = round_up(std::min(kBlock, std::max(n_, m_)), kTile) + 32;
+  const Tensor row_strips = operands(to_x ? round_up(std::min(kBlock, n_), kTile) * ld_strip : 0);
+  const Tensor col_strips = operands(to_y ? round_up(std::min(kBlock, m_), kTile) * ld_strip : 0);
+
+  for_each_block(to_y, to_x, [&](Range block_rows, Range block_cols, const Packed& x, const Packed& y) {
+    const int64_t tile_rows = block_rows.tiles();
+    const int64_t tile_cols = block_cols.tiles();
+    const int64_t tiles = tile_rows * tile_cols;
+    const bool diagonal = mirrored_ && block_rows == block_cols;
+    std::vector<Part> part(tiles);
+    // partials of tile (r, c): the sums for scale, then for bias of its 128 rows, and the same of its columns
+    const Tensor row_partials = full<T>(sums ? tiles * 2 * kTile : 0, T(0));
+    const Tensor col_partials = full<T>(sums ? tiles * 2 * kTile : 0, T(0));
+    const auto partial = [&](const Tensor& partials, int64_t tile) {
+      T* scale = at_offset(partials, tile * 2 * kTile);
+      return sums ? ScaleBiasSums<T>{scale, scale + kTile} : ScaleBiasSums<T>{nullptr, nullptr};
+    };
+    Operand* row_strip = row_strips.template mutable_data_ptr<Operand>();
+    Operand* col_strip = col_strips.template mutable_data_ptr<Operand>();
+
+    for_each_task(
+        tiles,
+        new_scratch,
+        [&](int64_t tile, std::unique_ptr<Scratch>& scratch) {
+          const int64_t r = tile / tile_cols;
+          const int64_t c = tile % tile_cols;
+          const Range rows = block_rows.tile(r);
+          const Range cols = block_cols.tile(c);
+          part[tile] = part_of(rows, cols);
+          if (part[tile] == Part::nothing) {
+            return;
+          }
+          multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch->dots);
+          kernels.coefficients(
+              logits(rows, cols, *scratch),
+              direction(of_rows, rows.begin),
+              direction(of_cols, cols.begin),
+              partial(row_partials, tile),
+              partial(col_partials, tile));
+          if (to_x) {
+            products_.store_coefficients(
+                rows.size(), scratch->logits, row_strip + r * kTile * ld_strip + c * kTile, ld_strip);
+          }
+          // within a diagonal block the mirror image of a tile belongs to the same workspace
+          if (to_y && part[tile] == Part::both) {
+            Operand* strip = diagonal ? row_strip : col_strip;
+            products_.store_transposed(
+                rows.size(), scratch->logits, scratch->dots, strip + c * kTile * ld_strip + r * kTile, ld_strip);
+          }
+        },
+        [&] { products_.release(); });
+
+    const auto present = [&](int64_t r, int64_t c) {
+      return part[r * tile_cols + c] != Part::nothing || (diagonal && part[c * tile_cols + r] == Part::both);
+    };
+    // One strip of 128 gradients: strip[128, depth] times the feature panels, over runs of tiles that are present.
+    const auto multiply_strip = [&](Range range,
+                                    const Operand* strip,
+                                    Range depth_range,
+                                    const auto& is_present,
+                                    const Packed& other,
+                                    const Tensor& grad) {
+      const int64_t depth_tiles = depth_range.tiles();
+      const int64_t depth_padded = products_.depth(depth_range.size());
+      const Operand* panels = other.feature_panels.template const_data_ptr<Operand>();
+      T* target = grad.template mutable_data_ptr<T>() + range.begin * padded_features;
+      for (int64_t begin = 0; begin < depth_tiles;) {
+        int64_t end = begin;
+        while (end < depth_tiles && (end - begin) * kTile < kRun && is_present(end)) {
+          ++end;
+        }
+        if (end == begin) {
+          ++begin;
+          continue;
+        }
+        const int64_t first = begin * kTile;
+        const int64_t depth = std::min(end * kTile, depth_range.size()) - first;
+        for (const auto p : c10::irange(feature_panels())) {
+          products_.multiply(
+              range.size(),
+              depth,
+              strip + first,
+              ld_strip,
+              panels + p * depth_padded * panel + first * panel,
+              target + p * panel,
+              padded_features,
+              true);
+        }
+        begin = end;
+      }
+    };
+    const int64_t x_tasks = to_x ? tile_rows : 0;
+    const int64_t y_tasks = to_y && !diagonal ? tile_cols : 0;
+    for_each_task(
+        x_tasks + y_tasks,
+        [] { return 0; },
+        [&](int64_t task, int) {
+          if (task < x_tasks) {
+            const int64_t r = task;
+            multiply_strip(
+                block_rows.tile(r),
+                row_strip + r * kTile * ld_strip,
+                block_cols,
+                [&](int64_t c) { return present(r, c); },
+                y,
+                grad_x);
+          } else {
+            const int64_t c = task - x_tasks;
+            multiply_strip(
+                block_cols.tile(c),
+                col_strip + c * kTile * ld_strip,
+                block_rows,
+                [&](int64_t r) { return present(r, c); },
+                x,
+                grad_y);
+          }
+        },
+        [&] { products_.release(); });
+
+    if (sums) {
+      const auto add = [&](Range range, ScaleBiasSums<T> sum, ScaleBiasSums<T> part_sum) {
+        for (const auto i : c10::irange(range.size())) {
+          sum.scale[i] += part_sum.scale[i];
+          sum.bias[i] += part_sum.bias[i];
+        }
+      };
+      for_each_task(tile_rows, [&](int64_t r) {
+        const Range rows = block_rows.tile(r);
+        const ScaleBiasSums<T> sum{at_offset(row_scale_sum, rows.begin), at_offset(row_bias_sum, rows.begin)};
+        for (const auto c : c10::irange(tile_cols)) {
+          if (part[r * tile_cols + c] != Part::nothing) {
+            add(rows, sum, partial(row_partials, r * tile_cols + c));
+          }
+        }
+      });
+      for_each_task(tile_cols, [&](int64_t c) {
+        const Range cols = block_cols.tile(c);
+        const ScaleBiasSums<T> sum{at_offset(col_scale_sum, cols.begin), at_offset(col_bias_sum, cols.begin)};
+        for (const auto r : c10::irange(tile_rows)) {
+          if (part[r * tile_cols + c] == Part::both) {
+            add(cols, sum, partial(col_partials, r * tile_cols + c));
+          }
+        }
+      });
+    }
+  });
+
+  const auto features_of = [&](const Tensor& grad, const Tensor& like, bool need) {
+    if (!need) {
+      return at::empty({0}, like.options());
+    }
+    return grad.narrow(1, 0, features_).contiguous().to(like.scalar_type());
+  };
+  const auto vector_of = [&](const Tensor& sum, bool need) { return need ? sum : at::empty({0}, sum.options()); };
+  return {
+      features_of(grad_x, x_, needs.x),
+      features_of(grad_y, x_, needs.y),
+      vector_of(row_scale_sum, needs.row_scale),
+      vector_of(col_scale_sum, needs.col_scale),
+      vector_of(row_bias_sum, needs.row_bias),
+      vector_of(col_bias_sum, needs.col_bias)};
+}
+
+// Multiply-adds per second of the dots of one block alone, x 2: the roof of the engine on this machine, now.
+template <typename Products>
+double Engine<Products>::product_rate(double seconds) {
+  const auto start = std::chrono::steady_clock::now();
+  double flops = 0.0;
+  double elapsed = 0.0;
+  const Range block_rows = blocks_of(n_).front();
+  const Range block_cols = blocks_of(m_).front();
+  const Packed x = pack(x_, block_rows, false, false);
+  const Packed y = pack(y_, block_cols, true, false);
+  while (elapsed < seconds) {
+    for_each_task(
+        block_rows.tiles() * block_cols.tiles(),
+        new_scratch,
+        [&](int64_t tile, std::unique_ptr<Scratch>& scratch) {
+          const Range rows = block_rows.tile(tile / block_cols.tiles());
+          const Range cols = block_cols.tile(tile % block_cols.tiles());
+          multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch->dots);
+        },
+        [&] { products_.release(); });
+    flops += 2.0 * static_cast<double>(block_rows.size()) * static_cast<double>(block_cols.size()) *
+             static_cast<double>(features_);
+    elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+  return flops / elapsed;
+}
+
+// Calls f with the engine for the dtype of x.
+template <typename F>
+auto with_engine(const SimilarityOptions& options, const F& f) {
+  if (options.x.scalar_type() == at::kDouble) {
+    return f(Engine<VectorProducts<double>>(options));
+  }
+  if (options.x.scalar_type() == at::kBFloat16 && MatrixUnitProducts::available()) {
+    return f(Engine<MatrixUnitProducts>(options));
+  }
+  return f(Engine<VectorProducts<float>>(options));
+}
+
+}  // namespace
+
+SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options) {
+  return with_engine(options, [](auto engine) { return engine.forward(); });
+}
+
+SimilarityGradients similarity_logsumexp_backward(
+    const SimilarityOptions& options,
+    const SimilarityStatistics& lse,
+    const SimilarityStatistics& grad_lse,
+    Needs needs) {
+  return with_engine(options, [&](auto engine) { return engine.backward(lse, grad_lse, needs); });
+}
+
+double tile_product_rate(const Tensor& x, const Tensor& y, double seconds) {
+  SimilarityOptions options;
+  options.x = x;
+  options.y = y;
+  return with_engine(options, [&](auto engine) { return engine.product_rate(seconds); });
+}
+
+}  // namespace contrastive_ops

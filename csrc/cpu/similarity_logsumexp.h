@@ -1,0 +1,64 @@
+// The CPU engine as functions of tensors. Arguments are checked in Python; see ops/similarity_logsumexp.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace contrastive_ops {
+
+struct SimilarityOptions {
+  at::Tensor x;                         // [N, D]
+  std::optional<at::Tensor> y;          // [M, D]; none is self-similarity
+  std::optional<at::Tensor> row_scale;  // [N]
+  std::optional<at::Tensor> col_scale;  // [M]
+  std::optional<at::Tensor> row_bias;   // [N]
+  std::optional<at::Tensor> col_bias;   // [M]
+  std::optional<at::Tensor> exclude;    // [N] int64
+  std::optional<at::Tensor> row_ids;    // [N] int64
+  std::optional<at::Tensor> col_ids;    // [M] int64
+  bool restrict_to_ids = false;
+  bool rows = true;
+  bool cols = true;
+};
+
+// A direction that was not asked for is empty.
+struct SimilarityStatistics {
+  at::Tensor row_lse;  // [N]
+  at::Tensor col_lse;  // [M]
+  at::Tensor row_max;  // [N]
+  at::Tensor col_max;  // [M]
+};
+
+struct Needs {
+  bool x;
+  bool y;
+  bool row_scale;
+  bool col_scale;
+  bool row_bias;
+  bool col_bias;
+};
+
+// A gradient that is not needed is empty.
+struct SimilarityGradients {
+  at::Tensor x;
+  at::Tensor y;
+  at::Tensor row_scale;
+  at::Tensor col_scale;
+  at::Tensor row_bias;
+  at::Tensor col_bias;
+};
+
+SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options);
+
+// `lse` is what the forward returned, `grad_lse` the gradients of its log-sum-exps; the maxima of both are not read.
+SimilarityGradients similarity_logsumexp_backward(
+    const SimilarityOptions& options,
+    const SimilarityStatistics& lse,
+    const SimilarityStatistics& grad_lse,
+    Needs needs);
+
+// FLOP/s of the tile products of x and y alone, measured over `seconds`.
+double tile_product_rate(const at::Tensor& x, const at::Tensor& y, double seconds);
+
+}  // namespace contrastive_ops

@@ -1,0 +1,445 @@
+// The tile functions of tile.h, written once over at::vec::Vectorized and compiled per instruction set.
+//
+// Everything is in the namespace CPU_CAPABILITY: the linker must never take code of one instruction set for another.
+
+#include "tile.h"
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+namespace contrastive_ops {
+namespace CPU_CAPABILITY {
+namespace {
+
+template <typename T>
+using Vec = at::vec::Vectorized<T>;
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// e^x for x < 88, to about 1 ulp; below -87 it is 0. Inline, where the library's exp is a call.
+// x = n ln 2 + r, |r| <= ln 2 / 2: a polynomial for e^r, and n added to the exponent.
+inline Vec<float> exp(Vec<float> x) {
+  const Vec<float> round(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  const Vec<float> shifted = at::vec::fmadd(x, Vec<float>(1.44269504f), round);
+  const Vec<float> n = shifted - round;
+  Vec<float> r = at::vec::fmadd(n, Vec<float>(-0.693359375f), x);
+  r = at::vec::fmadd(n, Vec<float>(2.12194440e-4f), r);
+  Vec<float> p(1.9875691500e-4f);
+  p = at::vec::fmadd(p, r, Vec<float>(1.3981999507e-3f));
+  p = at::vec::fmadd(p, r, Vec<float>(8.3334519073e-3f));
+  p = at::vec::fmadd(p, r, Vec<float>(4.1665795894e-2f));
+  p = at::vec::fmadd(p, r, Vec<float>(1.6666665459e-1f));
+  p = at::vec::fmadd(p, r, Vec<float>(5.0000001201e-1f));
+  p = at::vec::fmadd(p, r * r, r + Vec<float>(1.0f));
+  const Vec<int32_t> exponent = at::vec::cast<int32_t>(shifted) << Vec<int32_t>(23);
+  const Vec<float> result = at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+  return Vec<float>::blendv(result, Vec<float>(0.0f), x < Vec<float>(-87.0f));
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  return x.exp();
+}
+
+template <typename T>
+inline T max_of(Vec<T> x) {
+  return at::vec::vec_reduce_all<T>([](Vec<T>& a, Vec<T>& b) { return at::vec::maximum(a, b); }, x);
+}
+
+template <typename T>
+inline T sum_of(Vec<T> x) {
+  return at::vec::vec_reduce_all<T>([](Vec<T>& a, Vec<T>& b) { return a + b; }, x);
+}
+
+// f(i, count) for consecutive vectors of a range of n values; the last may hold fewer.
+template <typename T, typename F>
+inline void for_each_vector(int64_t n, const F& f) {
+  for (int64_t i = 0; i < n; i += Vec<T>::size()) {
+    f(i, std::min<int64_t>(Vec<T>::size(), n - i));
+  }
+}
+
+// Register tile of the product: kRegisterRows x kRegisterVectors accumulators, with one vector for a broadcast of a and
+// kRegisterVectors for b, fit the 32 vector registers of AVX-512 and the 16 of AVX2 and NEON.
+constexpr int kRegisterRows = 6;
+#ifdef CPU_CAPABILITY_AVX512
+constexpr int kRegisterVectors = 4;
+#else
+constexpr int kRegisterVectors = 2;
+#endif
+template <typename T>
+constexpr int64_t kPanel = kRegisterVectors * Vec<T>::size();
+
+// Depth of one pass over a panel of b, so that the panel stays in the first-level cache for all rows of a tile.
+constexpr int64_t kDepth = 256;
+
+template <typename T, int Rows>
+inline void multiply_rows(int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, bool accumulate) {
+  Vec<T> sum[Rows][kRegisterVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kRegisterVectors; ++v) {
+      sum[i][v] = Vec<T>(T(0));
+    }
+  }
+  for (int64_t l = 0; l < k; ++l) {
+    Vec<T> row_of_b[kRegisterVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kRegisterVectors; ++v) {
+      row_of_b[v] = Vec<T>::loadu(b + l * kPanel<T> + v * Vec<T>::size());
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      const Vec<T> broadcast(a[i * lda + l]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kRegisterVectors; ++v) {
+        sum[i][v] = at::vec::fmadd(broadcast, row_of_b[v], sum[i][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kRegisterVectors; ++v) {
+      T* target = c + i * ldc + v * Vec<T>::size();
+      (accumulate ? Vec<T>::loadu(target) + sum[i][v] : sum[i][v]).store(target);
+    }
+  }
+}
+
+template <typename T>
+void multiply(int64_t m, int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, bool accumulate) {
+  for (int64_t begin = 0; begin < k; begin += kDepth) {
+    const int64_t depth = std::min(kDepth, k - begin);
+    const T* b_part = b + begin * kPanel<T>;
+    const bool add = accumulate || begin > 0;
+    int64_t i = 0;
+    for (; i + kRegisterRows <= m; i += kRegisterRows) {
+      multiply_rows<T, kRegisterRows>(depth, a + i * lda + begin, lda, b_part, c + i * ldc, ldc, add);
+    }
+    const T* a_rest = a + i * lda + begin;
+    T* c_rest = c + i * ldc;
+    switch (m - i) {
+      case 5:
+        multiply_rows<T, 5>(depth, a_rest, lda, b_part, c_rest, ldc, add);
+        break;
+      case 4:
+        multiply_rows<T, 4>(depth, a_rest, lda, b_part, c_rest, ldc, add);
+        break;
+      case 3:
+        multiply_rows<T, 3>(depth, a_rest, lda, b_part, c_rest, ldc, add);
+        break;
+      case 2:
+        multiply_rows<T, 2>(depth, a_rest, lda, b_part, c_rest, ldc, add);
+        break;
+      case 1:
+        multiply_rows<T, 1>(depth, a_rest, lda, b_part, c_rest, ldc, add);
+        break;
+      default:
+        break;
+    }
+  }
+}
+
+template <typename T>
+void transpose(int64_t rows, int64_t cols, const T* source, int64_t ld_source, T* destination, int64_t ld) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t i = 0; i < rows; i += kBlock) {
+    for (int64_t j = 0; j < cols; j += kBlock) {
+      at::vec::transpose_mxn<T>(
+          source + j * ld_source + i,
+          ld_source,
+          destination + i * ld + j,
+          ld,
+          static_cast<int>(std::min(kBlock, cols - j)),
+          static_cast<int>(std::min(kBlock, rows - i)));
+    }
+  }
+}
+
+void round(int64_t n, const float* source, c10::BFloat16* destination) {
+  at::vec::convert(source, destination, n);
+}
+
+template <typename T>
+void logits(const Tile<T>& tile) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const Vec<T> row_scale(tile.row_scale[i]);
+    const Vec<T> row_bias(tile.row_bias[i]);
+    const T* dots = tile.dots + i * kTile;
+    T* logits = tile.logits + i * kTile;
+    for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+      const Vec<T> scale = row_scale * Vec<T>::loadu(tile.col_scale + j);
+      const Vec<T> bias = row_bias + Vec<T>::loadu(tile.col_bias + j);
+      at::vec::fmadd(Vec<T>::loadu(dots + j), scale, bias).store(logits + j);
+    }
+  }
+}
+
+template <typename T>
+void mask_ids(const Tile<T>& tile, const int64_t* row_ids, const int64_t* col_ids, bool restrict) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const int64_t id = row_ids[i];
+    T* logits = tile.logits + i * kTile;
+    for (int64_t j = 0; j < kTile; ++j) {
+      logits[j] = ((id == col_ids[j]) != restrict) ? -kInfinity<T> : logits[j];
+    }
+  }
+}
+
+// The shift of a set with maximum m: an empty set (m = -inf) is shifted by 0, as (-inf) - (-inf) would be NaN.
+template <typename T>
+inline T shift_of(T max) {
+  return max == -kInfinity<T> ? T(0) : max;
+}
+
+template <typename T>
+inline Vec<T> shift_of(Vec<T> max) {
+  return Vec<T>::blendv(max, Vec<T>(T(0)), max == Vec<T>(-kInfinity<T>));
+}
+
+template <typename T>
+void sum_rows(const Tile<T>& tile, MaxSum<T> rows) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const Vec<T> shift(shift_of(rows.max[i]));
+    Vec<T> sum(T(0));
+    for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+      sum = sum + exp(Vec<T>::loadu(tile.logits + i * kTile + j) - shift);
+    }
+    rows.sum[i] = sum_of(sum);
+  }
+}
+
+template <typename T>
+void sum_cols(const Tile<T>& tile, MaxSum<T> cols) {
+  for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+    const Vec<T> shift = shift_of(Vec<T>::loadu(cols.max + j));
+    Vec<T> sum(T(0));
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      sum = sum + exp(Vec<T>::loadu(tile.logits + i * kTile + j) - shift);
+    }
+    sum.store(cols.sum + j);
+  }
+}
+
+// The range within which one shift serves all rows and columns of a tile: with a set's maximum at most this far below
+// the shift, its terms down to 2^-24 of the largest stay above the smallest normal number.
+template <typename T>
+constexpr T kSharedShift = T(40);
+
+// Both directions from one exponential per pair: sums relative to the maximum of the tile, then rescaled to the
+// maximum of each row and column. Returns false, with nothing done, where the maxima are too far apart.
+template <typename T>
+bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
+  T lowest = kInfinity<T>;
+  T highest = -kInfinity<T>;
+  const auto extend = [&](T max) {
+    highest = std::max(highest, max);
+    lowest = max == -kInfinity<T> ? lowest : std::min(lowest, max);
+  };
+  std::for_each(rows.max, rows.max + tile.rows, extend);
+  std::for_each(cols.max, cols.max + kTile, extend);
+  // written so that NaN and an infinite maximum go the other road
+  if (!(highest - lowest <= kSharedShift<T>)) {
+    return false;
+  }
+  const Vec<T> shift(highest);
+  std::fill_n(cols.sum, kTile, T(0));
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    Vec<T> sum(T(0));
+    for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+      const Vec<T> term = exp(Vec<T>::loadu(tile.logits + i * kTile + j) - shift);
+      sum = sum + term;
+      (Vec<T>::loadu(cols.sum + j) + term).store(cols.sum + j);
+    }
+    rows.sum[i] = sum_of(sum);
+  }
+  const auto rescale = [&](int64_t n, MaxSum<T> set) {
+    for_each_vector<T>(n, [&](int64_t i, int64_t count) {
+      const Vec<T> max = Vec<T>::loadu(set.max + i, count);
+      const Vec<T> sum = Vec<T>::loadu(set.sum + i, count) * exp(shift - max);
+      // an empty set is infinitely far below the shift
+      Vec<T>::blendv(sum, Vec<T>(T(0)), max == Vec<T>(-kInfinity<T>)).store(set.sum + i, count);
+    });
+  };
+  rescale(tile.rows, rows);
+  rescale(kTile, cols);
+  return true;
+}
+
+template <typename T>
+void reduce(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
+  if (cols.max != nullptr) {
+    std::fill_n(cols.max, kTile, -kInfinity<T>);
+  }
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    Vec<T> row_max(-kInfinity<T>);
+    for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+      const Vec<T> logit = Vec<T>::loadu(tile.logits + i * kTile + j);
+      row_max = at::vec::maximum(row_max, logit);
+      if (cols.max != nullptr) {
+        at::vec::maximum(Vec<T>::loadu(cols.max + j), logit).store(cols.max + j);
+      }
+    }
+    if (rows.max != nullptr) {
+      rows.max[i] = max_of(row_max);
+    }
+  }
+  if (rows.max != nullptr && cols.max != nullptr && sum_both(tile, rows, cols)) {
+    return;
+  }
+  if (rows.max != nullptr) {
+    sum_rows(tile, rows);
+  }
+  if (cols.max != nullptr) {
+    sum_cols(tile, cols);
+  }
+}
+
+template <typename T>
+void fold(int64_t n, MaxSum<T> running, MaxSum<T> part) {
+  for_each_vector<T>(n, [&](int64_t i, int64_t count) {
+    const Vec<T> old_max = Vec<T>::loadu(running.max + i, count);
+    const Vec<T> part_max = Vec<T>::loadu(part.max + i, count);
+    const Vec<T> max = at::vec::maximum(old_max, part_max);
+    const Vec<T> shift = shift_of(max);
+    const Vec<T> old_sum = Vec<T>::loadu(running.sum + i, count) * exp(old_max - shift);
+    const Vec<T> sum = at::vec::fmadd(Vec<T>::loadu(part.sum + i, count), exp(part_max - shift), old_sum);
+    max.store(running.max + i, count);
+    sum.store(running.sum + i, count);
+  });
+}
+
+// The loop of `coefficients`; pair(i, j, logit) is the vector of pair coefficients.
+template <bool Sums, typename T, typename Pair>
+inline void coefficients_loop(
+    const Tile<T>& tile, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums, const Pair& pair) {
+  if constexpr (Sums) {
+    std::fill_n(col_sums.scale, kTile, T(0));
+    std::fill_n(col_sums.bias, kTile, T(0));
+  }
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const Vec<T> row_scale(tile.row_scale[i]);
+    const T* dots = tile.dots + i * kTile;
+    T* logits = tile.logits + i * kTile;
+    Vec<T> scale_sum(T(0));
+    Vec<T> bias_sum(T(0));
+    for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+      const Vec<T> coefficient = pair(i, j, Vec<T>::loadu(logits + j));
+      const Vec<T> col_scale = Vec<T>::loadu(tile.col_scale + j);
+      if constexpr (Sums) {
+        const Vec<T> with_dot = coefficient * Vec<T>::loadu(dots + j);
+        scale_sum = at::vec::fmadd(with_dot, col_scale, scale_sum);
+        bias_sum = bias_sum + coefficient;
+        at::vec::fmadd(with_dot, row_scale, Vec<T>::loadu(col_sums.scale + j)).store(col_sums.scale + j);
+        (Vec<T>::loadu(col_sums.bias + j) + coefficient).store(col_sums.bias + j);
+      }
+      (coefficient * (row_scale * col_scale)).store(logits + j);
+    }
+    if constexpr (Sums) {
+      row_sums.scale[i] = sum_of(scale_sum);
+      row_sums.bias[i] = sum_of(bias_sum);
+    }
+  }
+}
+
+template <bool Sums, typename T>
+void coefficients_of(
+    const Tile<T>& tile, Direction<T> rows, Direction<T> cols, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums) {
+  const auto row_term = [&](int64_t i, Vec<T> logit) {
+    return Vec<T>(rows.grad_lse[i]) * exp(logit - Vec<T>(rows.lse[i]));
+  };
+  const auto col_term = [&](int64_t j, Vec<T> logit) {
+    return Vec<T>::loadu(cols.grad_lse + j) * exp(logit - Vec<T>::loadu(cols.lse + j));
+  };
+  if (cols.lse == nullptr) {
+    coefficients_loop<Sums>(
+        tile, row_sums, col_sums, [&](int64_t i, int64_t, Vec<T> logit) { return row_term(i, logit); });
+    return;
+  }
+  if (rows.lse == nullptr) {
+    coefficients_loop<Sums>(
+        tile, row_sums, col_sums, [&](int64_t, int64_t j, Vec<T> logit) { return col_term(j, logit); });
+    return;
+  }
+
+  // One exponential per pair: e^(s - c) (u_i e^(c - row_lse_i) + v_j e^(c - col_lse_j)) with c the largest of the
+  // log-sum-exps, where they lie close enough together that no factor overflows and no term that counts underflows.
+  T lowest = kInfinity<T>;
+  T highest = -kInfinity<T>;
+  const auto extend = [&](T lse) {
+    lowest = std::min(lowest, lse);
+    highest = lse == kInfinity<T> ? highest : std::max(highest, lse);
+  };
+  std::for_each(rows.lse, rows.lse + tile.rows, extend);
+  std::for_each(cols.lse, cols.lse + kTile, extend);
+  if (highest - lowest <= kSharedShift<T>) {
+    alignas(64) T row_factor[kTile];
+    alignas(64) T col_factor[kTile];
+    const Vec<T> shift(shift_of(highest));
+    const auto factors = [&](int64_t n, Direction<T> direction, T* factor) {
+      for_each_vector<T>(n, [&](int64_t i, int64_t count) {
+        const Vec<T> lse = Vec<T>::loadu(direction.lse + i, count);
+        (Vec<T>::loadu(direction.grad_lse + i, count) * exp(shift - lse)).store(factor + i, count);
+      });
+    };
+    factors(tile.rows, rows, row_factor);
+    factors(kTile, cols, col_factor);
+    coefficients_loop<Sums>(tile, row_sums, col_sums, [&](int64_t i, int64_t j, Vec<T> logit) {
+      return exp(logit - shift) * (Vec<T>(row_factor[i]) + Vec<T>::loadu(col_factor + j));
+    });
+    return;
+  }
+  coefficients_loop<Sums>(tile, row_sums, col_sums, [&](int64_t i, int64_t j, Vec<T> logit) {
+    return row_term(i, logit) + col_term(j, logit);
+  });
+}
+
+template <typename T>
+void coefficients(
+    const Tile<T>& tile, Direction<T> rows, Direction<T> cols, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums) {
+  if (row_sums.scale != nullptr) {
+    coefficients_of<true>(tile, rows, cols, row_sums, col_sums);
+  } else {
+    coefficients_of<false>(tile, rows, cols, row_sums, col_sums);
+  }
+}
+
+template <typename T>
+constexpr auto rounding() -> decltype(TileKernels<T>::round) {
+  if constexpr (std::is_same_v<T, float>) {
+    return round;
+  } else {
+    return nullptr;
+  }
+}
+
+#define CONTRASTIVE_OPS_STRING_(x) #x
+#define CONTRASTIVE_OPS_STRING(x) CONTRASTIVE_OPS_STRING_(x)
+
+template <typename T>
+constexpr TileKernels<T> kKernels = {
+    CONTRASTIVE_OPS_STRING(CPU_CAPABILITY),
+    kPanel<T>,
+    multiply<T>,
+    transpose<T>,
+    rounding<T>(),
+    logits<T>,
+    mask_ids<T>,
+    reduce<T>,
+    fold<T>,
+    coefficients<T>,
+};
+
+}  // namespace
+
+extern const TileKernels<float> float_kernels = kKernels<float>;
+extern const TileKernels<double> double_kernels = kKernels<double>;
+
+}  // namespace CPU_CAPABILITY
+}  // namespace contrastive_ops

@@ -1,0 +1,129 @@
+// The Python module contrastive_ops._C: registers the operators of the CPU engine, and describes the build.
+
+#include "cpu/products.h"
+#include "cpu/similarity_logsumexp.h"
+
+#include <ATen/Version.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace contrastive_ops {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+SimilarityOptions options_of(
+    const Tensor& x,
+    const OptionalTensor& y,
+    const OptionalTensor& row_scale,
+    const OptionalTensor& col_scale,
+    const OptionalTensor& row_bias,
+    const OptionalTensor& col_bias,
+    const OptionalTensor& exclude,
+    const OptionalTensor& row_ids,
+    const OptionalTensor& col_ids,
+    bool restrict_to_ids,
+    bool rows,
+    bool cols) {
+  return {x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& x,
+    const OptionalTensor& y,
+    const OptionalTensor& row_scale,
+    const OptionalTensor& col_scale,
+    const OptionalTensor& row_bias,
+    const OptionalTensor& col_bias,
+    const OptionalTensor& exclude,
+    const OptionalTensor& row_ids,
+    const OptionalTensor& col_ids,
+    bool restrict_to_ids,
+    bool rows,
+    bool cols) {
+  const SimilarityStatistics result = similarity_logsumexp(options_of(
+      x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols));
+  return {result.row_lse, result.col_lse, result.row_max, result.col_max};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_row_lse,
+    const Tensor& grad_col_lse,
+    const Tensor& row_lse,
+    const Tensor& col_lse,
+    const Tensor& x,
+    const OptionalTensor& y,
+    const OptionalTensor& row_scale,
+    const OptionalTensor& col_scale,
+    const OptionalTensor& row_bias,
+    const OptionalTensor& col_bias,
+    const OptionalTensor& exclude,
+    const OptionalTensor& row_ids,
+    const OptionalTensor& col_ids,
+    bool restrict_to_ids,
+    bool rows,
+    bool cols,
+    std::array<bool, 6> needs) {
+  const SimilarityGradients grad = similarity_logsumexp_backward(
+      options_of(
+          x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
+      {row_lse, col_lse, {}, {}},
+      {grad_row_lse, grad_col_lse, {}, {}},
+      {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5]});
+  return {grad.x, grad.y, grad.row_scale, grad.col_scale, grad.row_bias, grad.col_bias};
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names{DEFAULT::float_kernels.instruction_set};
+#ifdef CONTRASTIVE_OPS_X86
+  names.emplace_back(AVX2::float_kernels.instruction_set);
+  names.emplace_back(AVX512::float_kernels.instruction_set);
+#endif
+  return names;
+}
+
+TORCH_LIBRARY(contrastive_ops_cpu, library) {
+  const std::string options =
+      "Tensor x, Tensor? y, Tensor? row_scale, Tensor? col_scale, Tensor? row_bias, Tensor? col_bias, "
+      "Tensor? exclude, Tensor? row_ids, Tensor? col_ids, bool restrict, bool rows, bool cols";
+  const std::string forward_schema = "similarity_logsumexp(" + options + ") -> (Tensor, Tensor, Tensor, Tensor)";
+  const std::string backward_schema =
+      "similarity_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor row_lse, Tensor col_lse, " +
+      options + ", bool[6] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+  library.def(forward_schema.c_str());
+  library.def(backward_schema.c_str());
+}
+
+TORCH_LIBRARY_IMPL(contrastive_ops_cpu, CPU, library) {
+  library.impl("similarity_logsumexp", forward);
+  library.impl("similarity_logsumexp_backward", backward);
+}
+
+}  // namespace
+}  // namespace contrastive_ops
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  namespace py = pybind11;
+  using namespace contrastive_ops;
+  module.doc() = "The C++ engine of contrastive_ops: what was built, and what of it this processor runs.";
+  module.attr("torch_version") = TORCH_VERSION;
+  module.attr("compiler") = CONTRASTIVE_OPS_COMPILER;
+  module.attr("instruction_sets") = instruction_sets();
+  module.def("instruction_set", [] { return tile_kernels<float>().instruction_set; });
+  module.def("bfloat16_matrix_unit", [] { return MatrixUnitProducts::available(); });
+  module.def(
+      "tile_product_rate",
+      &tile_product_rate,
+      py::arg("x"),
+      py::arg("y"),
+      py::arg("seconds"),
+      py::call_guard<py::gil_scoped_release>(),
+      "FLOP/s of the tile products of x [N, D] and y [M, D] alone, on all threads, measured over `seconds`.");
+}
