@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -166,3 +167,15 @@ def target_range(target: Tensor, keys: int) -> None:
 def positive(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be a positive float, got {value!r}; pass a value such as 0.5.")
+
+
+def no_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """An op without a forward-mode rule would drop the tangents silently."""
+    if torch.compiler.is_compiling():
+        return
+    for value in tensors:
+        if value is not None and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                f"{op} has no forward-mode derivative, got a dual tensor (torch.func.jvp, forward_ad); "
+                'use reverse mode, or backend="reference".'
+            )

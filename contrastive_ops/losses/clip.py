@@ -117,7 +117,9 @@ def clip_loss(
             terms.uniform_similarity(x, y, x_scale, y_scale, similarity, diagonal, ids, ids)
             for (x, x_scale), (y, y_scale) in ((image, text), (text, image))
         )
-        per_pair = per_pair + label_smoothing * scale * (similarity - uniform / 2)
+        # without negatives the positive is the mean: exactly 0, where the difference of two roundings is not
+        spread = torch.where(negatives.row_lse > -torch.inf, similarity - uniform / 2, 0.0)
+        per_pair = per_pair + label_smoothing * scale * spread
     loss = terms.reduce(per_pair, reduction, sample_weight)
     if not return_stats:
         return loss

@@ -124,7 +124,9 @@ def info_nce(
         uniform = terms.uniform_similarity(
             query, key, query_scale, key_scale, positive, target, query_ids, key_ids
         )
-        per_row = per_row + label_smoothing * logit_scale * (positive - uniform)
+        # without negatives the positive is the mean: exactly 0, where the difference of two roundings is not
+        spread = torch.where(negatives.row_lse > -torch.inf, positive - uniform, 0.0)
+        per_row = per_row + label_smoothing * logit_scale * spread
     loss = terms.reduce(per_row, reduction, sample_weight)
     if not return_stats:
         return loss

@@ -39,7 +39,7 @@ def _anchors(
     z = torch.cat([z1, z2])
     norm_scale = terms.inverse_norm(z) if normalize else None
     n = z1.shape[0]
-    halves = (None, None) if norm_scale is None else norm_scale.split(n)
+    halves = (None, None) if norm_scale is None else (norm_scale[:n], norm_scale[n:])
     similarity = terms.pair_similarity(z1, z2, *halves).repeat(2)
     # both sides of the symmetric product carry the root of the logit scale
     root = logit_scale**0.5

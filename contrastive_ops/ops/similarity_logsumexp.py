@@ -136,6 +136,7 @@ def similarity_logsumexp(
     if chosen == "reference":  # dense PyTorch, autograd sees through it
         row_lse, col_lse, row_max, col_max = reference.similarity_logsumexp(*arguments)
     else:
+        checks.no_forward_mode("similarity_logsumexp", x, y, *vectors)
         row_lse, col_lse, row_max, col_max = torch.ops.contrastive_ops.similarity_logsumexp(*arguments, chosen)
     return SimilarityLSE(row_lse, col_lse, row_max.detach(), col_max.detach())
 
@@ -180,13 +181,20 @@ torch.library.define(
 @torch.library.impl("contrastive_ops::similarity_logsumexp", "CompositeExplicitAutograd")
 def _forward(x: Tensor, *options: Any) -> tuple[Tensor, ...]:
     *options, backend = options
-    return backends.module(backend).similarity_logsumexp_forward(x, *options)
+    with _as_given(x):
+        return backends.module(backend).similarity_logsumexp_forward(x, *options)
 
 
 @torch.library.impl("contrastive_ops::similarity_logsumexp_backward", "CompositeExplicitAutograd")
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     *arguments, backend = arguments
-    return backends.module(backend).similarity_logsumexp_backward(*arguments)
+    with _as_given(arguments[0]):
+        return backends.module(backend).similarity_logsumexp_backward(*arguments)
+
+
+def _as_given(x: Tensor) -> torch.autocast:
+    """Inside a kernel autocast is off: it would round the products of a backend that multiplies in PyTorch."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp")

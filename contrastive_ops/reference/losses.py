@@ -11,7 +11,10 @@ from torch.nn import functional as F
 
 
 def _unit(x: Tensor, normalize: bool) -> Tensor:
-    return F.normalize(x, dim=-1, eps=0.0 if x.dtype == torch.float64 else 1e-12) if normalize else x
+    if not normalize:
+        return x
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, torch.inf)  # a zero row stays zero, with zero gradient
 
 
 def _reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:

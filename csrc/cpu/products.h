@@ -61,18 +61,21 @@ class VectorProducts {
     }
   }
 
-  void multiply(int64_t m, int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, bool accumulate) const {
-    kernels_.multiply(m, k, a, lda, b, c, ldc, accumulate);
+  void multiply(
+      int64_t m, int64_t k, const T* a, int64_t lda, int64_t a_block, const T* b, T* c, int64_t ldc, bool accumulate)
+      const {
+    kernels_.multiply(m, k, a, lda, a_block, b, c, ldc, accumulate);
   }
 
-  void store_coefficients(int64_t rows, const T* tile, T* destination, int64_t ld) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      std::copy_n(tile + i * kTile, kTile, destination + i * ld);
-    }
+  // Where the tile of coefficients is computed: in its place in the workspace.
+  T* coefficients_place(T*, T* stored) const {
+    return stored;
   }
 
-  void store_transposed(int64_t rows, T* tile, T*, T* destination, int64_t ld) const {
-    kernels_.transpose(kTile, rows, tile, kTile, destination, ld);
+  void store_coefficients(int64_t, const T*, T*) const {}
+
+  void store_transposed(int64_t rows, T* tile, T*, T* stored) const {
+    kernels_.transpose(kTile, rows, tile, kTile, stored, kTile);
   }
 
   void release() const {}
@@ -138,23 +141,44 @@ class MatrixUnitProducts {
   }
 
   void multiply(
-      int64_t m, int64_t k, const Operand* a, int64_t lda, const Operand* b, float* c, int64_t ldc, bool accumulate)
-      const {
-    at::native::cpublas::brgemm(m, panel(), depth(k), lda, panel(), ldc, accumulate, a, b, c, /*is_vnni=*/true);
-  }
-
-  void store_coefficients(int64_t rows, const float* tile, Operand* destination, int64_t ld) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      kernels_.round(kTile, tile + i * kTile, destination + i * ld);
+      int64_t m,
+      int64_t k,
+      const Operand* a,
+      int64_t lda,
+      int64_t a_block,
+      const Operand* b,
+      float* c,
+      int64_t ldc,
+      bool accumulate) const {
+    const int64_t step = a_block == kTile ? k : kTile;
+    for (int64_t l = 0; l < k; l += step) {
+      at::native::cpublas::brgemm(
+          m,
+          panel(),
+          depth(std::min(step, k - l)),
+          lda,
+          panel(),
+          ldc,
+          accumulate || l > 0,
+          a + l / kTile * a_block,
+          b + l * panel(),
+          c,
+          /*is_vnni=*/true);
     }
   }
 
-  void store_transposed(int64_t rows, float* tile, float* scratch, Operand* destination, int64_t ld) const {
+  float* coefficients_place(float* scratch, Operand*) const {
+    return scratch;
+  }
+
+  void store_coefficients(int64_t rows, const float* tile, Operand* stored) const {
+    kernels_.round(rows * kTile, tile, stored);
+  }
+
+  void store_transposed(int64_t rows, float* tile, float* scratch, Operand* stored) const {
     std::fill(tile + rows * kTile, tile + depth(rows) * kTile, 0.0f);
     kernels_.transpose(kTile, depth(rows), tile, kTile, scratch, kTile);
-    for (int64_t j = 0; j < kTile; ++j) {
-      kernels_.round(depth(rows), scratch + j * kTile, destination + j * ld);
-    }
+    kernels_.round(kTile * kTile, scratch, stored);
   }
 
   // The unit's configuration belongs to the thread and must not outlive the task.

@@ -1,6 +1,6 @@
 // similarity_logsumexp on the CPU: row and column log-sum-exps of s_ij = a_i b_j <x_i, y_j> + c_i + d_j, and gradients.
 //
-//   for each block of the plane, 2048 x 2048:
+//   for each block of the plane, 1024 x 1024:
 //     pack the rows of x and y                                              (bounded, whatever N and M are)
 //     for each tile of the block, 128 x 128, in parallel:
 //       dots = X Y^T;  s = logits of dots, -inf where a pair does not take part
@@ -33,9 +33,8 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kBlock = 2048;
-// Depth of one product with the workspace: the panel of the other operand stays in the second-level cache.
-constexpr int64_t kRun = 4 * kTile;
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kTileSize = kTile * kTile;
 
 // A range of rows or columns, cut into tiles.
 struct Range {
@@ -154,8 +153,8 @@ class Engine {
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
   struct Scratch {
-    alignas(64) T dots[kTile * kTile];
-    alignas(64) T logits[kTile * kTile];
+    alignas(64) T dots[kTileSize];
+    alignas(64) T logits[kTileSize];
   };
   static std::unique_ptr<Scratch> new_scratch() {
     return std::make_unique<Scratch>();
@@ -224,15 +223,15 @@ class Engine {
     const Operand* a = x.rows.template const_data_ptr<Operand>() + (rows.begin - block_rows.begin) * depth_;
     const Operand* b = y.depth_panels.template const_data_ptr<Operand>() + (cols.begin - block_cols.begin) * depth_;
     for (int64_t p = 0; p < kTile; p += panel) {
-      products_.multiply(rows.size(), depth_, a, depth_, b + p * depth_, dots + p, kTile, false);
+      products_.multiply(rows.size(), depth_, a, depth_, kTile, b + p * depth_, dots + p, kTile, false);
     }
   }
 
-  Tile<T> logits(Range rows, Range cols, Scratch& scratch) const {
+  Tile<T> logits(Range rows, Range cols, const T* dots, T* logits) const {
     const Tile<T> tile{
         rows.size(),
-        scratch.dots,
-        scratch.logits,
+        dots,
+        logits,
         at_offset(row_scale_, rows.begin),
         at_offset(col_scale_, cols.begin),
         at_offset(row_bias_, rows.begin),
@@ -242,13 +241,13 @@ class Engine {
       const int64_t* exclude = exclude_.const_data_ptr<int64_t>();
       for (const auto i : c10::irange(rows.begin, rows.end)) {
         if (exclude[i] >= cols.begin && exclude[i] < cols.end) {
-          scratch.logits[(i - rows.begin) * kTile + exclude[i] - cols.begin] = -kInfinity;
+          logits[(i - rows.begin) * kTile + exclude[i] - cols.begin] = -kInfinity;
         }
       }
       // in self-similarity either row of a pair may name the other
       for (int64_t j = cols.begin; mirrored_ && j < cols.end; ++j) {
         if (exclude[j] >= rows.begin && exclude[j] < rows.end) {
-          scratch.logits[(exclude[j] - rows.begin) * kTile + j - cols.begin] = -kInfinity;
+          logits[(exclude[j] - rows.begin) * kTile + j - cols.begin] = -kInfinity;
         }
       }
     }
@@ -330,7 +329,7 @@ SimilarityStatistics Engine<Products>::forward() {
           }
           multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch->dots);
           kernels.reduce(
-              logits(rows, cols, *scratch),
+              logits(rows, cols, scratch->dots, scratch->logits),
               rows_ ? partial(row_partials, tile) : none,
               to_cols && part[tile] == Part::both ? partial(col_partials, tile) : none);
         },
@@ -401,10 +400,10 @@ SimilarityGradients Engine<Products>::backward(
   const Tensor col_scale_sum = mirrored_ ? row_scale_sum : full<T>(sums ? m_ : 0, T(0));
   const Tensor col_bias_sum = mirrored_ ? row_bias_sum : full<T>(sums ? m_ : 0, T(0));
 
-  // strips of 128 rows of coefficients (of 128 columns, transposed); the padding keeps rows off one cache set
-  const int64_t ld_strip = round_up(std::min(kBlock, std::max(n_, m_)), kTile) + 32;
-  const Tensor row_strips = operands(to_x ? round_up(std::min(kBlock, n_), kTile) * ld_strip : 0);
-  const Tensor col_strips = operands(to_y ? round_up(std::min(kBlock, m_), kTile) * ld_strip : 0);
+  // the coefficients of a block, tile after tile, rows of tiles first; and their transposes, columns of tiles first
+  const int64_t workspace = round_up(std::min(kBlock, n_), kTile) * round_up(std::min(kBlock, m_), kTile);
+  const Tensor coefficients = operands(workspace);
+  const Tensor transposed = operands(to_y ? workspace : 0);
 
   for_each_block(to_y, to_x, [&](Range block_rows, Range block_cols, const Packed& x, const Packed& y) {
     const int64_t tile_rows = block_rows.tiles();
@@ -419,8 +418,8 @@ SimilarityGradients Engine<Products>::backward(
       T* scale = at_offset(partials, tile * 2 * kTile);
       return sums ? ScaleBiasSums<T>{scale, scale + kTile} : ScaleBiasSums<T>{nullptr, nullptr};
     };
-    Operand* row_strip = row_strips.template mutable_data_ptr<Operand>();
-    Operand* col_strip = col_strips.template mutable_data_ptr<Operand>();
+    Operand* row_strips = coefficients.template mutable_data_ptr<Operand>();
+    Operand* col_strips = transposed.template mutable_data_ptr<Operand>();
 
     for_each_task(
         tiles,
@@ -435,21 +434,22 @@ SimilarityGradients Engine<Products>::backward(
             return;
           }
           multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch->dots);
+          Operand* stored = row_strips + tile * kTileSize;
+          T* place = products_.coefficients_place(scratch->logits, stored);
           kernels.coefficients(
-              logits(rows, cols, *scratch),
+              logits(rows, cols, scratch->dots, place),
               direction(of_rows, rows.begin),
               direction(of_cols, cols.begin),
               partial(row_partials, tile),
               partial(col_partials, tile));
           if (to_x) {
-            products_.store_coefficients(
-                rows.size(), scratch->logits, row_strip + r * kTile * ld_strip + c * kTile, ld_strip);
+            products_.store_coefficients(rows.size(), place, stored);
           }
-          // within a diagonal block the mirror image of a tile belongs to the same workspace
           if (to_y && part[tile] == Part::both) {
-            Operand* strip = diagonal ? row_strip : col_strip;
-            products_.store_transposed(
-                rows.size(), scratch->logits, scratch->dots, strip + c * kTile * ld_strip + r * kTile, ld_strip);
+            // within a diagonal block the mirror image of a tile belongs to the same workspace
+            Operand* mirror =
+                diagonal ? row_strips + (c * tile_cols + r) * kTileSize : col_strips + (c * tile_rows + r) * kTileSize;
+            products_.store_transposed(rows.size(), place, scratch->dots, mirror);
           }
         },
         [&] { products_.release(); });
@@ -457,7 +457,7 @@ SimilarityGradients Engine<Products>::backward(
     const auto present = [&](int64_t r, int64_t c) {
       return part[r * tile_cols + c] != Part::nothing || (diagonal && part[c * tile_cols + r] == Part::both);
     };
-    // One strip of 128 gradients: strip[128, depth] times the feature panels, over runs of tiles that are present.
+    // 128 rows of a gradient: their strip of coefficient tiles times the feature panels, over runs of present tiles
     const auto multiply_strip = [&](Range range,
                                     const Operand* strip,
                                     Range depth_range,
@@ -465,45 +465,41 @@ SimilarityGradients Engine<Products>::backward(
                                     const Packed& other,
                                     const Tensor& grad) {
       const int64_t depth_tiles = depth_range.tiles();
-      const int64_t depth_padded = products_.depth(depth_range.size());
+      const int64_t panel_size = products_.depth(depth_range.size()) * panel;
       const Operand* panels = other.feature_panels.template const_data_ptr<Operand>();
       T* target = grad.template mutable_data_ptr<T>() + range.begin * padded_features;
-      for (int64_t begin = 0; begin < depth_tiles;) {
-        int64_t end = begin;
-        while (end < depth_tiles && (end - begin) * kTile < kRun && is_present(end)) {
+      for (int64_t begin = 0, end = 0; begin < depth_tiles; begin = end + 1) {
+        end = begin;
+        while (end < depth_tiles && is_present(end)) {
           ++end;
-        }
-        if (end == begin) {
-          ++begin;
-          continue;
         }
         const int64_t first = begin * kTile;
         const int64_t depth = std::min(end * kTile, depth_range.size()) - first;
-        for (const auto p : c10::irange(feature_panels())) {
+        for (int64_t p = 0; depth > 0 && p < feature_panels(); ++p) {
           products_.multiply(
               range.size(),
               depth,
-              strip + first,
-              ld_strip,
-              panels + p * depth_padded * panel + first * panel,
+              strip + begin * kTileSize,
+              kTile,
+              kTileSize,
+              panels + p * panel_size + first * panel,
               target + p * panel,
               padded_features,
               true);
         }
-        begin = end;
       }
     };
     const int64_t x_tasks = to_x ? tile_rows : 0;
     const int64_t y_tasks = to_y && !diagonal ? tile_cols : 0;
     for_each_task(
         x_tasks + y_tasks,
-        [] { return 0; },
-        [&](int64_t task, int) {
+        [] { return nullptr; },
+        [&](int64_t task, std::nullptr_t) {
           if (task < x_tasks) {
             const int64_t r = task;
             multiply_strip(
                 block_rows.tile(r),
-                row_strip + r * kTile * ld_strip,
+                row_strips + r * tile_cols * kTileSize,
                 block_cols,
                 [&](int64_t c) { return present(r, c); },
                 y,
@@ -512,7 +508,7 @@ SimilarityGradients Engine<Products>::backward(
             const int64_t c = task - x_tasks;
             multiply_strip(
                 block_cols.tile(c),
-                col_strip + c * kTile * ld_strip,
+                col_strips + c * tile_rows * kTileSize,
                 block_rows,
                 [&](int64_t r) { return present(r, c); },
                 x,

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 namespace contrastive_ops {
@@ -29,7 +30,7 @@ void for_each_task(int64_t count, const MakeState& make_state, const Work& work,
 
 template <typename Work>
 void for_each_task(int64_t count, const Work& work) {
-  for_each_task(count, [] { return 0; }, [&](int64_t task, int) { work(task); }, [] {});
+  for_each_task(count, [] { return nullptr; }, [&](int64_t task, std::nullptr_t) { work(task); }, [] {});
 }
 
 }  // namespace contrastive_ops

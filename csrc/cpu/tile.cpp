@@ -8,6 +8,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <type_traits>
 
@@ -75,10 +76,11 @@ template <typename T>
 constexpr int64_t kPanel = kRegisterVectors * Vec<T>::size();
 
 // Depth of one pass over a panel of b, so that the panel stays in the first-level cache for all rows of a tile.
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 2 * kTile;
 
 template <typename T, int Rows>
-inline void multiply_rows(int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, bool accumulate) {
+inline void multiply_rows(
+    int64_t k, const T* a, int64_t lda, int64_t a_block, const T* b, T* c, int64_t ldc, bool accumulate) {
   Vec<T> sum[Rows][kRegisterVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
@@ -87,18 +89,20 @@ inline void multiply_rows(int64_t k, const T* a, int64_t lda, const T* b, T* c, 
       sum[i][v] = Vec<T>(T(0));
     }
   }
-  for (int64_t l = 0; l < k; ++l) {
-    Vec<T> row_of_b[kRegisterVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kRegisterVectors; ++v) {
-      row_of_b[v] = Vec<T>::loadu(b + l * kPanel<T> + v * Vec<T>::size());
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      const Vec<T> broadcast(a[i * lda + l]);
+  for (; k > 0; k -= kTile, a += a_block) {
+    for (int64_t l = 0; l < std::min(k, kTile); ++l, b += kPanel<T>) {
+      Vec<T> row_of_b[kRegisterVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kRegisterVectors; ++v) {
-        sum[i][v] = at::vec::fmadd(broadcast, row_of_b[v], sum[i][v]);
+        row_of_b[v] = Vec<T>::loadu(b + v * Vec<T>::size());
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i) {
+        const Vec<T> broadcast(a[i * lda + l]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kRegisterVectors; ++v) {
+          sum[i][v] = at::vec::fmadd(broadcast, row_of_b[v], sum[i][v]);
+        }
       }
     }
   }
@@ -113,35 +117,22 @@ inline void multiply_rows(int64_t k, const T* a, int64_t lda, const T* b, T* c, 
 }
 
 template <typename T>
-void multiply(int64_t m, int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, bool accumulate) {
+void multiply(
+    int64_t m, int64_t k, const T* a, int64_t lda, int64_t a_block, const T* b, T* c, int64_t ldc, bool accumulate) {
+  // what is left of the rows after the full register tiles
+  constexpr auto rest = std::array{
+      multiply_rows<T, 1>, multiply_rows<T, 2>, multiply_rows<T, 3>, multiply_rows<T, 4>, multiply_rows<T, 5>};
   for (int64_t begin = 0; begin < k; begin += kDepth) {
     const int64_t depth = std::min(kDepth, k - begin);
+    const T* a_part = a + begin / kTile * a_block;
     const T* b_part = b + begin * kPanel<T>;
     const bool add = accumulate || begin > 0;
     int64_t i = 0;
     for (; i + kRegisterRows <= m; i += kRegisterRows) {
-      multiply_rows<T, kRegisterRows>(depth, a + i * lda + begin, lda, b_part, c + i * ldc, ldc, add);
+      multiply_rows<T, kRegisterRows>(depth, a_part + i * lda, lda, a_block, b_part, c + i * ldc, ldc, add);
     }
-    const T* a_rest = a + i * lda + begin;
-    T* c_rest = c + i * ldc;
-    switch (m - i) {
-      case 5:
-        multiply_rows<T, 5>(depth, a_rest, lda, b_part, c_rest, ldc, add);
-        break;
-      case 4:
-        multiply_rows<T, 4>(depth, a_rest, lda, b_part, c_rest, ldc, add);
-        break;
-      case 3:
-        multiply_rows<T, 3>(depth, a_rest, lda, b_part, c_rest, ldc, add);
-        break;
-      case 2:
-        multiply_rows<T, 2>(depth, a_rest, lda, b_part, c_rest, ldc, add);
-        break;
-      case 1:
-        multiply_rows<T, 1>(depth, a_rest, lda, b_part, c_rest, ldc, add);
-        break;
-      default:
-        break;
+    if (i < m) {
+      rest[m - i - 1](depth, a_part + i * lda, lda, a_block, b_part, c + i * ldc, ldc, add);
     }
   }
 }

@@ -54,8 +54,11 @@ struct TileKernels {
   // Columns of a packed panel: what a register tile of `multiply` covers.
   int64_t panel;
 
-  // c[m, panel] = (accumulate ? c : 0) + a[m, k] b[k, panel]
-  void (*multiply)(int64_t m, int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, bool accumulate);
+  // c[m, panel] = (accumulate ? c : 0) + a[m, k] b[k, panel], where a(i, l) is at
+  // a[(l / 128) * a_block + i * lda + l % 128]: rows of tiles (lda = 128, a_block = 128 * 128), or plain rows (a_block
+  // = 128)
+  void (*multiply)(
+      int64_t m, int64_t k, const T* a, int64_t lda, int64_t a_block, const T* b, T* c, int64_t ldc, bool accumulate);
 
   // destination[rows, cols] = source[cols, rows]^T
   void (*transpose)(int64_t rows, int64_t cols, const T* source, int64_t ld_source, T* destination, int64_t ld);
