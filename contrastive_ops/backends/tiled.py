@@ -113,8 +113,8 @@ def similarity_logsumexp_backward(
     col_lse = torch.where(col_lse == -torch.inf, torch.inf, col_lse)
     x, y = tiles.x, tiles.y
     nothing = tiles.full(0, 0.0)
-    grad_x = torch.zeros_like(x, dtype=tiles.dtype) if need_x else nothing.clone()
-    grad_y = torch.zeros_like(y, dtype=tiles.dtype) if need_y else nothing.clone()
+    grad_x = x.new_zeros(x.shape, dtype=tiles.dtype) if need_x else nothing.clone()
+    grad_y = y.new_zeros(y.shape, dtype=tiles.dtype) if need_y else nothing.clone()
     vectors = [
         tiles.full(size, 0.0) if need else nothing.clone()
         for size, need in zip((tiles.n, tiles.m, tiles.n, tiles.m), needs[2:], strict=True)

@@ -36,7 +36,8 @@ def _anchors(
     checks.same_shape("z2", z2, "z1", z1)
     checks.temperature("temperature", temperature, z1.device)
     logit_scale = terms.inverse(temperature, z1)
-    z = torch.cat([z1, z2])
+    with torch.autocast(z1.device.type, enabled=False):  # its rule for cat fails on float16 tensors on CPU
+        z = torch.cat([z1, z2])
     norm_scale = terms.inverse_norm(z) if normalize else None
     n = z1.shape[0]
     halves = (None, None) if norm_scale is None else (norm_scale[:n], norm_scale[n:])

@@ -128,14 +128,13 @@ class MatrixUnitProducts {
   }
 
   void pack_feature_panel(int64_t depth, int64_t cols, const Operand* rows, int64_t ld, Operand* panel) const {
-    const Operand zero(0.0f);
-    for (int64_t l = 0; l < depth; l += 2) {
-      const Operand* even = rows + l * ld;
-      const Operand* odd = even + ld;
-      Operand* target = panel + l * this->panel();
-      for (int64_t j = 0; j < this->panel(); ++j) {
-        target[2 * j] = j < cols ? even[j] : zero;
-        target[2 * j + 1] = j < cols && l + 1 < depth ? odd[j] : zero;
+    if (cols < this->panel() || depth % 2 != 0) {
+      std::fill_n(panel, this->depth(depth) * this->panel(), Operand(0.0f));
+    }
+    for (int64_t l = 0; l < depth; ++l) {
+      Operand* target = panel + l / 2 * 2 * this->panel() + l % 2;
+      for (int64_t j = 0; j < cols; ++j) {
+        target[2 * j] = rows[l * ld + j];
       }
     }
   }

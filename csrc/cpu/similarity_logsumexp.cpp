@@ -35,6 +35,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kTileSize = kTile * kTile;
+constexpr int64_t kKeptBytes = int64_t(64) << 20;
 
 // A range of rows or columns, cut into tiles.
 struct Range {
@@ -257,16 +258,27 @@ class Engine {
     return tile;
   }
 
-  // Visits every block with the packed rows of x and y, outer loop over x.
+  // Visits every block with its packed sides. The panels of y are kept for all rows of blocks where they are small.
   template <typename Visit>
   void for_each_block(bool x_panels, bool y_panels, const Visit& visit) const {
+    const std::vector<Range> col_blocks = blocks_of(m_);
+    const int64_t bytes = (1 + y_panels) * m_ * depth_ * static_cast<int64_t>(sizeof(Operand));
+    std::vector<std::optional<Packed>> kept(bytes <= kKeptBytes ? col_blocks.size() : 0);
     for (const Range rows : blocks_of(n_)) {
       const Packed x = pack(x_, rows, false, x_panels);
-      for (const Range cols : blocks_of(m_)) {
+      for (const auto c : c10::irange(col_blocks.size())) {
+        const Range cols = col_blocks[c];
         if (mirrored_ && cols.begin < rows.begin) {
           continue;
         }
-        visit(rows, cols, x, pack(y_, cols, true, y_panels));
+        if (kept.empty()) {
+          visit(rows, cols, x, pack(y_, cols, true, y_panels));
+          continue;
+        }
+        if (!kept[c].has_value()) {
+          kept[c] = pack(y_, cols, true, y_panels);
+        }
+        visit(rows, cols, x, *kept[c]);
       }
     }
   }
