@@ -137,7 +137,7 @@ def similarity_logsumexp(
         row_lse, col_lse, row_max, col_max = reference.similarity_logsumexp(*arguments)
     else:
         checks.no_forward_mode("similarity_logsumexp", x, y, *vectors)
-        row_lse, col_lse, row_max, col_max = torch.ops.contrastive_ops.similarity_logsumexp(*arguments, chosen)
+        row_lse, col_lse, row_max, col_max = _Differentiable.apply(*arguments, chosen)
     return SimilarityLSE(row_lse, col_lse, row_max.detach(), col_max.detach())
 
 
@@ -218,32 +218,42 @@ def _backward_fake(grad_row_lse, grad_col_lse, row_lse, col_lse, x, y, *options)
     )
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, restrict, rows, cols, backend = inputs
-    row_lse, col_lse, _, _ = output
-    ctx.save_for_backward(row_lse, col_lse, *tensors)
-    ctx.flags = (restrict, rows, cols)
-    ctx.backend = backend
+class _Differentiable(torch.autograd.Function):
+    """Autograd around the op: an op boundary costs less without it, and torch.compile traces it."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, restrict, rows, cols, backend = arguments
+        row_lse, col_lse, row_max, col_max = torch.ops.contrastive_ops.similarity_logsumexp(*arguments)
+        ctx.save_for_backward(row_lse, col_lse, *tensors)
+        ctx.flags = (restrict, rows, cols)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(row_max, col_max)
+        return row_lse, col_lse, row_max, col_max
+
+    @staticmethod
+    def backward(ctx, grad_row_lse, grad_col_lse, _grad_row_max, _grad_col_max):
+        row_lse, col_lse, *tensors = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:6])
+        arguments = (grad_row_lse, grad_col_lse, row_lse, col_lse, *tensors, *ctx.flags, needs, ctx.backend)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _Once.apply(*arguments)
+        else:
+            grads = torch.ops.contrastive_ops.similarity_logsumexp_backward(*arguments)
+        wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(wanted)))
 
 
-def _autograd(ctx, grad_row_lse, grad_col_lse, _grad_row_max, _grad_col_max):
-    row_lse, col_lse, *tensors = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:6])
-    grads = torch.ops.contrastive_ops.similarity_logsumexp_backward(
-        grad_row_lse, grad_col_lse, row_lse, col_lse, *tensors, *ctx.flags, needs, ctx.backend
-    )
-    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return (*wanted, None, None, None, None, None, None, None)
+class _Once(torch.autograd.Function):
+    """The backward op in a graph that may be differentiated again, which it refuses."""
 
+    @staticmethod
+    def forward(ctx, *arguments):
+        return torch.ops.contrastive_ops.similarity_logsumexp_backward(*arguments)
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "similarity_logsumexp is differentiable once, got a second differentiation (create_graph=True); "
-        "use the dense losses of contrastive_ops.reference, which autograd differentiates to any order."
-    )
-
-
-torch.library.register_autograd(
-    "contrastive_ops::similarity_logsumexp", _autograd, setup_context=_setup_context
-)
-torch.library.register_autograd("contrastive_ops::similarity_logsumexp_backward", _refuse_double_backward)
+    @staticmethod
+    def backward(ctx, *_grads):
+        raise RuntimeError(
+            "similarity_logsumexp is differentiable once, got a second differentiation (create_graph=True); "
+            'call it with backend="reference", which autograd differentiates to any order.'
+        )

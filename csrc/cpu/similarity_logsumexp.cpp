@@ -64,23 +64,34 @@ std::vector<Range> blocks_of(int64_t n) {
   return blocks;
 }
 
+// A vector of our own: for small problems the price of a tensor counts.
 template <typename T>
-Tensor full(int64_t n, T value) {
-  return at::full({n}, value, c10::CppTypeToScalarType<T>::value);
-}
+class Vector {
+ public:
+  Vector() = default;
+  Vector(int64_t n, T value) : values_(n, value) {}
 
-// A vector over rows or columns, padded to whole tiles.
-template <typename T>
-Tensor padded(const OptionalTensor& vector, int64_t n, T absent, T padding) {
-  Tensor result = full<T>(round_up(n, kTile), padding);
-  Tensor values = result.narrow(0, 0, n);
-  if (vector.has_value()) {
-    values.copy_(*vector);
-  } else {
-    values.fill_(absent);
+  // The values of a tensor, or `absent` where there is none, padded to whole tiles.
+  Vector(const OptionalTensor& tensor, int64_t n, T absent, T padding) : values_(round_up(n, kTile), padding) {
+    if (!tensor.has_value()) {
+      std::fill_n(values_.begin(), n, absent);
+      return;
+    }
+    const Tensor contiguous = tensor->to(c10::CppTypeToScalarType<T>::value).contiguous();
+    std::copy_n(contiguous.template const_data_ptr<T>(), n, values_.begin());
   }
-  return result;
-}
+
+  // Null for a vector that is not there.
+  T* at(int64_t offset) {
+    return values_.empty() ? nullptr : values_.data() + offset;
+  }
+  const T* at(int64_t offset) const {
+    return values_.empty() ? nullptr : values_.data() + offset;
+  }
+
+ private:
+  std::vector<T> values_;
+};
 
 struct IdRange {
   int64_t min;
@@ -93,25 +104,22 @@ struct IdRange {
 
 // Group ids, padded to whole tiles, and their range in each tile: with sorted ids most tiles need no look at the pairs.
 struct Ids {
-  Tensor values;
+  Vector<int64_t> values;
   std::vector<IdRange> ranges;
 
   Ids(const OptionalTensor& ids, int64_t n) {
     if (!ids.has_value()) {
       return;
     }
-    values = padded<int64_t>(ids, n, 0, 0);
-    const int64_t* id = data();
+    values = Vector<int64_t>(ids, n, 0, 0);
+    const int64_t* id = values.at(0);
     for (int64_t begin = 0; begin < n; begin += kTile) {
       const auto [low, high] = std::minmax_element(id + begin, id + std::min(begin + kTile, n));
       ranges.push_back({*low, *high});
     }
   }
   bool given() const {
-    return values.defined();
-  }
-  const int64_t* data() const {
-    return values.const_data_ptr<int64_t>();
+    return values.at(0) != nullptr;
   }
 };
 
@@ -135,10 +143,10 @@ class Engine {
         m_(y_.size(0)),
         features_(x_.size(1)),
         depth_(products_.depth(features_)),
-        row_scale_(padded<T>(options.row_scale, n_, T(1), T(0))),
-        col_scale_(mirrored_ ? row_scale_ : padded<T>(options.col_scale, m_, T(1), T(0))),
-        row_bias_(padded<T>(options.row_bias, n_, T(0), -kInfinity)),
-        col_bias_(mirrored_ ? row_bias_ : padded<T>(options.col_bias, m_, T(0), -kInfinity)),
+        row_scale_(options.row_scale, n_, T(1), T(0)),
+        col_scale_(mirrored_ ? row_scale_ : Vector<T>(options.col_scale, m_, T(1), T(0))),
+        row_bias_(options.row_bias, n_, T(0), -kInfinity),
+        col_bias_(mirrored_ ? row_bias_ : Vector<T>(options.col_bias, m_, T(0), -kInfinity)),
         row_ids_(options.row_ids, n_),
         col_ids_(mirrored_ ? row_ids_ : Ids(options.col_ids, m_)) {
     if (options.exclude.has_value()) {
@@ -153,6 +161,28 @@ class Engine {
  private:
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
+  // dL/d lse of one direction. An empty set gives nothing: its lse becomes +inf, e^(-inf - inf) = 0.
+  class IncomingGradient {
+   public:
+    IncomingGradient() = default;
+    IncomingGradient(const Tensor& lse, const Tensor& grad_lse)
+        : grad_lse_(grad_lse, lse.size(0), T(0), T(0)), lse_(lse, lse.size(0), T(0), kInfinity) {
+      for (const auto i : c10::irange(lse.size(0))) {
+        if (*lse_.at(i) == -kInfinity) {
+          *lse_.at(i) = kInfinity;
+          *grad_lse_.at(i) = T(0);
+        }
+      }
+    }
+    Direction<T> from(int64_t offset) const {
+      return {grad_lse_.at(offset), lse_.at(offset)};
+    }
+
+   private:
+    Vector<T> grad_lse_;
+    Vector<T> lse_;
+  };
+
   struct Scratch {
     alignas(64) T dots[kTileSize];
     alignas(64) T logits[kTileSize];
@@ -161,8 +191,13 @@ class Engine {
     return std::make_unique<Scratch>();
   }
 
-  static T* at_offset(const Tensor& vector, int64_t offset) {
-    return vector.defined() ? vector.mutable_data_ptr<T>() + offset : nullptr;
+  // The values of a statistic from an offset on; null for one that is empty.
+  static T* values_of(const Tensor& statistic, int64_t offset) {
+    return statistic.numel() == 0 ? nullptr : statistic.mutable_data_ptr<T>() + offset;
+  }
+
+  static Tensor full(int64_t n, T value) {
+    return at::full({n}, value, c10::CppTypeToScalarType<T>::value);
   }
 
   // One side of a block: its rows as an a, and panels as a b.
@@ -233,10 +268,10 @@ class Engine {
         rows.size(),
         dots,
         logits,
-        at_offset(row_scale_, rows.begin),
-        at_offset(col_scale_, cols.begin),
-        at_offset(row_bias_, rows.begin),
-        at_offset(col_bias_, cols.begin)};
+        row_scale_.at(rows.begin),
+        col_scale_.at(cols.begin),
+        row_bias_.at(rows.begin),
+        col_bias_.at(cols.begin)};
     products_.kernels().logits(tile);
     if (exclude_.defined()) {
       const int64_t* exclude = exclude_.const_data_ptr<int64_t>();
@@ -253,7 +288,7 @@ class Engine {
       }
     }
     if (row_ids_.given() && !row_ids_.ranges[rows.begin / kTile].disjoint(col_ids_.ranges[cols.begin / kTile])) {
-      products_.kernels().mask_ids(tile, row_ids_.data() + rows.begin, col_ids_.data() + cols.begin, restrict_);
+      products_.kernels().mask_ids(tile, row_ids_.values.at(rows.begin), col_ids_.values.at(cols.begin), restrict_);
     }
     return tile;
   }
@@ -294,10 +329,10 @@ class Engine {
   int64_t m_;
   int64_t features_;
   int64_t depth_;
-  Tensor row_scale_;
-  Tensor col_scale_;
-  Tensor row_bias_;
-  Tensor col_bias_;
+  Vector<T> row_scale_;
+  Vector<T> col_scale_;
+  Vector<T> row_bias_;
+  Vector<T> col_bias_;
   Ids row_ids_;
   Ids col_ids_;
   Tensor exclude_;
@@ -306,10 +341,10 @@ class Engine {
 template <typename Products>
 SimilarityStatistics Engine<Products>::forward() {
   const TileKernels<T>& kernels = products_.kernels();
-  const Tensor row_max = full<T>(rows_ ? n_ : 0, -kInfinity);
-  const Tensor row_sum = full<T>(rows_ ? n_ : 0, T(0));
-  const Tensor col_max = full<T>(cols_ ? m_ : 0, -kInfinity);
-  const Tensor col_sum = full<T>(cols_ ? m_ : 0, T(0));
+  const Tensor row_max = full(rows_ ? n_ : 0, -kInfinity);
+  const Tensor row_sum = full(rows_ ? n_ : 0, T(0));
+  const Tensor col_max = full(cols_ ? m_ : 0, -kInfinity);
+  const Tensor col_sum = full(cols_ ? m_ : 0, T(0));
   const bool to_cols = cols_ || mirrored_;
   // the columns of a tile above the diagonal are rows of its mirror image
   const Tensor& of_cols_max = mirrored_ ? row_max : col_max;
@@ -321,10 +356,10 @@ SimilarityStatistics Engine<Products>::forward() {
     const int64_t tiles = tile_rows * tile_cols;
     std::vector<Part> part(tiles);
     // partials of tile (r, c): the maxima, then the sums of its 128 rows, and the same of its columns
-    const Tensor row_partials = full<T>(rows_ ? tiles * 2 * kTile : 0, T(0));
-    const Tensor col_partials = full<T>(to_cols ? tiles * 2 * kTile : 0, T(0));
-    const auto partial = [](const Tensor& partials, int64_t tile) {
-      T* max = at_offset(partials, tile * 2 * kTile);
+    Vector<T> row_partials(rows_ ? tiles * 2 * kTile : 0, T(0));
+    Vector<T> col_partials(to_cols ? tiles * 2 * kTile : 0, T(0));
+    const auto partial = [](Vector<T>& partials, int64_t tile) {
+      T* max = partials.at(tile * 2 * kTile);
       return MaxSum<T>{max, max + kTile};
     };
     const MaxSum<T> none{nullptr, nullptr};
@@ -350,7 +385,7 @@ SimilarityStatistics Engine<Products>::forward() {
     if (rows_) {
       for_each_task(tile_rows, [&](int64_t r) {
         const Range rows = block_rows.tile(r);
-        const MaxSum<T> running{at_offset(row_max, rows.begin), at_offset(row_sum, rows.begin)};
+        const MaxSum<T> running{values_of(row_max, rows.begin), values_of(row_sum, rows.begin)};
         for (const auto c : c10::irange(tile_cols)) {
           if (part[r * tile_cols + c] != Part::nothing) {
             kernels.fold(rows.size(), running, partial(row_partials, r * tile_cols + c));
@@ -361,7 +396,7 @@ SimilarityStatistics Engine<Products>::forward() {
     if (to_cols) {
       for_each_task(tile_cols, [&](int64_t c) {
         const Range cols = block_cols.tile(c);
-        const MaxSum<T> running{at_offset(of_cols_max, cols.begin), at_offset(of_cols_sum, cols.begin)};
+        const MaxSum<T> running{values_of(of_cols_max, cols.begin), values_of(of_cols_sum, cols.begin)};
         for (const auto r : c10::irange(tile_rows)) {
           if (part[r * tile_cols + c] == Part::both) {
             kernels.fold(cols.size(), running, partial(col_partials, r * tile_cols + c));
@@ -384,33 +419,17 @@ SimilarityGradients Engine<Products>::backward(
   const bool to_y = mirrored_ ? needs.x : needs.y;
   const bool sums = needs.row_scale || needs.col_scale || needs.row_bias || needs.col_bias;
 
-  // an empty set gives nothing: e^(-inf - inf) = 0, and its gradient is not read
-  const auto direction_of = [](const Tensor& lse, const Tensor& grad, int64_t n) {
-    const Tensor empty = lse.eq(-kInfinity);
-    return std::make_pair(
-        padded<T>(grad.masked_fill(empty, 0.0), n, T(0), T(0)),
-        padded<T>(lse.masked_fill(empty, kInfinity), n, kInfinity, kInfinity));
-  };
-  std::pair<Tensor, Tensor> of_rows;
-  std::pair<Tensor, Tensor> of_cols;
-  if (rows_) {
-    of_rows = direction_of(lse.row_lse, grad_lse.row_lse, n_);
-  }
-  if (mirrored_) {
-    of_cols = of_rows;
-  } else if (cols_) {
-    of_cols = direction_of(lse.col_lse, grad_lse.col_lse, m_);
-  }
-  const auto direction = [](const std::pair<Tensor, Tensor>& of, int64_t offset) {
-    return Direction<T>{at_offset(of.first, offset), at_offset(of.second, offset)};
-  };
+  const IncomingGradient of_rows = rows_ ? IncomingGradient(lse.row_lse, grad_lse.row_lse) : IncomingGradient();
+  const IncomingGradient own_cols =
+      cols_ && !mirrored_ ? IncomingGradient(lse.col_lse, grad_lse.col_lse) : IncomingGradient();
+  const IncomingGradient& of_cols = mirrored_ ? of_rows : own_cols;
 
   const Tensor grad_x = at::zeros({to_x ? n_ : 0, padded_features}, statistic);
   const Tensor grad_y = mirrored_ ? grad_x : at::zeros({to_y ? m_ : 0, padded_features}, statistic);
-  const Tensor row_scale_sum = full<T>(sums ? n_ : 0, T(0));
-  const Tensor row_bias_sum = full<T>(sums ? n_ : 0, T(0));
-  const Tensor col_scale_sum = mirrored_ ? row_scale_sum : full<T>(sums ? m_ : 0, T(0));
-  const Tensor col_bias_sum = mirrored_ ? row_bias_sum : full<T>(sums ? m_ : 0, T(0));
+  const Tensor row_scale_sum = full(sums ? n_ : 0, T(0));
+  const Tensor row_bias_sum = full(sums ? n_ : 0, T(0));
+  const Tensor col_scale_sum = mirrored_ ? row_scale_sum : full(sums ? m_ : 0, T(0));
+  const Tensor col_bias_sum = mirrored_ ? row_bias_sum : full(sums ? m_ : 0, T(0));
 
   // the coefficients of a block, tile after tile, rows of tiles first; and their transposes, columns of tiles first
   const int64_t workspace = round_up(std::min(kBlock, n_), kTile) * round_up(std::min(kBlock, m_), kTile);
@@ -424,10 +443,10 @@ SimilarityGradients Engine<Products>::backward(
     const bool diagonal = mirrored_ && block_rows == block_cols;
     std::vector<Part> part(tiles);
     // partials of tile (r, c): the sums for scale, then for bias of its 128 rows, and the same of its columns
-    const Tensor row_partials = full<T>(sums ? tiles * 2 * kTile : 0, T(0));
-    const Tensor col_partials = full<T>(sums ? tiles * 2 * kTile : 0, T(0));
-    const auto partial = [&](const Tensor& partials, int64_t tile) {
-      T* scale = at_offset(partials, tile * 2 * kTile);
+    Vector<T> row_partials(sums ? tiles * 2 * kTile : 0, T(0));
+    Vector<T> col_partials(sums ? tiles * 2 * kTile : 0, T(0));
+    const auto partial = [&](Vector<T>& partials, int64_t tile) {
+      T* scale = partials.at(tile * 2 * kTile);
       return sums ? ScaleBiasSums<T>{scale, scale + kTile} : ScaleBiasSums<T>{nullptr, nullptr};
     };
     Operand* row_strips = coefficients.template mutable_data_ptr<Operand>();
@@ -450,8 +469,8 @@ SimilarityGradients Engine<Products>::backward(
           T* place = products_.coefficients_place(scratch->logits, stored);
           kernels.coefficients(
               logits(rows, cols, scratch->dots, place),
-              direction(of_rows, rows.begin),
-              direction(of_cols, cols.begin),
+              of_rows.from(rows.begin),
+              of_cols.from(cols.begin),
               partial(row_partials, tile),
               partial(col_partials, tile));
           if (to_x) {
@@ -538,7 +557,7 @@ SimilarityGradients Engine<Products>::backward(
       };
       for_each_task(tile_rows, [&](int64_t r) {
         const Range rows = block_rows.tile(r);
-        const ScaleBiasSums<T> sum{at_offset(row_scale_sum, rows.begin), at_offset(row_bias_sum, rows.begin)};
+        const ScaleBiasSums<T> sum{values_of(row_scale_sum, rows.begin), values_of(row_bias_sum, rows.begin)};
         for (const auto c : c10::irange(tile_cols)) {
           if (part[r * tile_cols + c] != Part::nothing) {
             add(rows, sum, partial(row_partials, r * tile_cols + c));
@@ -547,7 +566,7 @@ SimilarityGradients Engine<Products>::backward(
       });
       for_each_task(tile_cols, [&](int64_t c) {
         const Range cols = block_cols.tile(c);
-        const ScaleBiasSums<T> sum{at_offset(col_scale_sum, cols.begin), at_offset(col_bias_sum, cols.begin)};
+        const ScaleBiasSums<T> sum{values_of(col_scale_sum, cols.begin), values_of(col_bias_sum, cols.begin)};
         for (const auto r : c10::irange(tile_rows)) {
           if (part[r * tile_cols + c] == Part::both) {
             add(cols, sum, partial(col_partials, r * tile_cols + c));
