@@ -65,7 +65,7 @@ def cpp_extension():
     extension = torch_build.CppExtension(
         "contrastive_ops._C",
         ["csrc/extension.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/similarity_logsumexp.cpp"],
-        extra_compile_args={"cxx": [*flags, f'-DCONTRASTIVE_OPS_COMPILER="{Path(compiler).name}"']},
+        extra_compile_args={"cxx": flags},
         depends=[str(path) for path in Path("csrc").rglob("*.h")],
     )
     return [extension], {"build_ext": Build.with_options(use_ninja=True)}

@@ -108,7 +108,7 @@ def scale(name: str, value: Any, size: int, device: torch.device, *, rows_of: st
         if value.numel() != 1:
             vector(name, value, size, device, rows_of=rows_of)
         elif value.device != device:
-            raise ValueError(f"{name} must be on {device}, got {value.device}; call {name}.to({rows_of}.device).")
+            raise ValueError(f'{name} must be on {device}, got {value.device}; call {name}.to("{device}").')
     elif not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}; call float({name}).")
     elif not -math.inf < value < math.inf:  # math.isfinite would break the graph of torch.compile

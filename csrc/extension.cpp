@@ -114,7 +114,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using namespace contrastive_ops;
   module.doc() = "The C++ engine of contrastive_ops: what was built, and what of it this processor runs.";
   module.attr("torch_version") = TORCH_VERSION;
-  module.attr("compiler") = CONTRASTIVE_OPS_COMPILER;
+#ifdef __clang__
+  module.attr("compiler") = "clang " __clang_version__;
+#else
+  module.attr("compiler") = "g++ " __VERSION__;
+#endif
   module.attr("instruction_sets") = instruction_sets();
   module.def("instruction_set", [] { return tile_kernels<float>().instruction_set; });
   module.def("bfloat16_matrix_unit", [] { return MatrixUnitProducts::available(); });

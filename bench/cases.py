@@ -1,0 +1,97 @@
+"""What is measured: sizes with the training setup each stands for, their inputs, and their count of FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from contrastive_ops import catalogue
+
+LOSSES = {row.name: row for row in catalogue.LOSSES}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# rows per sample of the losses that compare all rows of one matrix with each other
+SELF_SIMILAR = {"nt_xent": 2, "dcl": 2, "dclw": 2, "supcon": 1}
+TWO_SIDED = ("info_nce", "clip_loss")
+
+
+@dataclass(frozen=True)
+class Case:
+    loss: str
+    n: int  # samples
+    d: int  # features
+    dtype: str
+    setup: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.loss} {self.n}x{self.d} {self.dtype}"
+
+    def inputs(self, n: int | None = None) -> tuple[Any, ...]:
+        """The loss's positional arguments, always the same: unit vectors, and a scale where it is learned."""
+        generator = torch.Generator().manual_seed(0)
+        return LOSSES[self.loss].inputs(self.n if n is None else n, self.d, getattr(torch, self.dtype), generator)
+
+    @property
+    def plane(self) -> tuple[int, int] | None:
+        """Rows and columns of the similarities; None for a loss that is not listed above."""
+        if self.loss in TWO_SIDED:
+            return self.n, self.n
+        if self.loss in SELF_SIMILAR:
+            return SELF_SIMILAR[self.loss] * self.n, SELF_SIMILAR[self.loss] * self.n
+        return None
+
+    def flops(self) -> dict[str, int] | None:
+        """FLOPs that streaming needs, by mode; every contender's GFLOP/s count these, whatever it computes itself.
+
+        Forward is one product of tiles, backward the same product again and one for each gradient. Self-similarity
+        computes a tile above the diagonal once for both of its sides: half of the products that give similarities.
+        """
+        if self.plane is None:
+            return None
+        product = 2 * self.plane[0] * self.plane[1] * self.d
+        similarities = product // 2 if self.loss in SELF_SIMILAR else product
+        gradients = product if self.loss in SELF_SIMILAR else 2 * product
+        return {
+            "forward": similarities,
+            "backward": similarities + gradients,
+            "both": 2 * similarities + gradients,
+        }
+
+
+DEFAULT = (
+    Case("clip_loss", 256, 512, "float32", "fine-tuning CLIP ViT-B on one small device"),
+    Case("clip_loss", 1024, 512, "float32", "CLIP ViT-B, the batch of one device"),
+    Case("clip_loss", 8192, 512, "float32", "CLIP ViT-B, a large batch"),
+    Case("clip_loss", 8192, 512, "bfloat16", "CLIP ViT-B, a large batch in mixed precision"),
+    Case("clip_loss", 4096, 1024, "float32", "CLIP ViT-H or ResNet-50, 1024 features"),
+    Case("clip_loss", 8192, 128, "float32", "a small projection head, where exp weighs as much as the products"),
+    Case("info_nce", 4096, 768, "float32", "dense retrieval with a BERT-base encoder, in-batch negatives"),
+    Case("nt_xent", 4096, 256, "float32", "SimCLR's batch of 4096 images, 8192 views"),
+    Case("dcl", 2048, 128, "float32", "SimCLR's projection head, 4096 views"),
+    Case("dclw", 2048, 128, "float32", "SimCLR's projection head, 4096 views"),
+    Case("supcon", 4096, 128, "float32", "SupCon's projection head, 4096 views, about four per class"),
+)
+OTHER_LOSSES = (4096, 256)  # size of a loss that has no case above
+QUICK = (256, 64)
+
+
+def select(
+    losses: Sequence[str], sizes: Sequence[tuple[int, int]], dtypes: Sequence[str], quick: bool
+) -> tuple[Case, ...]:
+    """The cases of a command line; what it leaves open comes from the default set."""
+    losses = losses or tuple(LOSSES)
+    if not sizes and quick:
+        sizes = (QUICK,)
+    if sizes:
+        return tuple(Case(loss, *size, dtype) for loss in losses for size in sizes for dtype in dtypes or ("float32",))
+    chosen = []
+    for loss in losses:
+        cases = [case for case in DEFAULT if case.loss == loss] or [Case(loss, *OTHER_LOSSES, "float32")]
+        if dtypes:
+            setups = {(case.n, case.d): case.setup for case in reversed(cases)}
+            sizes_of_loss = dict.fromkeys((case.n, case.d) for case in cases)
+            cases = [Case(loss, *size, dtype, setups[size]) for size in sizes_of_loss for dtype in dtypes]
+        chosen += cases
+    return tuple(chosen)

@@ -1,0 +1,69 @@
+"""``python -m contrastive_ops.info``: what is installed, which backends can run here and why the others can't."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+import contrastive_ops
+from contrastive_ops import backends, build, checks
+
+
+def processor() -> str:
+    """Name of the processor; Linux has it in /proc/cpuinfo, others in the platform module."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and the accelerator that PyTorch sees, if any."""
+    found = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        found.append(torch.device(str(torch.accelerator.current_accelerator())))
+    return found
+
+
+def report() -> list[tuple[str, str]]:
+    """Pairs of a subject and what there is to say of it."""
+    lines = [
+        ("contrastive_ops", contrastive_ops.__version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("processor", f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"),
+        ("capability", torch.backends.cpu.get_cpu_capability()),
+    ]
+    if build.extension is None:
+        lines.append(("C++ engine", f"not loaded: {build.missing}"))
+    else:
+        engine = build.extension
+        products = "matrix unit" if engine.bfloat16_matrix_unit() else "float32 after conversion"
+        lines += [
+            ("C++ engine", f"built with {engine.compiler} against torch {engine.torch_version}"),
+            ("instruction sets", f"{', '.join(engine.instruction_sets)}; running {engine.instruction_set()}"),
+            ("bfloat16 products", products),
+        ]
+    for device in devices():
+        example = torch.empty(1, 1, device=device)
+        for name in backends.NAMES[1:]:
+            sentence = backends.why_not(name, "similarity_logsumexp", example)
+            note = "can run" if name in backends.AUTO else "can run, only when named"
+            lines.append((f"{name} on {device.type}", note if sentence is None else f"can't: {sentence}"))
+        lines.append((f"auto on {device.type}", f"takes {backends.choose('similarity_logsumexp', example, 'auto')}"))
+    dtypes = checks.names(checks.FEATURE_DTYPES)
+    return [*lines, ("dtypes", dtypes)]
+
+
+def main() -> None:
+    lines = report()
+    width = max(len(subject) for subject, _ in lines)
+    for subject, text in lines:
+        print(f"{subject:<{width}}  {text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The bench measures what it says: rights and wrongs are told apart, memory is seen, rows are complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+CONTENDERS = {
+    "wrong": "return lambda *inputs: 1.001 * reference.clip_loss(*inputs, normalize=False)",
+    "wrong_gradient": """
+    def detached(x, y, scale):
+        return reference.clip_loss(x, y, scale.detach(), normalize=False) + 0 * scale
+    return detached""",
+    "raising": "raise RuntimeError('planted in /some/private/folder/file.cpp')",
+    # 1 MB per sample, so that the warm-up with its few samples can't hide it
+    "hungry": """
+    def hungry(x, y, scale):
+        ballast = torch.ones(250_000 * len(x))
+        return reference.clip_loss(x, y, scale, normalize=False) + 0 * ballast[0]
+    return hungry""",
+}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Paths of the contenders above, each a file."""
+    folder = tmp_path_factory.mktemp("contenders")
+    for name, body in CONTENDERS.items():
+        (folder / f"{name}.py").write_text(
+            "import torch\nfrom contrastive_ops import reference\n"
+            "def why_not(loss):\n    return None if loss == 'clip_loss' else f'no {loss}.'\n"
+            f"def function(loss, backend):\n    {body.strip()}\n"
+        )
+    return {name: str(folder / f"{name}.py") for name in CONTENDERS}
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *map(str, arguments), "--quick", "--threads", "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, planted):
+    """One run over two losses and the planted contenders: what it printed, what it wrote."""
+    folder = tmp_path_factory.mktemp("bench")
+    names = ("ours", "eager", planted["wrong"], planted["wrong_gradient"], planted["raising"])
+    # fmt: off
+    done = run("clip_loss", "nt_xent", "--size", "64x16", "--contenders", *names, "--no-memory", "--repeats", 2,
+               "--json", folder / "rows.json", "--plot", folder / "plot.png")
+    # fmt: on
+    assert done.returncode == 0, done.stderr
+    return done.stdout, (folder / "rows.json").read_text(), (folder / "plot.png").read_bytes()
+
+
+def rows_of(quick, loss, contender):
+    rows = [row for row in json.loads(quick[1])["rows"] if (row["loss"], row["contender"]) == (loss, contender)]
+    return {row["mode"]: row for row in rows}
+
+
+def test_json_has_machine_versions_commit_and_command(quick):
+    header = json.loads(quick[1])
+    assert set(header) == {"machine", "versions", "commit", "dirty", "command", "date", "rows"}
+    assert {"cpu", "cores", "memory_bytes", "capability"} <= set(header["machine"])
+    assert set(header["versions"]) == {"torch", "python", "contrastive_ops"}
+    assert header["command"].startswith("python -m bench clip_loss nt_xent --size 64x16")
+
+
+def test_json_names_no_folder_of_the_machine(quick, tmp_path_factory):
+    for folder in (tmp_path_factory.getbasetemp(), ROOT, Path.home(), "/some/private"):
+        assert f"{folder}/" not in quick[1]
+
+
+@pytest.mark.parametrize("contender", ["ours", "eager"])
+def test_a_right_contender_has_times_in_every_mode(quick, contender):
+    rows = rows_of(quick, "clip_loss", contender)
+    assert set(rows) == {"forward", "backward", "both"}
+    for row in rows.values():
+        assert row["status"] == "ok"
+        assert 0 < row["ms"]["min"] <= row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
+        assert row["gflops"] == pytest.approx(row["flops"] / row["ms"]["p50"] / 1e6)
+        assert row["roof_gflops"] > 0
+        assert (row["backend"] is None) == (contender != "ours")
+    assert rows_of(quick, "clip_loss", "ours")["both"]["ratio"] == {"best": 1.0, "median": 1.0}
+
+
+def test_flops_follow_the_cost_model(quick):
+    def flops(loss):
+        return {mode: row["flops"] for mode, row in rows_of(quick, loss, "ours").items()}
+
+    product = 64 * 64 * 16
+    assert flops("clip_loss") == {"forward": 2 * product, "backward": 6 * product, "both": 8 * product}
+    product = 128 * 128 * 16  # two views
+    assert flops("nt_xent") == {"forward": product, "backward": 3 * product, "both": 4 * product}
+
+
+def test_a_wrong_contender_is_reported_wrong_and_not_timed(quick):
+    for contender, part in (
+        ("wrong", "the loss is off by 1.0e-03"),
+        ("wrong_gradient", "gradient 3 is off by 1.0e+00"),
+    ):
+        (row,) = rows_of(quick, "clip_loss", contender).values()
+        assert row["status"].startswith(f"WRONG: {part}")
+        assert row["ms"] is None
+        assert f"{contender}: {row['status']}" in quick[0]
+
+
+def test_a_raising_contender_is_reported_with_its_sentence(quick):
+    (row,) = rows_of(quick, "clip_loss", "raising").values()
+    assert row["status"] == "RuntimeError: planted in file.cpp"
+    assert row["ms"] is None
+    assert "raising: RuntimeError: planted in file.cpp" in quick[0]
+
+
+def test_a_contender_without_the_loss_says_so(quick):
+    (row,) = rows_of(quick, "nt_xent", "raising").values()
+    assert row["status"] == "n/a: no nt_xent."
+
+
+def test_output_is_plain_in_a_log(quick):
+    assert "clip_loss  N = 64, D = 16, float32" in quick[0]
+    assert "/ ours" in quick[0]
+    assert "\x1b" not in quick[0]
+    assert "\r" not in quick[0]
+
+
+def test_plot_is_an_image(quick):
+    assert quick[2].startswith(b"\x89PNG")
+
+
+def test_memory_sees_an_allocation_of_known_size(planted, tmp_path):
+    done = run("clip_loss", "--size", "200x16", "--contenders", planted["hungry"], "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr
+    (row,) = (row for row in json.loads((tmp_path / "rows.json").read_text())["rows"] if row["mode"] == "both")
+    assert row["status"] == "ok"
+    assert 160e6 < row["peak_bytes"] < 230e6
+
+
+def test_bad_arguments_are_refused_before_measuring():
+    done = run("clip_loss", "--size", "64")
+    assert done.returncode == 2
+    assert "a size must be samples x features such as 8192x512, got '64'" in done.stderr
