@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch  # noqa: F401  the extension links against the libraries that torch loads
+import torch
 
 extension: ModuleType | None = None
 missing: str | None = None

@@ -29,7 +29,9 @@ def tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; call torch.as_tensor({name}).")
     if type(value).__name__ == "DTensor":
-        raise TypeError(f"{name} must be a plain tensor, got a DTensor; call {name}.to_local() or {name}.full_tensor().")
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor; call {name}.to_local() or {name}.full_tensor()."
+        )
 
 
 def features(name: str, value: Any, *, dim: int = 2) -> None:

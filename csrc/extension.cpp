@@ -35,7 +35,7 @@ SimilarityOptions options_of(
   return {x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x,
     const OptionalTensor& y,
     const OptionalTensor& row_scale,
@@ -47,10 +47,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const OptionalTensor& col_ids,
     bool restrict_to_ids,
     bool rows,
-    bool cols) {
-  const SimilarityStatistics result = similarity_logsumexp(options_of(
-      x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols));
-  return {result.row_lse, result.col_lse, result.row_max, result.col_max};
+    bool cols,
+    bool keep) {
+  const SimilarityStatistics result = similarity_logsumexp(
+      options_of(
+          x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
+      keep);
+  return {result.row_lse, result.col_lse, result.row_max, result.col_max, result.dots};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -58,6 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_col_lse,
     const Tensor& row_lse,
     const Tensor& col_lse,
+    const Tensor& dots,
     const Tensor& x,
     const OptionalTensor& y,
     const OptionalTensor& row_scale,
@@ -74,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const SimilarityGradients grad = similarity_logsumexp_backward(
       options_of(
           x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
-      {row_lse, col_lse, {}, {}},
-      {grad_row_lse, grad_col_lse, {}, {}},
+      {row_lse, col_lse, {}, {}, dots},
+      {grad_row_lse, grad_col_lse, {}, {}, {}},
       {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5]});
   return {grad.x, grad.y, grad.row_scale, grad.col_scale, grad.row_bias, grad.col_bias};
 }
@@ -93,9 +97,11 @@ TORCH_LIBRARY(contrastive_ops_cpu, library) {
   const std::string options =
       "Tensor x, Tensor? y, Tensor? row_scale, Tensor? col_scale, Tensor? row_bias, Tensor? col_bias, "
       "Tensor? exclude, Tensor? row_ids, Tensor? col_ids, bool restrict, bool rows, bool cols";
-  const std::string forward_schema = "similarity_logsumexp(" + options + ") -> (Tensor, Tensor, Tensor, Tensor)";
+  const std::string forward_schema =
+      "similarity_logsumexp(" + options + ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
   const std::string backward_schema =
-      "similarity_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor row_lse, Tensor col_lse, " +
+      "similarity_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor row_lse, Tensor col_lse, Tensor "
+      "dots, " +
       options + ", bool[6] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   library.def(forward_schema.c_str());
   library.def(backward_schema.c_str());

@@ -22,6 +22,14 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
+def kept_dots(n: int, m: int, dtype: torch.dtype) -> int:
+    """Elements that forward keeps for backward: whole tiles of 128 x 128, within 64 MB (kKeptDotsBytes in csrc/cpu)."""
+    tile = 128 * 128
+    tiles = ((n + 127) // 128) * ((m + 127) // 128)
+    limit = (64 << 20) // (tile * (8 if dtype == torch.float64 else 4))
+    return torch.sym_min(tiles, limit) * tile
+
+
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.contrastive_ops_cpu.similarity_logsumexp(*arguments)
 

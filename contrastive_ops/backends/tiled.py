@@ -84,8 +84,13 @@ def _fold(running: tuple[Tensor, Tensor], part: slice, logits: Tensor, dim: int)
     largest[part] = new
 
 
+def kept_dots(n: int, m: int, dtype: torch.dtype) -> int:
+    """Nothing is kept from forward to backward."""
+    return 0
+
+
 def similarity_logsumexp_forward(x: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *options, rows, cols = options
+    *options, rows, cols, _keep = options
     tiles = Tiles(x, *options)
     row = tiles.full(tiles.n if rows else 0, -torch.inf), tiles.full(tiles.n if rows else 0, 0.0)
     col = tiles.full(tiles.m if cols else 0, -torch.inf), tiles.full(tiles.m if cols else 0, 0.0)
@@ -97,11 +102,17 @@ def similarity_logsumexp_forward(x: Tensor, *options: Any) -> tuple[Tensor, ...]
                 _fold(row, j, logits, 0)
         if cols:
             _fold(col, j, logits, 0)
-    return row[0] + row[1].log(), col[0] + col[1].log(), row[0], col[0]
+    return row[0] + row[1].log(), col[0] + col[1].log(), row[0], col[0], tiles.full(0, 0.0)
 
 
 def similarity_logsumexp_backward(
-    grad_row_lse: Tensor, grad_col_lse: Tensor, row_lse: Tensor, col_lse: Tensor, x: Tensor, *options: Any
+    grad_row_lse: Tensor,
+    grad_col_lse: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    _dots: Tensor,
+    x: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     *options, rows, cols, needs = options
     tiles = Tiles(x, *options)

@@ -121,9 +121,7 @@ def info_nce(
     )
     per_row = terms.softplus(negatives.row_lse - logit_scale * positive)
     if label_smoothing > 0.0:
-        uniform = terms.uniform_similarity(
-            query, key, query_scale, key_scale, positive, target, query_ids, key_ids
-        )
+        uniform = terms.uniform_similarity(query, key, query_scale, key_scale, positive, target, query_ids, key_ids)
         # without negatives the positive is the mean: exactly 0, where the difference of two roundings is not
         spread = torch.where(negatives.row_lse > -torch.inf, positive - uniform, 0.0)
         per_row = per_row + label_smoothing * logit_scale * spread

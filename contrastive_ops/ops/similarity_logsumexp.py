@@ -133,11 +133,12 @@ def similarity_logsumexp(
     )
     chosen = backends.choose("similarity_logsumexp", x, backend)
     arguments = (x, y, *vectors, *integers, ids == "restrict", rows, cols)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, *vectors))
     if chosen == "reference":  # dense PyTorch, autograd sees through it
         row_lse, col_lse, row_max, col_max = reference.similarity_logsumexp(*arguments)
     else:
         checks.no_forward_mode("similarity_logsumexp", x, y, *vectors)
-        row_lse, col_lse, row_max, col_max = _Differentiable.apply(*arguments, chosen)
+        row_lse, col_lse, row_max, col_max = _Differentiable.apply(*arguments, keep, chosen)
     return SimilarityLSE(row_lse, col_lse, row_max.detach(), col_max.detach())
 
 
@@ -169,12 +170,13 @@ _OPTIONS = (
 )
 torch.library.define(
     "contrastive_ops::similarity_logsumexp",
-    f"({_OPTIONS}, str backend) -> (Tensor row_lse, Tensor col_lse, Tensor row_max, Tensor col_max)",
+    f"({_OPTIONS}, bool keep, str backend) -> "
+    "(Tensor row_lse, Tensor col_lse, Tensor row_max, Tensor col_max, Tensor dots)",
 )
 torch.library.define(
     "contrastive_ops::similarity_logsumexp_backward",
-    f"(Tensor grad_row_lse, Tensor grad_col_lse, Tensor row_lse, Tensor col_lse, {_OPTIONS}, bool[6] needs, "
-    "str backend) -> (Tensor x, Tensor y, Tensor row_scale, Tensor col_scale, Tensor row_bias, Tensor col_bias)",
+    f"(Tensor grad_row_lse, Tensor grad_col_lse, Tensor row_lse, Tensor col_lse, Tensor dots, {_OPTIONS}, "
+    "bool[6] needs, str backend) -> (Tensor x, Tensor y, Tensor row_scale, Tensor col_scale, Tensor row_bias, Tensor col_bias)",
 )
 
 
@@ -199,15 +201,19 @@ def _as_given(x: Tensor) -> torch.autocast:
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp")
 def _forward_fake(x, y, *options):
-    *_, rows, cols, _backend = options
+    *_, rows, cols, keep, backend = options
     n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
     dtype = statistics_dtype(x)
-    row, col = (lambda: x.new_empty(n if rows else 0, dtype=dtype)), (lambda: x.new_empty(m if cols else 0, dtype=dtype))
-    return row(), col(), row(), col()
+    row, col = (
+        (lambda: x.new_empty(n if rows else 0, dtype=dtype)),
+        (lambda: x.new_empty(m if cols else 0, dtype=dtype)),
+    )
+    dots = backends.module(backend).kept_dots(n, m, x.dtype) if keep else 0
+    return row(), col(), row(), col(), x.new_empty(dots, dtype=dtype)
 
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp_backward")
-def _backward_fake(grad_row_lse, grad_col_lse, row_lse, col_lse, x, y, *options):
+def _backward_fake(grad_row_lse, grad_col_lse, row_lse, col_lse, dots, x, y, *options):
     *_, needs, _backend = options
     n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
     dtype = statistics_dtype(x)
@@ -223,9 +229,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, restrict, rows, cols, backend = arguments
-        row_lse, col_lse, row_max, col_max = torch.ops.contrastive_ops.similarity_logsumexp(*arguments)
-        ctx.save_for_backward(row_lse, col_lse, *tensors)
+        *tensors, restrict, rows, cols, _keep, backend = arguments
+        row_lse, col_lse, row_max, col_max, dots = torch.ops.contrastive_ops.similarity_logsumexp(*arguments)
+        ctx.save_for_backward(row_lse, col_lse, dots, *tensors)
         ctx.flags = (restrict, rows, cols)
         ctx.backend = backend
         ctx.mark_non_differentiable(row_max, col_max)
@@ -233,9 +239,8 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_row_lse, grad_col_lse, _grad_row_max, _grad_col_max):
-        row_lse, col_lse, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
-        arguments = (grad_row_lse, grad_col_lse, row_lse, col_lse, *tensors, *ctx.flags, needs, ctx.backend)
+        arguments = (grad_row_lse, grad_col_lse, *ctx.saved_tensors, *ctx.flags, needs, ctx.backend)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _Once.apply(*arguments)
         else:

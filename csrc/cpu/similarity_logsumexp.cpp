@@ -9,8 +9,10 @@
 //     forward:     fold the partials of the block, in the order of the tiles
 //     backward:    dX += (g a b) Y and dY += (g a b)^T X over the whole block, in parallel over rows and columns
 //
-// Every sum is taken in an order that depends on the shapes alone: results are bitwise equal for any number of threads.
-// In self-similarity (no y) tiles below the diagonal are left out; a tile above it also stands for its mirror image.
+// Backward computes the dots again, except for those of the first tiles, which forward keeps within 64 MB: a problem
+// that is small enough to hold its matrix does the work of the dense loss, and no more. Every sum is taken in an order
+// that depends on the shapes alone: results are bitwise equal for any number of threads. In self-similarity (no y)
+// tiles below the diagonal are left out; a tile above it also stands for its mirror image.
 
 #include "similarity_logsumexp.h"
 #include "products.h"
@@ -35,7 +37,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kTileSize = kTile * kTile;
-constexpr int64_t kKeptBytes = int64_t(64) << 20;
+// Bounds on what is kept instead of made again, whatever N and M are: panels of y, and dots from forward to backward.
+constexpr int64_t kKeptPanelBytes = int64_t(64) << 20;
+constexpr int64_t kKeptDotsBytes = int64_t(64) << 20;
 
 // A range of rows or columns, cut into tiles.
 struct Range {
@@ -154,7 +158,7 @@ class Engine {
     }
   }
 
-  SimilarityStatistics forward();
+  SimilarityStatistics forward(bool keep);
   SimilarityGradients backward(const SimilarityStatistics& lse, const SimilarityStatistics& grad_lse, Needs needs);
   double product_rate(double seconds);
 
@@ -194,6 +198,10 @@ class Engine {
   // The values of a statistic from an offset on; null for one that is empty.
   static T* values_of(const Tensor& statistic, int64_t offset) {
     return statistic.numel() == 0 ? nullptr : statistic.mutable_data_ptr<T>() + offset;
+  }
+
+  static Tensor uninitialised(int64_t n) {
+    return at::empty({n}, c10::CppTypeToScalarType<T>::value);
   }
 
   static Tensor full(int64_t n, T value) {
@@ -293,12 +301,25 @@ class Engine {
     return tile;
   }
 
-  // Visits every block with its packed sides. The panels of y are kept for all rows of blocks where they are small.
+  // The tiles whose dots are kept: in the order of the visits, the first that fit.
+  int64_t kept_tiles() const {
+    const int64_t tiles = round_up(n_, kTile) / kTile * (round_up(m_, kTile) / kTile);
+    return std::min(tiles, kKeptDotsBytes / (kTileSize * static_cast<int64_t>(sizeof(T))));
+  }
+
+  // Where the dots of a tile are kept, or `scratch` where they are not; `tile` counts in the order of the visits.
+  static T* place_of_dots(const Tensor& kept, int64_t tile, T* scratch) {
+    return tile * kTileSize < kept.numel() ? values_of(kept, tile * kTileSize) : scratch;
+  }
+
+  // Visits every block with its packed sides and the number of its first tile. The panels of y are kept for all rows of
+  // blocks where they are small.
   template <typename Visit>
   void for_each_block(bool x_panels, bool y_panels, const Visit& visit) const {
+    int64_t first_tile = 0;
     const std::vector<Range> col_blocks = blocks_of(m_);
     const int64_t bytes = (1 + y_panels) * m_ * depth_ * static_cast<int64_t>(sizeof(Operand));
-    std::vector<std::optional<Packed>> kept(bytes <= kKeptBytes ? col_blocks.size() : 0);
+    std::vector<std::optional<Packed>> kept(bytes <= kKeptPanelBytes ? col_blocks.size() : 0);
     for (const Range rows : blocks_of(n_)) {
       const Packed x = pack(x_, rows, false, x_panels);
       for (const auto c : c10::irange(col_blocks.size())) {
@@ -307,13 +328,14 @@ class Engine {
           continue;
         }
         if (kept.empty()) {
-          visit(rows, cols, x, pack(y_, cols, true, y_panels));
-          continue;
+          visit(rows, cols, x, pack(y_, cols, true, y_panels), first_tile);
+        } else {
+          if (!kept[c].has_value()) {
+            kept[c] = pack(y_, cols, true, y_panels);
+          }
+          visit(rows, cols, x, *kept[c], first_tile);
         }
-        if (!kept[c].has_value()) {
-          kept[c] = pack(y_, cols, true, y_panels);
-        }
-        visit(rows, cols, x, *kept[c]);
+        first_tile += rows.tiles() * cols.tiles();
       }
     }
   }
@@ -339,7 +361,7 @@ class Engine {
 };
 
 template <typename Products>
-SimilarityStatistics Engine<Products>::forward() {
+SimilarityStatistics Engine<Products>::forward(bool keep) {
   const TileKernels<T>& kernels = products_.kernels();
   const Tensor row_max = full(rows_ ? n_ : 0, -kInfinity);
   const Tensor row_sum = full(rows_ ? n_ : 0, T(0));
@@ -350,7 +372,9 @@ SimilarityStatistics Engine<Products>::forward() {
   const Tensor& of_cols_max = mirrored_ ? row_max : col_max;
   const Tensor& of_cols_sum = mirrored_ ? row_sum : col_sum;
 
-  for_each_block(false, false, [&](Range block_rows, Range block_cols, const Packed& x, const Packed& y) {
+  const Tensor kept = uninitialised(keep ? kept_tiles() * kTileSize : 0);
+
+  const auto visit = [&](Range block_rows, Range block_cols, const Packed& x, const Packed& y, int64_t first_tile) {
     const int64_t tile_rows = block_rows.tiles();
     const int64_t tile_cols = block_cols.tiles();
     const int64_t tiles = tile_rows * tile_cols;
@@ -374,9 +398,10 @@ SimilarityStatistics Engine<Products>::forward() {
           if (part[tile] == Part::nothing) {
             return;
           }
-          multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch->dots);
+          T* dots = place_of_dots(kept, first_tile + tile, scratch->dots);
+          multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
           kernels.reduce(
-              logits(rows, cols, scratch->dots, scratch->logits),
+              logits(rows, cols, dots, scratch->logits),
               rows_ ? partial(row_partials, tile) : none,
               to_cols && part[tile] == Part::both ? partial(col_partials, tile) : none);
         },
@@ -404,8 +429,9 @@ SimilarityStatistics Engine<Products>::forward() {
         }
       });
     }
-  });
-  return {row_sum.log().add_(row_max), col_sum.log().add_(col_max), row_max, col_max};
+  };
+  for_each_block(false, false, visit);
+  return {row_sum.log().add_(row_max), col_sum.log().add_(col_max), row_max, col_max, kept};
 }
 
 template <typename Products>
@@ -436,7 +462,7 @@ SimilarityGradients Engine<Products>::backward(
   const Tensor coefficients = operands(workspace);
   const Tensor transposed = operands(to_y ? workspace : 0);
 
-  for_each_block(to_y, to_x, [&](Range block_rows, Range block_cols, const Packed& x, const Packed& y) {
+  const auto visit = [&](Range block_rows, Range block_cols, const Packed& x, const Packed& y, int64_t first_tile) {
     const int64_t tile_rows = block_rows.tiles();
     const int64_t tile_cols = block_cols.tiles();
     const int64_t tiles = tile_rows * tile_cols;
@@ -464,11 +490,14 @@ SimilarityGradients Engine<Products>::backward(
           if (part[tile] == Part::nothing) {
             return;
           }
-          multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch->dots);
+          T* dots = place_of_dots(lse.dots, first_tile + tile, scratch->dots);
+          if (dots == scratch->dots) {
+            multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
+          }
           Operand* stored = row_strips + tile * kTileSize;
           T* place = products_.coefficients_place(scratch->logits, stored);
           kernels.coefficients(
-              logits(rows, cols, scratch->dots, place),
+              logits(rows, cols, dots, place),
               of_rows.from(rows.begin),
               of_cols.from(cols.begin),
               partial(row_partials, tile),
@@ -574,7 +603,8 @@ SimilarityGradients Engine<Products>::backward(
         }
       });
     }
-  });
+  };
+  for_each_block(to_y, to_x, visit);
 
   const auto features_of = [&](const Tensor& grad, const Tensor& like, bool need) {
     if (!need) {
@@ -633,8 +663,8 @@ auto with_engine(const SimilarityOptions& options, const F& f) {
 
 }  // namespace
 
-SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options) {
-  return with_engine(options, [](auto engine) { return engine.forward(); });
+SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options, bool keep) {
+  return with_engine(options, [&](auto engine) { return engine.forward(keep); });
 }
 
 SimilarityGradients similarity_logsumexp_backward(

@@ -28,6 +28,7 @@ struct SimilarityStatistics {
   at::Tensor col_lse;  // [M]
   at::Tensor row_max;  // [N]
   at::Tensor col_max;  // [M]
+  at::Tensor dots;     // what forward keeps for backward
 };
 
 struct Needs {
@@ -49,9 +50,10 @@ struct SimilarityGradients {
   at::Tensor col_bias;
 };
 
-SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options);
+// With `keep`, a bounded part of the dots is kept for a backward.
+SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options, bool keep);
 
-// `lse` is what the forward returned, `grad_lse` the gradients of its log-sum-exps; the maxima of both are not read.
+// `lse` is what the forward returned, `grad_lse` the gradients of its log-sum-exps; the maxima are not read.
 SimilarityGradients similarity_logsumexp_backward(
     const SimilarityOptions& options,
     const SimilarityStatistics& lse,
