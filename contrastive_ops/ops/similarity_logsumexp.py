@@ -176,7 +176,8 @@ torch.library.define(
 torch.library.define(
     "contrastive_ops::similarity_logsumexp_backward",
     f"(Tensor grad_row_lse, Tensor grad_col_lse, Tensor row_lse, Tensor col_lse, Tensor dots, {_OPTIONS}, "
-    "bool[6] needs, str backend) -> (Tensor x, Tensor y, Tensor row_scale, Tensor col_scale, Tensor row_bias, Tensor col_bias)",
+    "bool[6] needs, str backend) -> "
+    "(Tensor x, Tensor y, Tensor row_scale, Tensor col_scale, Tensor row_bias, Tensor col_bias)",
 )
 
 

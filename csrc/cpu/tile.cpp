@@ -64,6 +64,19 @@ inline void for_each_vector(int64_t n, const F& f) {
   }
 }
 
+// f(i, number of rows) for the rows of a tile in groups of four, so that the sums over columns are loaded and stored
+// once for four rows; what is left in groups of one.
+template <typename F>
+inline void for_each_row_group(int64_t rows, const F& f) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    f(i, std::integral_constant<int, 4>());
+  }
+  for (; i < rows; ++i) {
+    f(i, std::integral_constant<int, 1>());
+  }
+}
+
 // Register tile of the product: kRegisterRows x kRegisterVectors accumulators, with one vector for a broadcast of a and
 // kRegisterVectors for b, fit the 32 vector registers of AVX-512 and the 16 of AVX2 and NEON.
 constexpr int kRegisterRows = 6;
@@ -241,15 +254,23 @@ bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
   }
   const Vec<T> shift(highest);
   std::fill_n(cols.sum, kTile, T(0));
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    Vec<T> sum(T(0));
+  for_each_row_group(tile.rows, [&](int64_t i, auto group) {
+    constexpr int kRows = group;
+    Vec<T> sum[kRows];
+    std::fill_n(sum, kRows, Vec<T>(T(0)));
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
-      const Vec<T> term = exp(Vec<T>::loadu(tile.logits + i * kTile + j) - shift);
-      sum = sum + term;
-      (Vec<T>::loadu(cols.sum + j) + term).store(cols.sum + j);
+      Vec<T> col_sum = Vec<T>::loadu(cols.sum + j);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> term = exp(Vec<T>::loadu(tile.logits + (i + r) * kTile + j) - shift);
+        sum[r] = sum[r] + term;
+        col_sum = col_sum + term;
+      }
+      col_sum.store(cols.sum + j);
     }
-    rows.sum[i] = sum_of(sum);
-  }
+    for (int r = 0; r < kRows; ++r) {
+      rows.sum[i + r] = sum_of(sum[r]);
+    }
+  });
   const auto rescale = [&](int64_t n, MaxSum<T> set) {
     for_each_vector<T>(n, [&](int64_t i, int64_t count) {
       const Vec<T> max = Vec<T>::loadu(set.max + i, count);
@@ -268,19 +289,25 @@ void reduce(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
   if (cols.max != nullptr) {
     std::fill_n(cols.max, kTile, -kInfinity<T>);
   }
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    Vec<T> row_max(-kInfinity<T>);
+  for_each_row_group(tile.rows, [&](int64_t i, auto group) {
+    constexpr int kRows = group;
+    Vec<T> row_max[kRows];
+    std::fill_n(row_max, kRows, Vec<T>(-kInfinity<T>));
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
-      const Vec<T> logit = Vec<T>::loadu(tile.logits + i * kTile + j);
-      row_max = at::vec::maximum(row_max, logit);
+      Vec<T> col_max(-kInfinity<T>);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> logit = Vec<T>::loadu(tile.logits + (i + r) * kTile + j);
+        row_max[r] = at::vec::maximum(row_max[r], logit);
+        col_max = at::vec::maximum(col_max, logit);
+      }
       if (cols.max != nullptr) {
-        at::vec::maximum(Vec<T>::loadu(cols.max + j), logit).store(cols.max + j);
+        at::vec::maximum(Vec<T>::loadu(cols.max + j), col_max).store(cols.max + j);
       }
     }
-    if (rows.max != nullptr) {
-      rows.max[i] = max_of(row_max);
+    for (int r = 0; r < kRows && rows.max != nullptr; ++r) {
+      rows.max[i + r] = max_of(row_max[r]);
     }
-  }
+  });
   if (rows.max != nullptr && cols.max != nullptr && sum_both(tile, rows, cols)) {
     return;
   }
@@ -314,29 +341,39 @@ inline void coefficients_loop(
     std::fill_n(col_sums.scale, kTile, T(0));
     std::fill_n(col_sums.bias, kTile, T(0));
   }
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    const Vec<T> row_scale(tile.row_scale[i]);
-    const T* dots = tile.dots + i * kTile;
-    T* logits = tile.logits + i * kTile;
-    Vec<T> scale_sum(T(0));
-    Vec<T> bias_sum(T(0));
+  for_each_row_group(tile.rows, [&](int64_t i, auto group) {
+    constexpr int kRows = group;
+    Vec<T> scale_sum[kRows];
+    Vec<T> bias_sum[kRows];
+    std::fill_n(scale_sum, kRows, Vec<T>(T(0)));
+    std::fill_n(bias_sum, kRows, Vec<T>(T(0)));
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
-      const Vec<T> coefficient = pair(i, j, Vec<T>::loadu(logits + j));
       const Vec<T> col_scale = Vec<T>::loadu(tile.col_scale + j);
-      if constexpr (Sums) {
-        const Vec<T> with_dot = coefficient * Vec<T>::loadu(dots + j);
-        scale_sum = at::vec::fmadd(with_dot, col_scale, scale_sum);
-        bias_sum = bias_sum + coefficient;
-        at::vec::fmadd(with_dot, row_scale, Vec<T>::loadu(col_sums.scale + j)).store(col_sums.scale + j);
-        (Vec<T>::loadu(col_sums.bias + j) + coefficient).store(col_sums.bias + j);
+      Vec<T> col_scale_sum(T(0));
+      Vec<T> col_bias_sum(T(0));
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> row_scale(tile.row_scale[i + r]);
+        T* logits = tile.logits + (i + r) * kTile + j;
+        const Vec<T> coefficient = pair(i + r, j, Vec<T>::loadu(logits));
+        if constexpr (Sums) {
+          const Vec<T> with_dot = coefficient * Vec<T>::loadu(tile.dots + (i + r) * kTile + j);
+          scale_sum[r] = at::vec::fmadd(with_dot, col_scale, scale_sum[r]);
+          bias_sum[r] = bias_sum[r] + coefficient;
+          col_scale_sum = at::vec::fmadd(with_dot, row_scale, col_scale_sum);
+          col_bias_sum = col_bias_sum + coefficient;
+        }
+        (coefficient * (row_scale * col_scale)).store(logits);
       }
-      (coefficient * (row_scale * col_scale)).store(logits + j);
+      if constexpr (Sums) {
+        (Vec<T>::loadu(col_sums.scale + j) + col_scale_sum).store(col_sums.scale + j);
+        (Vec<T>::loadu(col_sums.bias + j) + col_bias_sum).store(col_sums.bias + j);
+      }
     }
-    if constexpr (Sums) {
-      row_sums.scale[i] = sum_of(scale_sum);
-      row_sums.bias[i] = sum_of(bias_sum);
+    for (int r = 0; Sums && r < kRows; ++r) {
+      row_sums.scale[i + r] = sum_of(scale_sum[r]);
+      row_sums.bias[i + r] = sum_of(bias_sum[r]);
     }
-  }
+  });
 }
 
 template <bool Sums, typename T>
