@@ -104,3 +104,10 @@ LOSSES: tuple[Loss, ...] = (
         ({}, {"variant": "in"}),
     ),
 )
+
+
+def table() -> str:
+    """The losses as a Markdown table, as the README has it between its markers."""
+    lines = ["| loss | formula | paper |", "|---|---|---|"]
+    lines += [f"| `{loss.name}` | {loss.formula} | {loss.paper} |" for loss in LOSSES]
+    return "\n".join(lines)
