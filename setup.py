@@ -95,6 +95,7 @@ setup(
     packages=[
         "contrastive_ops",
         "contrastive_ops.backends",
+        "contrastive_ops.demo",
         "contrastive_ops.kernels",
         "contrastive_ops.losses",
         "contrastive_ops.ops",

@@ -19,6 +19,22 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+void check_vector(const char* name, const OptionalTensor& vector, int64_t size, bool integers) {
+  if (!vector.has_value()) {
+    return;
+  }
+  TORCH_CHECK_VALUE(
+      vector->dim() == 1 && vector->size(0) == size, name, " must have shape (", size, ",), got ", vector->sizes());
+  TORCH_CHECK_TYPE(
+      integers ? vector->scalar_type() == at::kLong : vector->is_floating_point(),
+      name,
+      " must be ",
+      integers ? "int64" : "floating-point",
+      ", got ",
+      vector->scalar_type());
+}
+
+// The second line behind the checks in Python: whatever calls the operators, no pointer leaves its tensor.
 SimilarityOptions options_of(
     const Tensor& x,
     const OptionalTensor& y,
@@ -32,6 +48,25 @@ SimilarityOptions options_of(
     bool restrict_to_ids,
     bool rows,
     bool cols) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must have shape (N, D), got ", x.sizes());
+  TORCH_CHECK_VALUE(
+      !y.has_value() || (y->dim() == 2 && y->size(1) == x.size(1) && y->scalar_type() == x.scalar_type()),
+      "y must have shape (M, ",
+      x.size(1),
+      ") and the dtype of x");
+  TORCH_CHECK_VALUE(y.has_value() || (rows && !cols), "self-similarity has rows only");
+  TORCH_CHECK_VALUE(
+      !y.has_value() || row_ids.has_value() == col_ids.has_value(), "row_ids and col_ids must be given together");
+  TORCH_CHECK_VALUE(!restrict_to_ids || row_ids.has_value(), "restrict needs row_ids");
+  const int64_t n = x.size(0);
+  const int64_t m = y.has_value() ? y->size(0) : n;
+  check_vector("row_scale", row_scale, n, false);
+  check_vector("col_scale", col_scale, m, false);
+  check_vector("row_bias", row_bias, n, false);
+  check_vector("col_bias", col_bias, m, false);
+  check_vector("exclude", exclude, n, true);
+  check_vector("row_ids", row_ids, n, true);
+  check_vector("col_ids", col_ids, m, true);
   return {x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols};
 }
 
@@ -75,6 +110,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     bool rows,
     bool cols,
     std::array<bool, 6> needs) {
+  const int64_t n = rows ? x.size(0) : 0;
+  const int64_t m = cols ? (y.has_value() ? *y : x).size(0) : 0;
+  check_vector("row_lse", row_lse, n, false);
+  check_vector("grad_row_lse", grad_row_lse, n, false);
+  check_vector("col_lse", col_lse, m, false);
+  check_vector("grad_col_lse", grad_col_lse, m, false);
   const SimilarityGradients grad = similarity_logsumexp_backward(
       options_of(
           x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),

@@ -47,8 +47,8 @@ def similarity_logsumexp(
     return (
         logsumexp(logits, 1) if rows else nothing,
         logsumexp(logits, 0) if cols else nothing,
-        _largest(logits, 1) if rows else nothing,
-        _largest(logits, 0) if cols else nothing,
+        _largest(logits.detach(), 1) if rows else nothing,
+        _largest(logits.detach(), 0) if cols else nothing,
     )
 
 

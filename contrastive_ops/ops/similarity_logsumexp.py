@@ -138,8 +138,10 @@ def similarity_logsumexp(
         row_lse, col_lse, row_max, col_max = reference.similarity_logsumexp(*arguments)
     else:
         checks.no_forward_mode("similarity_logsumexp", x, y, *vectors)
-        row_lse, col_lse, row_max, col_max = _Differentiable.apply(*arguments, keep, chosen)
-    return SimilarityLSE(row_lse, col_lse, row_max.detach(), col_max.detach())
+        if torch.compiler.is_compiling():
+            arguments = _aliased(arguments)
+        row_lse, col_lse, row_max, col_max, _ = _Differentiable.apply(*arguments, keep, chosen)
+    return SimilarityLSE(row_lse, col_lse, row_max, col_max)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -162,6 +164,15 @@ def _int64(name: str, value: Tensor | None, size: int, x: Tensor, rows_of: str) 
         return None
     checks.integer_vector(name, value, size, x.device, rows_of=rows_of)
     return value.to(torch.int64)
+
+
+def _aliased(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A view for every tensor that comes a second time (y = x, one vector of ids): Dynamo traces no Function with it."""
+    distinct: list[Any] = []
+    for value in arguments:
+        repeated = isinstance(value, Tensor) and any(value is other for other in distinct)
+        distinct.append(value.view_as(value) if repeated else value)
+    return tuple(distinct)
 
 
 _OPTIONS = (
@@ -229,17 +240,20 @@ class _Differentiable(torch.autograd.Function):
     """Autograd around the op: an op boundary costs less without it, and torch.compile traces it."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, restrict, rows, cols, _keep, backend = arguments
-        row_lse, col_lse, row_max, col_max, dots = torch.ops.contrastive_ops.similarity_logsumexp(*arguments)
+    def forward(*arguments):
+        return torch.ops.contrastive_ops.similarity_logsumexp(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, restrict, rows, cols, _keep, backend = inputs
+        row_lse, col_lse, row_max, col_max, dots = output
         ctx.save_for_backward(row_lse, col_lse, dots, *tensors)
         ctx.flags = (restrict, rows, cols)
         ctx.backend = backend
-        ctx.mark_non_differentiable(row_max, col_max)
-        return row_lse, col_lse, row_max, col_max
+        ctx.mark_non_differentiable(row_max, col_max, dots)
 
     @staticmethod
-    def backward(ctx, grad_row_lse, grad_col_lse, _grad_row_max, _grad_col_max):
+    def backward(ctx, grad_row_lse, grad_col_lse, *_grads_of_the_rest):
         needs = list(ctx.needs_input_grad[:6])
         arguments = (grad_row_lse, grad_col_lse, *ctx.saved_tensors, *ctx.flags, needs, ctx.backend)
         if torch.is_grad_enabled():  # create_graph=True
@@ -254,8 +268,12 @@ class _Once(torch.autograd.Function):
     """The backward op in a graph that may be differentiated again, which it refuses."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(*arguments):
         return torch.ops.contrastive_ops.similarity_logsumexp_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, *_grads):

@@ -438,6 +438,7 @@ template <typename Products>
 SimilarityGradients Engine<Products>::backward(
     const SimilarityStatistics& lse, const SimilarityStatistics& grad_lse, Needs needs) {
   const TileKernels<T>& kernels = products_.kernels();
+  TORCH_CHECK_VALUE(lse.dots.numel() % kTileSize == 0, "dots must be what the forward kept");
   const int64_t panel = products_.panel();
   const int64_t padded_features = feature_panels() * panel;
   const c10::ScalarType statistic = c10::CppTypeToScalarType<T>::value;
@@ -676,6 +677,7 @@ SimilarityGradients similarity_logsumexp_backward(
 }
 
 double tile_product_rate(const Tensor& x, const Tensor& y, double seconds) {
+  TORCH_CHECK_VALUE(x.numel() > 0 && y.numel() > 0, "x and y must not be empty");
   SimilarityOptions options;
   options.x = x;
   options.y = y;
