@@ -1,0 +1,156 @@
+"""Inputs of `similarity_logsumexp`: named option sets at any shape and dtype, and the op's naive twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import contrastive_ops as co
+from contrastive_ops.ops import statistics_dtype
+from contrastive_ops.reference import logsumexp, similarity_logits
+
+VECTORS = ("row_scale", "col_scale", "row_bias", "col_bias")
+KINDS = ("float", "0d", "1", "vector")
+# equal modulo 2^32, one of them negative: ids that are cut to 32 bits anywhere would collide
+FAR_IDS = torch.tensor([-3, -1, 0, 1, 2**32, 2**32 + 1, -3 + 2**32, 2**40 + 1, -(2**62), 2**63 - 1])
+
+
+class Maker:
+    """Draws the options of one problem of N rows and M columns."""
+
+    def __init__(self, n: int, m: int, dtype: torch.dtype, seed: int = 0) -> None:
+        self.sizes = {"row": n, "col": m}
+        self.n, self.m, self.dtype = n, m, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def features(self, size: int, d: int) -> Tensor:
+        x = torch.nn.functional.normalize(torch.randn(size, d, generator=self.generator, dtype=torch.float64), dim=1)
+        return (2.0 * x).to(self.dtype).requires_grad_()
+
+    def vector(self, name: str, kind: str) -> float | Tensor:
+        """A scale about 1.5, or a bias about 0; floats are exact in every dtype."""
+        offset = 1.5 if name.endswith("scale") else 0.0
+        if kind == "float":
+            return offset + 0.25
+        shape = {"0d": (), "1": (1,), "vector": (self.sizes[name.removesuffix("_scale").removesuffix("_bias")],)}[kind]
+        value = offset + 0.4 * torch.randn(shape, generator=self.generator)
+        return value.to(statistics_dtype(torch.empty(0, dtype=self.dtype))).requires_grad_()
+
+    def exclude(self) -> Tensor:
+        """A column per row, -1 for some rows, and some columns named by several rows."""
+        exclude = torch.randint(-1, max(self.m, 1), (self.n,), generator=self.generator)
+        exclude[1::5] = -1
+        exclude[2::7] = max(self.m - 1, 0)
+        return exclude
+
+    def ids(self, groups: int, *, ordered: bool = False) -> dict[str, Tensor]:
+        row, col = (torch.randint(-2, groups - 2, (size,), generator=self.generator) for size in (self.n, self.m))
+        return {"row_ids": row.sort().values if ordered else row, "col_ids": col.sort().values if ordered else col}
+
+    def far_ids(self) -> dict[str, Tensor]:
+        pick = self.ids(len(FAR_IDS))
+        return {name: FAR_IDS[index + 2] for name, index in pick.items()}
+
+    def vectors(self) -> dict[str, Any]:
+        return {name: self.vector(name, "vector") for name in VECTORS}
+
+    def of_rows(self, options: dict[str, Any]) -> dict[str, Any]:
+        """In self-similarity the row options apply to both sides."""
+        return {name: value for name, value in options.items() if not name.startswith("col")}
+
+
+OPTIONS: dict[str, Callable[[Maker], dict[str, Any]]] = {
+    "rows": lambda make: {},
+    "cols": lambda make: {"rows": False, "cols": True},
+    "both": lambda make: {"cols": True},
+    **{
+        f"{name}-{kind}": lambda make, name=name, kind=kind: {name: make.vector(name, kind), "cols": True}
+        for name in VECTORS
+        for kind in KINDS
+    },
+    "vectors": lambda make: {**make.vectors(), "cols": True},
+    "vectors-rows": lambda make: make.vectors(),
+    "vectors-cols": lambda make: {**make.vectors(), "rows": False, "cols": True},
+    "low_precision_scale": lambda make: {
+        "row_scale": torch.tensor(1.5, dtype=torch.bfloat16).requires_grad_(),
+        "cols": True,
+    },
+    "exclude": lambda make: {"exclude": make.exclude(), "cols": True},
+    "exclude-diagonal": lambda make: {"exclude": torch.arange(make.n).clamp(max=make.m - 1), "cols": True},
+    "exclude-one_column": lambda make: {"exclude": torch.zeros(make.n, dtype=torch.int32), "cols": True},
+    "ids-exclude": lambda make: {**make.ids(6), "cols": True},
+    "ids-exclude-sorted": lambda make: {**make.ids(6, ordered=True), "cols": True},
+    "ids-restrict": lambda make: {**make.ids(6), "ids": "restrict", "cols": True},
+    "ids-restrict-sorted": lambda make: {**make.ids(6, ordered=True), "ids": "restrict", "cols": True},
+    "ids-exclude-far": lambda make: {**make.far_ids(), "cols": True},
+    "ids-restrict-far": lambda make: {**make.far_ids(), "ids": "restrict", "cols": True},
+    "everything": lambda make: {**make.vectors(), "exclude": make.exclude(), **make.ids(6), "cols": True},
+    "everything-restrict": lambda make: {
+        **make.vectors(), "exclude": make.exclude(), **make.ids(3, ordered=True), "ids": "restrict", "cols": True,
+    },
+}  # fmt: skip
+SELF_OPTIONS: dict[str, Callable[[Maker], dict[str, Any]]] = {
+    "self": lambda make: {},
+    **{
+        f"self-{name}-{kind}": lambda make, name=name, kind=kind: {name: make.vector(name, kind)}
+        for name in ("row_scale", "row_bias")
+        for kind in KINDS
+    },
+    "self-exclude": lambda make: {"exclude": make.exclude()},
+    "self-exclude-diagonal": lambda make: {"exclude": torch.arange(make.n)},
+    "self-ids-exclude": lambda make: make.of_rows(make.ids(6)),
+    "self-ids-exclude-sorted": lambda make: make.of_rows(make.ids(6, ordered=True)),
+    "self-ids-restrict": lambda make: {**make.of_rows(make.ids(6)), "ids": "restrict"},
+    "self-ids-restrict-sorted": lambda make: {**make.of_rows(make.ids(6, ordered=True)), "ids": "restrict"},
+    "self-ids-far": lambda make: make.of_rows(make.far_ids()),
+    "self-everything": lambda make: make.of_rows({**make.vectors(), "exclude": make.exclude(), **make.ids(6)}),
+    "self-everything-restrict": lambda make: make.of_rows(
+        {**make.vectors(), "exclude": torch.arange(make.n), **make.ids(3, ordered=True), "ids": "restrict"}
+    ),
+}
+ALL_OPTIONS = OPTIONS | SELF_OPTIONS
+
+
+def problem(
+    name: str, n: int, m: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The positional arguments and the options of one problem; self-similarity ignores M."""
+    alone = name in SELF_OPTIONS
+    make = Maker(n, n if alone else m, dtype, seed)
+    arguments = (make.features(n, d),) if alone else (make.features(n, d), make.features(m, d))
+    return arguments, ALL_OPTIONS[name](make)
+
+
+def requested(outputs: Any, rows: bool, cols: bool) -> tuple[Tensor, ...]:
+    row_lse, col_lse, row_max, col_max = outputs
+    return (*((row_lse, row_max) if rows else ()), *((col_lse, col_max) if cols else ()))
+
+
+def fused(x: Tensor, y: Tensor | None = None, *, backend: str, **options: Any) -> tuple[Tensor, ...]:
+    """The op on a backend: the statistics of the directions that were asked for."""
+    outputs = co.similarity_logsumexp(x, y, backend=backend, **options)
+    rows, cols = options.get("rows", True), options.get("cols", False)
+    for asked, *vectors in ((rows, outputs.row_lse, outputs.row_max), (cols, outputs.col_lse, outputs.col_max)):
+        assert asked or all(vector.shape == (0,) for vector in vectors)
+    return requested(outputs, rows, cols)
+
+
+def naive(
+    x: Tensor, y: Tensor | None = None, *, rows: bool = True, cols: bool = False, ids: str = "exclude", **options: Any
+) -> tuple[Tensor, ...]:
+    """The same from the dense logits."""
+    sizes = {"row": len(x), "col": len(x if y is None else y)}
+    for name in VECTORS:
+        value = options.get(name)
+        if value is not None:
+            value = torch.as_tensor(value, dtype=statistics_dtype(x)) if isinstance(value, float) else value
+            options[name] = value.reshape(-1).expand(sizes[name[:3]])
+    logits = similarity_logits(x, y, restrict=ids == "restrict", **options)
+    largest = [
+        logits.detach().amax(dim) if logits.shape[dim] else logits.new_full((logits.shape[1 - dim],), -torch.inf)
+        for dim in (1, 0)
+    ]
+    return requested((logsumexp(logits, 1), logsumexp(logits, 0), *largest), rows, cols)

@@ -1,0 +1,379 @@
+"""The contracts with PyTorch: opcheck, torch.compile, autocast, transforms, differentiating twice."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from problems import ALL_OPTIONS, problem
+from tolerance import evaluate
+from torch._dynamo.backends.debugging import aot_eager
+from torch.autograd import forward_ad
+
+import contrastive_ops as co
+from contrastive_ops.catalogue import LOSSES
+from contrastive_ops.ops import statistics_dtype
+
+FORWARD = torch.ops.contrastive_ops.similarity_logsumexp.default
+BACKWARD = torch.ops.contrastive_ops.similarity_logsumexp_backward.default
+# Dynamo makes an instance of every autograd.Function that it traces, which PyTorch itself deprecates
+TRACED = pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
+)
+# importing inductor, or the first dual tensor, makes PyTorch script some of its own functions
+SCRIPTED = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+VARIANTS = [pytest.param(row, v, id=f"{row.name}-{'-'.join(map(str, v.values())) or 'plain'}")
+            for row in LOSSES for v in row.variants]  # fmt: skip
+
+
+def forward_arguments(name, n, m, d, dtype, backend, transform=lambda x: x):
+    """What the public function passes to the op for a problem, by the names in its schema."""
+    arguments, options = problem(name, n, m, d, dtype)
+    x, *y = (transform(a.detach()) for a in arguments)
+    m = m if y else n
+    given = {"x": x, "y": y[0] if y else None, "restrict": options.get("ids") == "restrict", "keep": True}
+    given |= {"rows": options.get("rows", True), "cols": options.get("cols", False), "backend": backend}
+    for key, size in {"row_scale": n, "col_scale": m, "row_bias": n, "col_bias": m}.items():
+        value = options.get(key)
+        if value is not None:
+            value = torch.as_tensor(value).detach().to(statistics_dtype(x)).reshape(-1).expand(size).clone()
+        given[key] = value
+    given |= {key: options[key].long() if key in options else None for key in ("exclude", "row_ids", "col_ids")}
+    return tuple(given[argument.name] for argument in FORWARD._schema.arguments)
+
+
+def backward_arguments(forward, needs):
+    """The arguments of the backward op for a call of the forward op."""
+    given = dict(zip((argument.name for argument in FORWARD._schema.arguments), forward, strict=True))
+    returned = FORWARD(*forward)
+    given |= dict(zip((result.name for result in FORWARD._schema.returns), returned, strict=True))
+    given |= {f"grad_{lse}": torch.randn_like(given[lse]) for lse in ("row_lse", "col_lse")}
+    given["needs"] = needs
+    return tuple(given[argument.name] for argument in BACKWARD._schema.arguments)
+
+
+FAST_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+ALL_CHECKS = (*FAST_CHECKS, "test_aot_dispatch_dynamic")  # ten times the time: not for what differs in dtype alone
+
+
+def check(arguments, checks=ALL_CHECKS):
+    """opcheck on the op and on its backward, as they are called: autograd is around them, not in them.
+
+    What forward keeps for backward has padding that nobody writes: its values are compared where it keeps nothing.
+    """
+    torch.library.opcheck(FORWARD, arguments, test_utils=FAST_CHECKS)
+    place = [argument.name for argument in FORWARD._schema.arguments].index("keep")
+    torch.library.opcheck(FORWARD, (*arguments[:place], False, *arguments[place + 1 :]), test_utils=checks)
+    everything = [tensor is not None for tensor in arguments[:6]]
+    for needs in (everything, [True] + [False] * 5):
+        torch.library.opcheck(
+            BACKWARD,
+            backward_arguments(arguments, needs),
+            test_utils=checks if needs is everything else FAST_CHECKS,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["everything", "self-everything"])
+def test_opcheck_over_dtypes(name, backend, dtype):
+    checks = ALL_CHECKS if dtype == torch.float32 else FAST_CHECKS
+    check(forward_arguments(name, 9, 7, 5, dtype, backend), checks)
+
+
+@pytest.mark.parametrize("name", ["rows", "cols", "vectors", "exclude", "ids-exclude", "ids-restrict-sorted",
+                                  "everything-restrict", "self", "self-ids-restrict"])  # fmt: skip
+def test_opcheck_over_options(name, backend):
+    check(forward_arguments(name, 9, 7, 5, torch.float32, backend), FAST_CHECKS)
+
+
+# a single row or column specialises a symbolic size; 129 x 65 is beyond one micro tile
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 3), (7, 1, 3), (129, 65, 17)])
+def test_opcheck_over_shapes(shape, backend):
+    check(forward_arguments("everything", *shape, torch.float32, backend))
+
+
+@pytest.mark.parametrize("name", ["everything", "self-everything"])
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_opcheck_of_layouts(layout, name, backend):
+    def transform(x):
+        return x.T.contiguous().T if layout == "transposed" else x.repeat_interleave(2, 1)[:, ::2]
+
+    arguments = forward_arguments(name, 9, 7, 5, torch.float32, backend, transform)
+    assert not arguments[0].is_contiguous()
+    check(arguments)
+
+
+def compiled(function, compiler="aot_eager"):
+    torch.compiler.reset()
+    return torch.compile(function, backend=compiler, fullgraph=True, dynamic=True)
+
+
+def assert_close(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype
+        torch.testing.assert_close(
+            value, right[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# two sizes that share no factor: a graph that remembers the first would recompile, or be wrong
+@pytest.mark.parametrize("name", ["vectors", "everything", "self-everything", "row_scale-1"])
+@TRACED
+def test_compiled_op(name, backend):
+    """One graph for all N and M, forward and backward."""
+    seen = []
+
+    def counted(graph, inputs):
+        seen.append(graph)
+        return aot_eager(graph, inputs)
+
+    def call(*arguments, **options):
+        out = co.similarity_logsumexp(*arguments, **options, backend=backend)
+        return out.row_lse, out.col_lse
+
+    both = compiled(call, counted)
+    for n, m in ((14, 25), (33, 9)):
+        arguments, options = problem(name, n, m, 6)
+        assert_close(evaluate(both, arguments, options), evaluate(call, arguments, options))
+    assert len(seen) == 1
+
+
+# the compiler sees one opaque op whatever backend runs it, so one backend is enough for what the losses add around it
+@pytest.mark.parametrize(("loss", "variant"), VARIANTS)
+@TRACED
+def test_compiled_loss(loss, variant):
+    def call(*arguments):
+        return loss.fused(*arguments, **variant)
+
+    both = compiled(call)
+    for n in (14, 33):
+        arguments = loss.inputs(n, 6, torch.float32, torch.Generator().manual_seed(n))
+        assert_close(evaluate(both, arguments, {}), evaluate(call, arguments, {}))
+
+
+SIDE_INPUTS = {
+    "info_nce": {"query_ids": torch.arange(14) % 5, "key_ids": torch.arange(14) % 5, "label_smoothing": 0.1,
+                 "sample_weight": torch.linspace(0.5, 1.0, 14), "target": torch.arange(14).flip(0)},
+    "clip_loss": {"ids": torch.arange(14) % 5, "label_smoothing": 0.1, "sample_weight": torch.linspace(0.5, 1.0, 14)},
+    "supcon": {"empty": "drop"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [pytest.param(row, id=row.name) for row in LOSSES if row.name in SIDE_INPUTS])
+@TRACED
+def test_compiled_loss_with_stats_and_side_inputs(loss):
+    options = SIDE_INPUTS[loss.name]
+
+    def call(*arguments, **options):
+        value, stats = loss.fused(*arguments, **options, return_stats=True)
+        return value, *stats
+
+    arguments = loss.inputs(14, 6, torch.float32, torch.Generator().manual_seed(0))
+    assert_close(evaluate(compiled(call), arguments, options), evaluate(call, arguments, options))
+
+
+@TRACED
+def test_compiled_module_with_a_learnable_scale(backend):
+    """The whole training step's loss: features, LogitScale, CLIPLoss."""
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.loss = co.nn.LogitScale(shape=(1,)), co.nn.CLIPLoss(backend=backend)
+
+        def forward(self, x, y):
+            return self.loss(x, y, self.scale())
+
+    head, x, y = Head(), torch.randn(12, 5), torch.randn(12, 5)
+    expected = head(x, y)
+    (grad,) = torch.autograd.grad(expected, head.scale.logit_scale)
+    torch.compiler.reset()
+    loss = torch.compile(head, backend="aot_eager", fullgraph=True, dynamic=True)(x, y)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(head.scale.logit_scale.grad, grad)
+    assert head.scale.logit_scale.grad.shape == (1,)
+
+
+@TRACED
+def test_compiled_op_takes_one_tensor_in_several_places(backend):
+    """y = x, one vector of ids for both sides, one of scales: Dynamo minds where an autograd.Function gets it."""
+
+    def call(x, scale, ids):
+        out = co.similarity_logsumexp(
+            x, x, row_scale=scale, col_scale=scale, row_ids=ids, col_ids=ids, cols=True, backend=backend
+        )
+        return out.row_lse, out.col_lse
+
+    arguments = torch.randn(14, 6, requires_grad=True), torch.rand(14, requires_grad=True), torch.arange(14) % 4
+    assert_close(evaluate(compiled(call), arguments, {}), evaluate(call, arguments, {}))
+
+
+def inductor_refusal() -> str | None:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        return f"inductor finds no C++ compiler: {error}"
+    return None
+
+
+@SCRIPTED
+@TRACED
+def test_inductor():
+    """The compiler of production once; the others differ only in what it fuses around the op."""
+    sentence = inductor_refusal()
+    if sentence is not None:
+        pytest.skip(sentence)
+
+    def call(x, y, scale):
+        return co.clip_loss(x, y, scale, label_smoothing=0.1)
+
+    arguments = LOSSES[1].inputs(14, 6, torch.float32, torch.Generator().manual_seed(0))
+    assert LOSSES[1].name == "clip_loss"
+    assert_close(evaluate(compiled(call, "inductor"), arguments, {}), evaluate(call, arguments, {}))
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones(backend):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for name in ALL_OPTIONS:
+        arguments = forward_arguments(name, 9, 7, 5, torch.bfloat16, backend)
+        real = FORWARD(*arguments)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            fake = FORWARD(*fakes)
+        for r, f in zip(real, fake, strict=True):
+            assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride()), name
+
+
+@pytest.mark.parametrize("where", ["forward", "forward and backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", [pytest.param(row, id=row.name) for row in LOSSES])
+def test_autocast_changes_nothing(loss, dtype, where, backend):
+    """The loss runs in the dtype of its inputs; bfloat16 products would be off in the third digit."""
+    arguments = loss.inputs(16, 6, dtype, torch.Generator().manual_seed(0))
+    tensors = [a for a in arguments if a.requires_grad]
+    plain = loss.fused(*arguments, backend=backend)
+    expected = torch.autograd.grad(plain, tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss.fused(*arguments, backend=backend)
+        if where != "forward":
+            grads = torch.autograd.grad(value, tensors)
+    if where == "forward":
+        grads = torch.autograd.grad(value, tensors)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, plain)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+def test_autocast_accepts_the_features_it_produces(backend):
+    """Under autocast a linear layer gives bfloat16; its gradient reaches the float32 weight."""
+    layer, x = torch.nn.Linear(6, 5), torch.randn(10, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = layer(x)
+        assert features.dtype == torch.bfloat16
+        loss = co.nt_xent(features, features.roll(1, 0), backend=backend)
+    loss.backward()
+    assert layer.weight.grad.dtype == torch.float32
+    assert (layer.weight.grad != 0).any()
+
+
+@pytest.mark.parametrize("loss", [pytest.param(row, id=row.name) for row in LOSSES])
+def test_differentiating_twice_is_refused(loss, backend):
+    arguments = loss.inputs(8, 4, torch.float64, torch.Generator().manual_seed(0))
+    x = arguments[0]
+    value = loss.fused(*arguments, backend=backend)
+    (grad,) = torch.autograd.grad(value, x, create_graph=True)
+    sentence = (
+        "similarity_logsumexp is differentiable once, got a second differentiation (create_graph=True); "
+        'call it with backend="reference", which autograd differentiates to any order.'
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):
+        grad.square().sum().backward()
+    value = loss.fused(*arguments, backend="reference")
+    (grad,) = torch.autograd.grad(value, x, create_graph=True)
+    grad.square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@SCRIPTED
+def test_forward_mode_is_refused(backend):
+    """It would give the tangent of the positives alone, silently."""
+    x, y = torch.randn(2, 8, 4)
+    sentence = (
+        r"^similarity_logsumexp has no forward-mode derivative, got a dual tensor \(torch\.func\.jvp, forward_ad\)"
+    )
+    with pytest.raises(RuntimeError, match=sentence):
+        torch.func.jvp(lambda x: co.info_nce(x, y, backend=backend), (x,), (y,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=sentence):
+        co.clip_loss(x, forward_ad.make_dual(y, x), 5.0, backend=backend)
+    scale = torch.tensor(5.0)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=sentence):
+        co.clip_loss(x, y, forward_ad.make_dual(scale, scale), backend=backend)
+    _, tangent = torch.func.jvp(lambda x: co.info_nce(x, y, backend="reference"), (x,), (y,))
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(co.info_nce(x, y, backend=backend), x)
+    torch.testing.assert_close(tangent, (grad * y).sum(), rtol=1e-4, atol=1e-5)
+
+
+# without a batching rule PyTorch loops over the batch, and says that this is slow
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_transforms(reduction, backend):
+    """vmap, grad, jacrev and their compositions are the loops that they stand for."""
+    x, y = torch.randn(2, 3, 9, 4)
+
+    def dense(a, b):
+        return co.info_nce(a, b, reduction=reduction, backend="reference")
+
+    def fused(a, b):
+        return co.info_nce(a, b, reduction=reduction, backend=backend)
+
+    def gradients(function):
+        return torch.func.grad(lambda a, b: function(a, b).sum(), argnums=(0, 1))
+
+    def close(got, expected):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+    close(torch.vmap(fused)(x, y), torch.stack([dense(a, b) for a, b in zip(x, y, strict=True)]))
+    close(gradients(fused)(x[0], y[0]), gradients(dense)(x[0], y[0]))
+    batched = torch.vmap(gradients(dense))(x, y)
+    close(torch.vmap(gradients(fused))(x, y), batched)
+    close(torch.func.jacrev(fused)(x[0], y[0]), torch.func.jacrev(dense)(x[0], y[0]))
+    x.requires_grad_()
+    y.requires_grad_()
+    close(torch.autograd.grad(torch.vmap(fused)(x, y).sum(), (x, y)), batched)
+
+
+@SCRIPTED
+def test_hessian_is_refused(backend):
+    x, y = torch.randn(2, 9, 4)
+    sentence = "You must implement the jvp function|similarity_logsumexp has no forward-mode derivative"
+    with pytest.raises(RuntimeError, match=sentence):
+        torch.func.hessian(lambda x: co.info_nce(x, y, backend=backend))(x)
+    with pytest.raises(RuntimeError, match="similarity_logsumexp is differentiable once"):
+        torch.func.jacrev(torch.func.jacrev(lambda x: co.info_nce(x, y, backend=backend)))(x)
+
+
+def test_inference_mode_and_no_grad(backend):
+    x, y = torch.randn(2, 9, 4).requires_grad_()
+    expected = co.info_nce(x, y, backend=backend)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            value = co.info_nce(x, y, backend=backend)
+        assert not value.requires_grad
+        assert torch.equal(value, expected)
+
+
+def test_checkpointing(backend):
+    from torch.utils.checkpoint import checkpoint
+
+    x, y = torch.randn(9, 4, requires_grad=True), torch.randn(9, 4)
+    expected = torch.autograd.grad(co.info_nce(x, y, backend=backend), x)
+    value = checkpoint(lambda x: co.info_nce(x, y, backend=backend), x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(value, x)[0], expected[0])

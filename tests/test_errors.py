@@ -1,0 +1,432 @@
+"""One test per refused input: its type and its whole sentence. Nothing wrong gets as far as a kernel."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import contrastive_ops as co
+from contrastive_ops import backends, build, checks
+
+X, Y = torch.zeros(4, 3), torch.zeros(5, 3)
+IDS = torch.arange(4)
+op = co.similarity_logsumexp
+
+
+class DTensor(torch.Tensor):
+    """Stands for torch.distributed.tensor.DTensor, which needs a process group."""
+
+
+def distributed() -> torch.Tensor:
+    return torch.zeros(4, 3).as_subclass(DTensor)
+
+
+# id: call, type, sentence
+REFUSALS = {
+    # features
+    "features-list": (
+        lambda: op([[1.0]]), TypeError,
+        "x must be a torch.Tensor, got list; call torch.as_tensor(x)."),
+    "features-dtensor": (
+        lambda: op(distributed()), TypeError,
+        "x must be a plain tensor, got a DTensor; call x.to_local() or x.full_tensor()."),
+    "features-1d": (
+        lambda: op(X[0]), ValueError,
+        "x must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
+    "features-0d": (
+        lambda: op(X[0, 0]), ValueError,
+        "x must have shape (N, D), got (); flatten or unsqueeze it to 2 dimensions."),
+    "features-3d": (
+        lambda: co.info_nce(X, X[None]), ValueError,
+        "key must have shape (N, D), got (1, 4, 3); flatten or unsqueeze it to 2 dimensions."),
+    "features-sparse": (
+        lambda: op(X.to_sparse()), TypeError,
+        "x must be a dense (strided) tensor, got layout torch.sparse_coo; call x.to_dense()."),
+    "features-integer": (
+        lambda: op(X.long()), TypeError,
+        "x must be one of float32, bfloat16, float16, float64, got int64; call x.float()."),
+    "features-complex": (
+        lambda: co.nt_xent(X, X.cfloat()), TypeError,
+        "z2 must be one of float32, bfloat16, float16, float64, got complex64; call z2.float()."),
+    "features-no_feature": (
+        lambda: op(X[:, :0]), ValueError,
+        "x must have at least one feature (D >= 1), got shape (4, 0)."),
+    "features-y": (
+        lambda: op(X, Y[0]), ValueError,
+        "y must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
+    # two features that meet
+    "pair-device": (
+        lambda: op(X, Y.to("meta")), ValueError,
+        "y must be on the device of x, cpu, got meta; call y.to(x.device)."),
+    "pair-dtype": (
+        lambda: co.info_nce(X, Y.double()), TypeError,
+        "key must have the dtype of query, float32, got float64; call key.to(query.dtype)."),
+    "pair-feature_size": (
+        lambda: co.clip_loss(X, X[:, :2], 1.0), ValueError,
+        "text_features must have the feature size of image_features, D = 3, got 2; project both to one size."),
+    "pair-rows-clip": (
+        lambda: co.clip_loss(X, Y, 1.0), ValueError,
+        "text_features must have the shape of image_features, (4, 3), got (5, 3); "
+        "row i of text_features is the positive of row i of image_features."),
+    "pair-rows-views": (
+        lambda: co.dcl(X, Y), ValueError,
+        "z2 must have the shape of z1, (4, 3), got (5, 3); row i of z2 is the positive of row i of z1."),
+    "pair-fewer_keys": (
+        lambda: co.info_nce(Y, X), ValueError,
+        "key must have at least as many rows as query, N = 5, got M = 4; "
+        "row i of key is the positive of query i, or pass target=."),
+    # integers
+    "integers-list": (
+        lambda: co.supcon(X, [0, 1, 2, 3]), TypeError,
+        "labels must be a torch.Tensor, got list; call torch.as_tensor(labels)."),
+    "integers-float": (
+        lambda: co.supcon(X, IDS.float()), TypeError,
+        "labels must be an integer tensor, got float32; call labels.long()."),
+    "integers-bool": (
+        lambda: op(X, exclude=IDS > 0), TypeError,
+        "exclude must be an integer tensor, got bool; call exclude.long()."),
+    "integers-column": (
+        lambda: co.supcon(X, IDS[:, None]), ValueError,
+        "labels must have shape (4,), got (4, 1); call labels.flatten()."),
+    "integers-size": (
+        lambda: co.clip_loss(X, X, 1.0, ids=IDS[:3]), ValueError,
+        "ids must have shape (4,), got (3,); give one value per row of image_features."),
+    "integers-size-cols": (
+        lambda: op(X, Y, row_ids=IDS, col_ids=IDS), ValueError,
+        "col_ids must have shape (5,), got (4,); give one value per row of y."),
+    "integers-size-keys": (
+        lambda: co.info_nce(X, Y, query_ids=IDS, key_ids=IDS), ValueError,
+        "key_ids must have shape (5,), got (4,); give one value per row of key."),
+    "integers-0d": (
+        lambda: op(X, exclude=torch.tensor(0)), ValueError,
+        "exclude must have shape (4,), got (); give one value per row of x."),
+    "integers-device": (
+        lambda: op(X, row_ids=IDS.to("meta"), ids="restrict"), ValueError,
+        "row_ids must be on cpu, got meta; call row_ids.to(x.device)."),
+    "integers-views": (
+        lambda: co.supcon(torch.zeros(2, 2, 3), IDS), ValueError,
+        "labels must have shape (2,), got (4,); give one value per row of features."),
+    "target-size": (
+        lambda: co.info_nce(X, Y, target=IDS[:2]), ValueError,
+        "target must have shape (4,), got (2,); give one value per row of query."),
+    "target-float": (
+        lambda: co.info_nce(X, Y, target=IDS.float()), TypeError,
+        "target must be an integer tensor, got float32; call target.long()."),
+    "target-too_large": (
+        lambda: co.info_nce(X, Y, target=IDS + 2), ValueError,
+        "target must be in [0, M) = [0, 5), got values from 2 to 5."),
+    "target-negative": (
+        lambda: co.info_nce(X, Y, target=IDS - 1), ValueError,
+        "target must be in [0, M) = [0, 5), got values from -1 to 2."),
+    # weights
+    "weights-list": (
+        lambda: co.info_nce(X, Y, sample_weight=[1.0] * 4), TypeError,
+        "sample_weight must be a torch.Tensor, got list; call torch.as_tensor(sample_weight)."),
+    "weights-integer": (
+        lambda: co.clip_loss(X, X, 1.0, sample_weight=IDS), TypeError,
+        "sample_weight must be a floating-point tensor, got int64; call sample_weight.float()."),
+    "weights-shape": (
+        lambda: co.clip_loss(X, X, 1.0, sample_weight=torch.ones(1, 4)), ValueError,
+        "sample_weight must have shape (4,), got (1, 4); call sample_weight.flatten()."),
+    "weights-device": (
+        lambda: co.info_nce(X, Y, sample_weight=torch.ones(4, device="meta")), ValueError,
+        "sample_weight must be on cpu, got meta; call sample_weight.to(query.device)."),
+    # scales and biases
+    "scale-string": (
+        lambda: op(X, row_scale="2"), TypeError,
+        "row_scale must be a float or a tensor, got str; call float(row_scale)."),
+    "scale-bool": (
+        lambda: op(X, row_bias=True), TypeError,
+        "row_bias must be a float or a tensor, got bool; call float(row_bias)."),
+    "scale-nan": (
+        lambda: op(X, Y, col_scale=float("nan")), ValueError,
+        "col_scale must be finite, got nan."),
+    "scale-infinite": (
+        lambda: op(X, Y, col_bias=-float("inf")), ValueError,
+        "col_bias must be finite, got -inf."),
+    "scale-integer": (
+        lambda: op(X, row_scale=IDS), TypeError,
+        "row_scale must be a floating-point tensor, got int64; call row_scale.float()."),
+    "scale-shape": (
+        lambda: op(X, row_scale=torch.ones(4, 1)), ValueError,
+        "row_scale must have shape (4,), got (4, 1); call row_scale.flatten()."),
+    "scale-size": (
+        lambda: op(X, Y, col_scale=torch.ones(4)), ValueError,
+        "col_scale must have shape (5,), got (4,); give one value per row of y."),
+    "scale-device-vector": (
+        lambda: op(X, Y, col_bias=torch.ones(5, device="meta")), ValueError,
+        "col_bias must be on cpu, got meta; call col_bias.to(y.device)."),
+    "scale-device-one": (
+        lambda: op(X, row_scale=torch.ones((), device="meta")), ValueError,
+        'row_scale must be on cpu, got meta; call row_scale.to("cpu").'),
+    # temperatures
+    "temperature-zero": (
+        lambda: co.nt_xent(X, X, temperature=0.0), ValueError,
+        "temperature must be positive, got 0.0; pass a value such as 0.07 (or 1 / 0.07 for a scale)."),
+    "temperature-negative": (
+        lambda: co.clip_loss(X, X, -1), ValueError,
+        "logit_scale must be positive, got -1; pass a value such as 0.07 (or 1 / 0.07 for a scale)."),
+    "temperature-nan": (
+        lambda: co.supcon(X, IDS, temperature=float("nan")), ValueError,
+        "temperature must be finite, got nan."),
+    "temperature-none": (
+        lambda: co.info_nce(X, Y, temperature=None), TypeError,
+        "temperature must be a float or a tensor, got NoneType; call float(temperature)."),
+    "temperature-integer": (
+        lambda: co.dclw(X, X, temperature=torch.tensor(1)), TypeError,
+        "temperature must be a floating-point tensor, got int64; call temperature.float()."),
+    "temperature-vector": (
+        lambda: co.dcl(X, X, temperature=torch.ones(4)), ValueError,
+        "temperature must be a float or a tensor of one element, got shape (4,)."),
+    "logit_scale-vector": (
+        lambda: co.clip_loss(X, X, torch.ones(4)), ValueError,
+        "logit_scale must be a float or a tensor of one element, got shape (4,)."),
+    "temperature-size": (
+        lambda: co.info_nce(X, Y, temperature=torch.ones(5)), ValueError,
+        "temperature must have shape (4,), got (5,); give one value per row of query."),
+    "temperature-device": (
+        lambda: co.supcon(X, IDS, temperature=torch.ones(1, device="meta")), ValueError,
+        'temperature must be on cpu, got meta; call temperature.to("cpu").'),
+    "sigma": (
+        lambda: co.dclw(X, X, sigma=0), ValueError,
+        "sigma must be a positive float, got 0; pass a value such as 0.5."),
+    "sigma-tensor": (
+        lambda: co.dclw(X, X, sigma=torch.tensor(0.5)), ValueError,
+        "sigma must be a positive float, got tensor(0.5000); pass a value such as 0.5."),
+    "sigma-infinite": (
+        lambda: co.dclw(X, X, sigma=float("inf")), ValueError,
+        "sigma must be a positive float, got inf; pass a value such as 0.5."),
+    # options
+    "label_smoothing-one": (
+        lambda: co.info_nce(X, Y, label_smoothing=1.0), ValueError,
+        "label_smoothing must be a float in [0, 1), got 1.0; 0.0 switches it off."),
+    "label_smoothing-negative": (
+        lambda: co.clip_loss(X, X, 1.0, label_smoothing=-0.1), ValueError,
+        "label_smoothing must be a float in [0, 1), got -0.1; 0.0 switches it off."),
+    "label_smoothing-bool": (
+        lambda: co.clip_loss(X, X, 1.0, label_smoothing=False), ValueError,
+        "label_smoothing must be a float in [0, 1), got False; 0.0 switches it off."),
+    "reduction": (
+        lambda: co.clip_loss(X, X, 1.0, reduction="avg"), ValueError,
+        "reduction must be one of 'mean', 'sum', 'none', got 'avg'."),
+    "normalize": (
+        lambda: co.nt_xent(X, X, normalize="yes"), ValueError,
+        "normalize must be one of True, False, got 'yes'."),
+    "variant": (
+        lambda: co.supcon(X, IDS, variant="both"), ValueError,
+        "variant must be one of 'out', 'in', got 'both'."),
+    "empty": (
+        lambda: co.supcon(X, IDS, empty="keep"), ValueError,
+        "empty must be one of 'zero', 'drop', got 'keep'."),
+    "ids": (
+        lambda: op(X, row_ids=IDS, ids="only"), ValueError,
+        "ids must be one of 'exclude', 'restrict', got 'only'."),
+    "ids-restrict-none": (
+        lambda: op(X, Y, ids="restrict"), ValueError,
+        'row_ids must be given with ids="restrict", got None; pass ids="exclude" for no groups.'),
+    "ids-one_side-rows": (
+        lambda: op(X, Y, row_ids=IDS), ValueError,
+        "col_ids must be given together with row_ids, got only row_ids; pass both or neither."),
+    "ids-one_side-cols": (
+        lambda: op(X, Y, col_ids=torch.arange(5)), ValueError,
+        "row_ids must be given together with col_ids, got only col_ids; pass both or neither."),
+    "ids-one_side-queries": (
+        lambda: co.info_nce(X, Y, query_ids=IDS), ValueError,
+        "key_ids must be given together with query_ids, got only query_ids; pass both or neither."),
+    "directions-none": (
+        lambda: op(X, Y, rows=False), ValueError,
+        "rows or cols must be True, got rows=False, cols=False; there would be nothing to do."),
+    "self-col_scale": (
+        lambda: op(X, col_scale=1.0), ValueError,
+        "col_scale must be None in self-similarity (y=None), where the row option applies to both sides, "
+        "got a value; pass y=x for logits that are not symmetric."),
+    "self-col_bias": (
+        lambda: op(X, col_bias=1.0), ValueError,
+        "col_bias must be None in self-similarity (y=None), where the row option applies to both sides, "
+        "got a value; pass y=x for logits that are not symmetric."),
+    "self-col_ids": (
+        lambda: op(X, row_ids=IDS, col_ids=IDS), ValueError,
+        "col_ids must be None in self-similarity (y=None), where the row option applies to both sides, "
+        "got a value; pass y=x for logits that are not symmetric."),
+    "self-cols": (
+        lambda: op(X, cols=True), ValueError,
+        "rows=True, cols=False is expected in self-similarity (y=None), got rows=True, cols=True; "
+        "the columns have the same log-sum-exp, or pass y=x."),
+    "self-no_rows": (
+        lambda: op(X, rows=False, cols=True), ValueError,
+        "rows=True, cols=False is expected in self-similarity (y=None), got rows=False, cols=True; "
+        "the columns have the same log-sum-exp, or pass y=x."),
+    # supcon's features
+    "supcon-1d": (
+        lambda: co.supcon(X[0], IDS), ValueError,
+        "features must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
+    "supcon-4d": (
+        lambda: co.supcon(X[None, None], IDS), ValueError,
+        "features must have shape (N, D), got (1, 1, 4, 3); flatten or unsqueeze it to 2 dimensions."),
+    "supcon-list": (
+        lambda: co.supcon([[1.0]], IDS), TypeError,
+        "features must be a torch.Tensor, got list; call torch.as_tensor(features)."),
+    # backends
+    "backend-op": (
+        lambda: op(X, backend="triton2"), ValueError,
+        "backend must be one of {names}, got 'triton2'."),
+    "backend-loss": (
+        lambda: co.info_nce(X, Y, backend="gpu"), ValueError,
+        "backend must be one of {names}, got 'gpu'."),
+    "backend-device": (
+        lambda: op(X.to("meta"), backend="cpu"), RuntimeError,
+        'backend="cpu" can\'t run similarity_logsumexp: cpu runs CPU tensors, got a tensor on meta. '
+        'Pass backend="auto".'),
+    "explain-features": (
+        lambda: co.explain(X[0]), ValueError,
+        "x must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
+    "explain-op": (
+        lambda: co.explain(X, op="attention"), ValueError,
+        "op must be one of 'similarity_logsumexp', got 'attention'."),
+    "explain-backend": (
+        lambda: co.explain(X.to("meta"), backend="cpu"), RuntimeError,
+        'backend="cpu" can\'t run similarity_logsumexp: cpu runs CPU tensors, got a tensor on meta. '
+        'Pass backend="auto".'),
+    # modules
+    "module-options": (
+        lambda: co.nn.SupCon(variant="both")(X, IDS), ValueError,
+        "variant must be one of 'out', 'in', got 'both'."),
+    "scale_module-shape": (
+        lambda: co.nn.LogitScale(shape=(2,)), ValueError,
+        "shape must be () or (1,), got (2,)."),
+    "scale_module-zero": (
+        lambda: co.nn.LogitScale(initial=0.0), ValueError,
+        "initial must be in (0, maximum] = (0, 100.0], got 0.0."),
+    "scale_module-beyond": (
+        lambda: co.nn.LogitScale(initial=20.0, maximum=10.0), ValueError,
+        "initial must be in (0, maximum] = (0, 10.0], got 20.0."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusal(name):
+    call, kind, sentence = REFUSALS[name]
+    sentence = sentence.replace("{names}", ", ".join(repr(known) for known in backends.NAMES))
+    with pytest.raises(kind, match=f"^{re.escape(sentence)}$") as info:
+        call()
+    assert type(info.value) is kind
+
+
+@pytest.mark.parametrize("loss", [co.info_nce, co.clip_loss, co.nt_xent, co.dcl, co.dclw, co.supcon])
+@pytest.mark.parametrize("option", ["reduction", "normalize", "backend"])
+def test_every_loss_checks_the_common_options(option, loss):
+    arguments = {co.clip_loss: (X, X, 1.0), co.supcon: (X, IDS)}.get(loss, (X, X))
+    with pytest.raises(ValueError, match=rf"^{option} must be one of .*, got 'wrong'\.$"):
+        loss(*arguments, **{option: "wrong"})
+
+
+def test_every_refusal_of_checks_is_above():
+    """Counts the `raise` statements, so that a new check can't come without its sentence here."""
+    assert inspect.getsource(checks).count("    raise ") == 27
+
+
+# the first dual tensor makes PyTorch script some of its own functions
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_dual_tensors_are_refused():
+    sentence = (
+        "similarity_logsumexp has no forward-mode derivative, got a dual tensor (torch.func.jvp, forward_ad); "
+        'use reverse mode, or backend="reference".'
+    )
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):
+        op(forward_ad.make_dual(X, X), backend="tiled")
+
+
+def test_target_values_are_read_only_where_that_is_free():
+    """A device tensor isn't synchronised: on meta there are no values, and none are asked for."""
+    checks.target_range(torch.empty(4, dtype=torch.int64, device="meta"), 1)
+    checks.target_range(torch.empty(0, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match=r"target must be in \[0, M\) = \[0, 0\), got values from 0 to 3"):
+        co.info_nce(X, Y[:0], target=IDS)
+
+
+def test_auto_takes_the_first_that_can_run(monkeypatch):
+    monkeypatch.setattr(build, "missing", None)
+    assert backends.choose("similarity_logsumexp", X, "auto") == "cpu"
+    monkeypatch.setattr(build, "missing", "not here.")
+    assert backends.choose("similarity_logsumexp", X, "auto") == "tiled"
+    assert backends.choose("similarity_logsumexp", X.to("meta"), "auto") == "tiled"
+
+
+def test_named_backend_that_is_not_built_is_refused_with_its_sentence(monkeypatch):
+    monkeypatch.setattr(build, "missing", "the C++ engine is not part of this installation.")
+    sentence = (
+        'backend="cpu" can\'t run similarity_logsumexp: the C++ engine is not part of this installation. '
+        'Pass backend="auto".'
+    )
+    for call in (lambda: op(X, backend="cpu"), lambda: co.info_nce(X, Y, backend="cpu")):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):
+            call()
+
+
+def test_environment_variable_stands_in_for_auto(monkeypatch):
+    monkeypatch.setenv("CONTRASTIVE_OPS_BACKEND", "tiled")
+    assert co.explain(X).chosen == "tiled"
+    monkeypatch.setenv("CONTRASTIVE_OPS_BACKEND", "reference")
+    assert co.explain(X).chosen == "reference"
+    assert co.explain(X, backend="tiled").chosen == "tiled"
+    monkeypatch.setenv("CONTRASTIVE_OPS_BACKEND", "auto")
+    assert co.explain(X).chosen in backends.AUTO
+
+
+def test_environment_variable_that_is_no_backend_is_refused(monkeypatch):
+    monkeypatch.setenv("CONTRASTIVE_OPS_BACKEND", "fast")
+    names = ", ".join(repr(known) for known in backends.NAMES)
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(f'CONTRASTIVE_OPS_BACKEND must be one of {names}')}, got 'fast'\\.$"
+    ):
+        op(X)
+    assert op(X, backend="tiled").row_lse.shape == (4,)
+
+
+def test_environment_variable_whose_backend_cannot_run_is_refused(monkeypatch):
+    """Named is named, wherever: no silent fallback."""
+    monkeypatch.setenv("CONTRASTIVE_OPS_BACKEND", "cpu")
+    sentence = (
+        'CONTRASTIVE_OPS_BACKEND="cpu" can\'t run similarity_logsumexp: cpu runs CPU tensors, got a tensor on meta. '
+        'Pass backend="auto".'
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):
+        op(X.to("meta"))
+
+
+def test_no_backend_says_why_for_each(monkeypatch):
+    monkeypatch.setattr(backends, "AUTO", ("cpu",))
+    sentence = "no backend can run similarity_logsumexp on meta tensors: cpu runs CPU tensors, got a tensor on meta."
+    with pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):
+        op(X.to("meta"))
+
+
+def test_why_not(monkeypatch):
+    assert backends.why_not("tiled", "similarity_logsumexp", X) is None
+    assert backends.why_not("reference", "similarity_logsumexp", X) is None
+    for name in ("cpu", "tiled", "reference"):
+        assert backends.why_not(name, "attention", X) == f"{name} has no attention."
+    monkeypatch.setattr(build, "missing", None)
+    assert backends.why_not("cpu", "similarity_logsumexp", X) is None
+    assert backends.why_not("cpu", "similarity_logsumexp", X.long()) == (
+        "cpu takes float32, bfloat16, float16, float64, got int64."
+    )
+
+
+def test_explain_is_a_report(monkeypatch):
+    monkeypatch.setattr(build, "missing", "not built here.")
+    report = co.explain(X.bfloat16())
+    assert report.chosen == "tiled"
+    assert report.reasons == {"cpu": "not built here.", "tiled": None, "reference": None}
+    assert str(report).splitlines() == [
+        'similarity_logsumexp on bfloat16 tensors on cpu takes backend "tiled"',
+        "  cpu        can't: not built here.",
+        "  tiled      chosen",
+        "  reference  can run, only when named",
+    ]
+    monkeypatch.setattr(build, "missing", None)
+    assert str(co.explain(X)).splitlines()[1:3] == ["  cpu        chosen", "  tiled      can run, not needed"]

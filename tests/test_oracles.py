@@ -1,0 +1,168 @@
+"""Other people's implementations, in float64: the libraries where they install, else their formula as they print it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import contrastive_ops as co
+
+
+def assert_same(ours, theirs, *tensors):
+    """Value and gradients to 1e-9."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    grads = torch.autograd.grad(ours, tensors), torch.autograd.grad(theirs, tensors)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        assert (b != 0).any()
+
+
+@pytest.fixture
+def pair():
+    x, y = torch.randn(2, 24, 10, dtype=torch.float64)
+    return x.requires_grad_(), (x.detach() + y).requires_grad_()
+
+
+@pytest.fixture
+def labelled():
+    """Every class has at least two members, so that no policy about empty rows is involved."""
+    labels = torch.cat([torch.arange(6), torch.arange(6), torch.randint(0, 6, (11,))])[torch.randperm(23)]
+    return torch.randn(23, 10, dtype=torch.float64).requires_grad_(), labels
+
+
+@pytest.fixture
+def metric_losses():
+    return pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
+
+
+@pytest.fixture
+def reducers():
+    return pytest.importorskip("pytorch_metric_learning.reducers", reason="pytorch-metric-learning is not installed")
+
+
+@pytest.fixture
+def info_nce_module():
+    return pytest.importorskip("info_nce", reason="info-nce-pytorch is not installed")
+
+
+def test_nt_xent_is_that_of_pytorch_metric_learning(metric_losses, backend, pair):
+    theirs = metric_losses.SelfSupervisedLoss(metric_losses.NTXentLoss(temperature=0.2))
+    assert_same(co.nt_xent(*pair, temperature=0.2, backend=backend), theirs(*pair), *pair)
+
+
+def test_nt_xent_is_supcon_of_pytorch_metric_learning(metric_losses, backend, pair):
+    theirs = metric_losses.SelfSupervisedLoss(metric_losses.SupConLoss(temperature=0.2))
+    assert_same(co.nt_xent(*pair, temperature=0.2, backend=backend), theirs(*pair), *pair)
+
+
+def test_info_nce_is_the_one_way_nt_xent_of_pytorch_metric_learning(metric_losses, backend, pair):
+    theirs = metric_losses.SelfSupervisedLoss(metric_losses.NTXentLoss(temperature=0.2), symmetric=False)
+    assert_same(co.info_nce(*pair, temperature=0.2, backend=backend), theirs(*pair), *pair)
+
+
+def test_supcon_is_that_of_pytorch_metric_learning(metric_losses, backend, labelled):
+    features, labels = labelled
+    theirs = metric_losses.SupConLoss(temperature=0.2)(features, labels)
+    assert_same(co.supcon(features, labels, temperature=0.2, backend=backend), theirs, features)
+
+
+@pytest.mark.parametrize("empty", ["drop", "zero"])
+def test_supcon_with_classes_of_one_is_that_of_pytorch_metric_learning(metric_losses, reducers, empty, backend):
+    """Its default reducer leaves anchors without positives out of the mean; its MeanReducer counts them as 0."""
+    features = torch.randn(20, 10, dtype=torch.float64, requires_grad=True)
+    labels = torch.cat([torch.arange(8), torch.arange(4).repeat(3)])  # 4 to 7 are alone
+    reducer = {} if empty == "drop" else {"reducer": reducers.MeanReducer()}
+    theirs = metric_losses.SupConLoss(temperature=0.2, **reducer)(features, labels)
+    ours = co.supcon(features, labels, temperature=0.2, empty=empty, backend=backend)
+    assert_same(ours, theirs, features)
+
+
+def test_info_nce_is_that_of_info_nce_pytorch(info_nce_module, backend, pair):
+    theirs = info_nce_module.InfoNCE(temperature=0.2)(*pair)
+    assert_same(co.info_nce(*pair, temperature=0.2, backend=backend), theirs, *pair)
+    per_row = info_nce_module.InfoNCE(temperature=0.2, reduction="none")(*pair)
+    torch.testing.assert_close(co.info_nce(*pair, temperature=0.2, reduction="none", backend=backend), per_row)
+
+
+def test_info_nce_with_shared_negatives_is_that_of_info_nce_pytorch(info_nce_module, backend, pair):
+    """negative_mode="unpaired": only the given negatives, not the other positives. One id keeps the others out."""
+    query, positive = pair
+    negatives = torch.randn(17, 10, dtype=torch.float64).requires_grad_()
+    theirs = info_nce_module.InfoNCE(temperature=0.2, negative_mode="unpaired")(query, positive, negatives)
+    ours = co.info_nce(
+        query,
+        torch.cat([positive, negatives]),
+        temperature=0.2,
+        query_ids=torch.zeros(24, dtype=torch.int64),
+        key_ids=torch.cat([torch.zeros(24, dtype=torch.int64), torch.ones(17, dtype=torch.int64)]),
+        backend=backend,
+    )
+    assert_same(ours, theirs, query, positive, negatives)
+
+
+@pytest.mark.parametrize("logit_bias", [None, -10.0])
+def test_clip_loss_is_that_of_open_clip(logit_bias, backend, pair):
+    """ClipLoss.get_logits and forward; features come normalised, a bias cancels."""
+    scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
+    image, text = (F.normalize(x, dim=-1) for x in pair)
+    logits_per_image = scale * image @ text.T
+    logits_per_text = scale * text @ image.T
+    if logit_bias is not None:
+        logits_per_image, logits_per_text = logits_per_image + logit_bias, logits_per_text + logit_bias
+    labels = torch.arange(len(image))
+    theirs = (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+    assert_same(co.clip_loss(*pair, scale, backend=backend), theirs, *pair, scale)
+    image, text = (F.normalize(x, dim=-1) for x in pair)
+    ours = co.clip_loss(image, text, scale, normalize=False, backend=backend)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def dcl_of_lightly(z1, z2, tau, sigma=None):
+    """Half the sum over the directions of -w_i s_ii + lse(other samples in both views)."""
+    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    eye = torch.eye(len(z1), dtype=torch.bool)
+    total = 0.0
+    for own, other in ((z1, z2), (z2, z1)):
+        same_view = (own @ own.T / tau)[~eye].view(len(own), -1)
+        cross_view = own @ other.T / tau
+        positive = cross_view.diagonal()
+        weight = 1.0
+        if sigma is not None:
+            cosine = (own.detach() * other.detach()).sum(dim=1)
+            weight = 2 - len(own) * torch.softmax(cosine / sigma, dim=0)
+        negatives = torch.cat([same_view, cross_view[~eye].view(len(own), -1)], dim=1)
+        total = total + (negatives.logsumexp(dim=1) - weight * positive).mean()
+    return total / 2
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_dcl_is_that_of_lightly(temperature, backend, pair):
+    ours = co.dcl(*pair, temperature=temperature, backend=backend)
+    assert_same(ours, dcl_of_lightly(*pair, temperature), *pair)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5])
+def test_dclw_is_that_of_lightly(sigma, backend, pair):
+    ours = co.dclw(*pair, temperature=0.1, sigma=sigma, backend=backend)
+    assert_same(ours, dcl_of_lightly(*pair, 0.1, sigma), *pair)
+
+
+def test_nt_xent_is_that_of_simclr(backend, pair):
+    """The cross-entropy of the published pseudo-code: mask the diagonal, the class is the other view."""
+    z = F.normalize(torch.cat(pair), dim=1)
+    logits = (z @ z.T / 0.5).masked_fill(torch.eye(48, dtype=torch.bool), -torch.inf)
+    theirs = F.cross_entropy(logits, torch.arange(48).roll(24))
+    assert_same(co.nt_xent(*pair, temperature=0.5, backend=backend), theirs, *pair)
+
+
+def test_supcon_in_is_that_of_solo_learn(backend, labelled):
+    """-log of the positives' share of the sum; SupCon-in is that plus log |P|."""
+    features, labels = labelled
+    z = F.normalize(features, dim=1)
+    others = ~torch.eye(23, dtype=torch.bool)
+    same = (labels[:, None] == labels) & others
+    e = (z @ z.T / 0.2).exp()
+    share = (e * same).sum(1) / (e * others).sum(1)
+    theirs = (same.sum(1).double().log() - share.log()).mean()
+    assert_same(co.supcon(features, labels, temperature=0.2, variant="in", backend=backend), theirs, features)

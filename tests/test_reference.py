@@ -1,0 +1,240 @@
+"""The naive twins against Python loops written from the papers, numbers worked out by hand, and finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from contrastive_ops import reference
+from contrastive_ops.catalogue import LOSSES
+
+
+def softmax_loss(positive, others):
+    """-log of the softmax of the positive among itself and the others."""
+    return math.log(math.exp(positive) + sum(math.exp(s) for s in others)) - positive
+
+
+def dots(x, y):
+    return [[sum(a * b for a, b in zip(p, q, strict=True)) for q in y] for p in x]
+
+
+def unit(rows):
+    return [[value / math.sqrt(sum(v * v for v in row)) for value in row] for row in rows]
+
+
+def inputs(n, m=None, d=3):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    y = torch.randn(m or n, d, generator=generator, dtype=torch.float64)
+    return x, y
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_info_nce_is_its_loop(normalize):
+    x, y = inputs(4, 6)
+    target, query_ids, key_ids = [5, 0, 0, 2], [1, 2, 3, 1], [3, 1, 1, 2, 9, 1]
+    weight, epsilon, tau = [0.5, 1.0, 2.0, 0.0], 0.2, [0.5, 1.0, 2.0, 0.7]
+    s = dots(unit(x.tolist()), unit(y.tolist())) if normalize else dots(x.tolist(), y.tolist())
+    losses = []
+    for i in range(4):
+        row = [s[i][j] / tau[i] for j in range(6)]
+        takes_part = [j for j in range(6) if j == target[i] or key_ids[j] != query_ids[i]]
+        lse = math.log(sum(math.exp(row[j]) for j in takes_part))
+        uniform = sum(row[j] for j in takes_part) / len(takes_part)
+        losses.append(lse - (1 - epsilon) * row[target[i]] - epsilon * uniform)
+    options = {
+        "target": torch.tensor(target), "query_ids": torch.tensor(query_ids), "key_ids": torch.tensor(key_ids),
+        "sample_weight": torch.tensor(weight, dtype=torch.float64), "label_smoothing": epsilon,
+        "temperature": torch.tensor(tau, dtype=torch.float64), "normalize": normalize,
+    }  # fmt: skip
+    torch.testing.assert_close(reference.info_nce(x, y, **options, reduction="none").tolist(), losses)
+    total = sum(w * value for w, value in zip(weight, losses, strict=True))
+    assert reference.info_nce(x, y, **options, reduction="sum").item() == pytest.approx(total, rel=1e-12)
+    assert reference.info_nce(x, y, **options).item() == pytest.approx(total / sum(weight), rel=1e-12)
+
+
+@pytest.mark.parametrize("ids", [None, [0, 1, 0, 2, 1]])
+def test_clip_loss_is_its_loop(ids):
+    x, y = inputs(5)
+    scale, epsilon = 3.0, 0.1
+    s = [[scale * c for c in row] for row in dots(unit(x.tolist()), unit(y.tolist()))]
+    losses = []
+    for i in range(5):
+        takes_part = [j for j in range(5) if j == i or ids is None or ids[j] != ids[i]]
+        both = 0.0
+        for line in ([s[i][j] for j in takes_part], [s[j][i] for j in takes_part]):
+            lse = math.log(sum(math.exp(v) for v in line))
+            both += lse - (1 - epsilon) * s[i][i] - epsilon * sum(line) / len(line)
+        losses.append(both / 2)
+    got = reference.clip_loss(
+        x, y, scale, ids=None if ids is None else torch.tensor(ids), label_smoothing=epsilon, reduction="none"
+    )
+    torch.testing.assert_close(got.tolist(), losses)
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "dcl", "dclw"])
+def test_losses_over_two_views_are_their_loops(name):
+    n, tau, sigma = 4, 0.7, 0.4
+    x, y = inputs(n)
+    z = unit(x.tolist() + y.tolist())
+    c = dots(z, z)
+    losses = []
+    for a in range(2 * n):
+        other_view = (a + n) % (2 * n)
+        negatives = [c[a][b] / tau for b in range(2 * n) if b % n != a % n]
+        positive = c[a][other_view] / tau
+        weights = [math.exp(c[i][i + n] / sigma) for i in range(n)]
+        weight = 2 - n * weights[a % n] / sum(weights) if name == "dclw" else 1.0
+        if name == "nt_xent":
+            losses.append(softmax_loss(positive, negatives))
+        else:
+            losses.append(math.log(sum(math.exp(v) for v in negatives)) - weight * positive)
+    options = {"temperature": tau, "reduction": "none"} | ({"sigma": sigma} if name == "dclw" else {})
+    torch.testing.assert_close(getattr(reference, name)(x, y, **options).tolist(), losses)
+
+
+def test_weights_of_dclw_carry_no_gradient():
+    x, y = inputs(4)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(reference.dclw(x, y, normalize=False), x)
+    weight = 2 - 4 * ((x * y).sum(1) / 0.5).softmax(0).detach()
+    (decoupled,) = torch.autograd.grad(reference.dcl(x, y, normalize=False), x)
+    # the difference to DCL is (1 - w_i) times the gradient of the positive's logit at tau = 0.1, in the mean of 2N
+    torch.testing.assert_close(grad, decoupled + (1 - weight)[:, None] * y / 0.1 / 4)
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("views", [1, 2])
+def test_supcon_is_its_loop(views, variant):
+    labels, tau = [0, 1, 0, 2, 1, 0], 0.5
+    x, _ = inputs(6 * views)
+    z = unit(x.tolist())
+    label = [y for y in labels for _ in range(views)]
+    s = [[c / tau for c in row] for row in dots(z, z)]
+    losses = []
+    for a in range(len(z)):
+        others = [b for b in range(len(z)) if b != a]
+        positives = [b for b in others if label[b] == label[a]]
+        if not positives:
+            losses.append(0.0)
+            continue
+        lse = math.log(sum(math.exp(s[a][b]) for b in others))
+        if variant == "out":
+            losses.append(sum(lse - s[a][p] for p in positives) / len(positives))
+        else:
+            losses.append(lse - math.log(sum(math.exp(s[a][p]) for p in positives) / len(positives)))
+    features = x if views == 1 else x.view(6, views, 3)
+    options = {"temperature": tau, "variant": variant}
+    got = reference.supcon(features, torch.tensor(labels), **options, reduction="none")
+    torch.testing.assert_close(got.flatten().tolist(), losses)
+    valid = sum(value != 0.0 for value in losses)
+    assert valid == (5 if views == 1 else 12)
+    dropped = reference.supcon(features, torch.tensor(labels), **options, empty="drop").item()
+    assert dropped == pytest.approx(sum(losses) / valid, rel=1e-12)
+    assert reference.supcon(features, torch.tensor(labels), **options).item() == pytest.approx(
+        sum(losses) / len(losses), rel=1e-12
+    )
+
+
+# of an identity matrix every similarity is 1 or 0, and the losses are logarithms that one can write down
+@pytest.mark.parametrize(
+    ("name", "arguments", "options", "expected"),
+    [
+        ("info_nce", 2, {"temperature": 1.0}, math.log(math.e + 2) - 1),
+        ("info_nce", 2, {"temperature": 0.5}, math.log(math.e**2 + 2) - 2),
+        ("info_nce", 2, {"temperature": 1.0, "label_smoothing": 0.3}, math.log(math.e + 2) - 0.7 - 0.1),
+        ("clip_loss", 2, {"logit_scale": 2.0}, math.log(math.e**2 + 2) - 2),
+        ("nt_xent", 2, {"temperature": 1.0}, math.log(math.e + 4) - 1),
+        ("dcl", 2, {"temperature": 1.0}, math.log(4) - 1),
+        ("dclw", 2, {"temperature": 1.0}, math.log(4) - 1),
+    ],
+)
+def test_identity_matrices_by_hand(name, arguments, options, expected):
+    eye = torch.eye(3, dtype=torch.float64)
+    assert getattr(reference, name)(*[eye] * arguments, **options).item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_supcon_by_hand():
+    """Two classes of two orthonormal rows: three others, all at similarity 0, of which one is positive."""
+    eye, labels = torch.eye(4, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    for variant in ("out", "in"):
+        loss = reference.supcon(eye, labels, temperature=1.0, variant=variant)
+        assert loss.item() == pytest.approx(math.log(3), rel=1e-14)
+
+
+def test_similarity_logits_is_its_loop():
+    x, y = inputs(3, 4)
+    a, b = [0.5, 1.0, 2.0], [1.0, -1.0, 0.5, 3.0]
+    p, q = [0.1, 0.2, 0.3], [1.0, 2.0, 3.0, 4.0]
+    exclude, rows, cols = [2, -1, 0], [0, 1, 2], [1, 1, 7, 0]
+    c = dots(x.tolist(), y.tolist())
+    tensors = {
+        name: torch.tensor(v, dtype=torch.float64)
+        for name, v in {"row_scale": a, "col_scale": b, "row_bias": p, "col_bias": q}.items()
+    } | {"exclude": torch.tensor(exclude), "row_ids": torch.tensor(rows), "col_ids": torch.tensor(cols)}
+    for restrict in (False, True):
+        expected = [
+            [
+                -math.inf
+                if j == exclude[i] or (rows[i] == cols[j]) != restrict
+                else a[i] * b[j] * c[i][j] + p[i] + q[j]
+                for j in range(4)
+            ]
+            for i in range(3)
+        ]
+        torch.testing.assert_close(reference.similarity_logits(x, y, **tensors, restrict=restrict).tolist(), expected)
+
+
+def test_self_similarity_logits_are_symmetric():
+    """The row options on both sides; a pair is out when either of its rows names the other."""
+    x, _ = inputs(4)
+    scale, bias = torch.rand(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    exclude = torch.tensor([1, -1, 3, -1])
+    logits = reference.similarity_logits(x, row_scale=scale, row_bias=bias, exclude=exclude)
+    out = {(0, 1), (1, 0), (2, 3), (3, 2)}
+    for i in range(4):
+        for j in range(4):
+            value = scale[i] * scale[j] * (x[i] @ x[j]) + bias[i] + bias[j]
+            assert logits[i, j].item() == (-math.inf if (i, j) in out else pytest.approx(value.item()))
+
+
+def test_logsumexp_of_an_empty_set_has_no_gradient():
+    logits = torch.tensor([[1.0, 2.0], [-math.inf, -math.inf]], dtype=torch.float64, requires_grad=True)
+    lse = reference.logsumexp(logits, 1)
+    assert lse[0].item() == pytest.approx(math.log(math.e + math.e**2))
+    assert lse[1].item() == -math.inf
+    (grad,) = torch.autograd.grad(lse, logits, torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(grad, torch.stack([logits[0].softmax(0), torch.zeros(2, dtype=torch.float64)]))
+    assert reference.logsumexp(logits[:, :0], 1).tolist() == [-math.inf] * 2
+
+
+# DCLW is not the derivative of its value, its weights are detached: it has a test of its own above
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("loss", "variant"),
+    [pytest.param(r, v, id=f"{r.name}-{v or 'plain'}") for r in LOSSES if r.name != "dclw" for v in r.variants],
+)
+def test_gradients_to_second_order(loss, variant, normalize):
+    arguments = loss.inputs(5, 3, torch.float64, torch.Generator().manual_seed(1))
+    tensors = [t for t in arguments if t.requires_grad]
+    rest = arguments[len(tensors) :]
+    options = {**variant, "normalize": normalize} | ({} if loss.name == "clip_loss" else {"temperature": 0.5})
+
+    def call(*given):
+        return loss.naive(*given, *rest, **options)
+
+    torch.autograd.gradcheck(call, tensors)
+    torch.autograd.gradgradcheck(call, tensors)
+
+
+def test_zero_row_is_at_similarity_zero_without_gradient():
+    x, y = inputs(4)
+    x[1] = 0
+    x.requires_grad_()
+    loss = reference.info_nce(x, y, temperature=0.5, reduction="none")
+    assert loss[1].item() == pytest.approx(math.log(4))
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert (grad[1] == 0).all()
+    assert (grad[0] != 0).all()
