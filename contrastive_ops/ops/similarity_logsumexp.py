@@ -167,7 +167,7 @@ def _int64(name: str, value: Tensor | None, size: int, x: Tensor, rows_of: str) 
 
 
 def _aliased(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A view for every tensor that comes a second time (y = x, one vector of ids): Dynamo traces no Function with it."""
+    """A view for each tensor that comes again (y = x, one vector of ids): Dynamo traces no Function with it."""
     distinct: list[Any] = []
     for value in arguments:
         repeated = isinstance(value, Tensor) and any(value is other for other in distinct)
@@ -239,6 +239,8 @@ def _backward_fake(grad_row_lse, grad_col_lse, row_lse, col_lse, dots, x, y, *op
 class _Differentiable(torch.autograd.Function):
     """Autograd around the op: an op boundary costs less without it, and torch.compile traces it."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*arguments):
         return torch.ops.contrastive_ops.similarity_logsumexp(*arguments)
@@ -251,10 +253,14 @@ class _Differentiable(torch.autograd.Function):
         ctx.flags = (restrict, rows, cols)
         ctx.backend = backend
         ctx.mark_non_differentiable(row_max, col_max, dots)
+        ctx.set_materialize_grads(False)  # it would fill the 64 MB of a gradient of dots with zeros
 
     @staticmethod
     def backward(ctx, grad_row_lse, grad_col_lse, *_grads_of_the_rest):
         needs = list(ctx.needs_input_grad[:6])
+        row_lse, col_lse, *_ = ctx.saved_tensors
+        grad_row_lse = torch.zeros_like(row_lse) if grad_row_lse is None else grad_row_lse
+        grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse
         arguments = (grad_row_lse, grad_col_lse, *ctx.saved_tensors, *ctx.flags, needs, ctx.backend)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _Once.apply(*arguments)
@@ -266,6 +272,8 @@ class _Differentiable(torch.autograd.Function):
 
 class _Once(torch.autograd.Function):
     """The backward op in a graph that may be differentiated again, which it refuses."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*arguments):

@@ -192,7 +192,7 @@ class Engine {
     alignas(64) T logits[kTileSize];
   };
   static std::unique_ptr<Scratch> new_scratch() {
-    return std::make_unique<Scratch>();
+    return std::unique_ptr<Scratch>(new Scratch);  // make_unique would fill it with zeros
   }
 
   // The values of a statistic from an offset on; null for one that is empty.
