@@ -351,6 +351,7 @@ def test_transforms(reduction, backend):
 
 
 @SCRIPTED
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_hessian_is_refused(backend):
     x, y = torch.randn(2, 9, 4)
     sentence = "You must implement the jvp function|similarity_logsumexp has no forward-mode derivative"

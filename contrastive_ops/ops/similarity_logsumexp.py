@@ -258,10 +258,10 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_row_lse, grad_col_lse, *_grads_of_the_rest):
         needs = list(ctx.needs_input_grad[:6])
-        row_lse, col_lse, *_ = ctx.saved_tensors
+        saved = row_lse, col_lse, *_ = ctx.saved_tensors  # once: checkpointing minds
         grad_row_lse = torch.zeros_like(row_lse) if grad_row_lse is None else grad_row_lse
         grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse
-        arguments = (grad_row_lse, grad_col_lse, *ctx.saved_tensors, *ctx.flags, needs, ctx.backend)
+        arguments = (grad_row_lse, grad_col_lse, *saved, *ctx.flags, needs, ctx.backend)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _Once.apply(*arguments)
         else:
