@@ -88,14 +88,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       options_of(
           x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
       keep);
-  return {result.row_lse, result.col_lse, result.row_max, result.col_max, result.dots};
+  return {result.row_max, result.col_max, result.row_log_sum, result.col_log_sum, result.dots};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_row_lse,
     const Tensor& grad_col_lse,
-    const Tensor& row_lse,
-    const Tensor& col_lse,
+    const Tensor& row_max,
+    const Tensor& col_max,
+    const Tensor& row_log_sum,
+    const Tensor& col_log_sum,
     const Tensor& dots,
     const Tensor& x,
     const OptionalTensor& y,
@@ -112,15 +114,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     std::array<bool, 6> needs) {
   const int64_t n = rows ? x.size(0) : 0;
   const int64_t m = cols ? (y.has_value() ? *y : x).size(0) : 0;
-  check_vector("row_lse", row_lse, n, false);
   check_vector("grad_row_lse", grad_row_lse, n, false);
-  check_vector("col_lse", col_lse, m, false);
   check_vector("grad_col_lse", grad_col_lse, m, false);
+  check_vector("row_max", row_max, n, false);
+  check_vector("col_max", col_max, m, false);
+  check_vector("row_log_sum", row_log_sum, n, false);
+  check_vector("col_log_sum", col_log_sum, m, false);
   const SimilarityGradients grad = similarity_logsumexp_backward(
       options_of(
           x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
-      {row_lse, col_lse, {}, {}, dots},
-      {grad_row_lse, grad_col_lse, {}, {}, {}},
+      {row_max, col_max, row_log_sum, col_log_sum, dots},
+      grad_row_lse,
+      grad_col_lse,
       {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5]});
   return {grad.x, grad.y, grad.row_scale, grad.col_scale, grad.row_bias, grad.col_bias};
 }
@@ -141,8 +146,8 @@ TORCH_LIBRARY(contrastive_ops_cpu, library) {
   const std::string forward_schema =
       "similarity_logsumexp(" + options + ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
   const std::string backward_schema =
-      "similarity_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor row_lse, Tensor col_lse, Tensor "
-      "dots, " +
+      "similarity_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor row_max, Tensor col_max, "
+      "Tensor row_log_sum, Tensor col_log_sum, Tensor dots, " +
       options + ", bool[6] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   library.def(forward_schema.c_str());
   library.def(backward_schema.c_str());

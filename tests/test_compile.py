@@ -49,7 +49,7 @@ def backward_arguments(forward, needs):
     given = dict(zip((argument.name for argument in FORWARD._schema.arguments), forward, strict=True))
     returned = FORWARD(*forward)
     given |= dict(zip((result.name for result in FORWARD._schema.returns), returned, strict=True))
-    given |= {f"grad_{lse}": torch.randn_like(given[lse]) for lse in ("row_lse", "col_lse")}
+    given |= {f"grad_{side}_lse": torch.randn_like(given[side + "_max"]) for side in ("row", "col")}
     given["needs"] = needs
     return tuple(given[argument.name] for argument in BACKWARD._schema.arguments)
 

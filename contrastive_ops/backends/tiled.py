@@ -4,7 +4,7 @@ Forward, for every tile (I, J) of the N x M plane:
     s = logits of the tile, -inf where a pair does not take part
     fold max and sum of exp(s) into the running statistics of the rows I, and of the columns J
 Backward, for every tile:
-    s as above, g = u_i exp(s - row_lse_i) + v_j exp(s - col_lse_j)              (u, v are the incoming gradients)
+    s as above, g = u_i exp(s - row_max_i - row_log_sum_i) + v_j exp(s - col_max_j - col_log_sum_j)   (u, v: gradients)
     grad_x[I] += (g w) y[J], grad_y[J] += (g w)^T x[I], and sums of g for scales and biases        (w_ij = a_i b_j)
 In self-similarity J >= I: a tile above the diagonal also stands for its mirror image.
 """
@@ -102,14 +102,16 @@ def similarity_logsumexp_forward(x: Tensor, *options: Any) -> tuple[Tensor, ...]
                 _fold(row, j, logits, 0)
         if cols:
             _fold(col, j, logits, 0)
-    return row[0] + row[1].log(), col[0] + col[1].log(), row[0], col[0], tiles.full(0, 0.0)
+    return row[0], col[0], row[1].log(), col[1].log(), tiles.full(0, 0.0)
 
 
 def similarity_logsumexp_backward(
     grad_row_lse: Tensor,
     grad_col_lse: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    row_max: Tensor,
+    col_max: Tensor,
+    row_log_sum: Tensor,
+    col_log_sum: Tensor,
     _dots: Tensor,
     x: Tensor,
     *options: Any,
@@ -118,10 +120,10 @@ def similarity_logsumexp_backward(
     tiles = Tiles(x, *options)
     need_x, need_y, need_row_scale, need_col_scale, need_row_bias, need_col_bias = needs
     if tiles.mirrored:
-        grad_col_lse, col_lse, cols = grad_row_lse, row_lse, True
+        grad_col_lse, col_max, col_log_sum, cols = grad_row_lse, row_max, row_log_sum, True
     # an empty set gives nothing: exp(-inf - inf) = 0
-    row_lse = torch.where(row_lse == -torch.inf, torch.inf, row_lse)
-    col_lse = torch.where(col_lse == -torch.inf, torch.inf, col_lse)
+    row_max, row_log_sum = row_max.where(row_max > -torch.inf, torch.inf), row_log_sum.clamp(min=0.0)
+    col_max, col_log_sum = col_max.where(col_max > -torch.inf, torch.inf), col_log_sum.clamp(min=0.0)
     x, y = tiles.x, tiles.y
     nothing = tiles.full(0, 0.0)
     grad_x = x.new_zeros(x.shape, dtype=tiles.dtype) if need_x else nothing.clone()
@@ -135,9 +137,9 @@ def similarity_logsumexp_backward(
         dots, logits = tiles.dots_and_logits(i, j)
         pair = torch.zeros_like(logits)
         if rows:
-            pair += grad_row_lse[i, None] * (logits - row_lse[i, None]).exp()
+            pair += grad_row_lse[i, None] * (logits - row_max[i, None] - row_log_sum[i, None]).exp()
         if cols:
-            pair += grad_col_lse[None, j] * (logits - col_lse[None, j]).exp()
+            pair += grad_col_lse[None, j] * (logits - col_max[None, j] - col_log_sum[None, j]).exp()
         weighted = pair * tiles.weight(i, j)
         mirror = tiles.mirrored and i != j
         if need_x:

@@ -140,7 +140,7 @@ def similarity_logsumexp(
         checks.no_forward_mode("similarity_logsumexp", x, y, *vectors)
         if torch.compiler.is_compiling():
             arguments = _aliased(arguments)
-        row_lse, col_lse, row_max, col_max, _ = _Differentiable.apply(*arguments, keep, chosen)
+        row_lse, col_lse, row_max, col_max, *_ = _Differentiable.apply(*arguments, keep, chosen)
     return SimilarityLSE(row_lse, col_lse, row_max, col_max)
 
 
@@ -175,6 +175,8 @@ def _aliased(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(distinct)
 
 
+# The statistics are a maximum and the log of a sum relative to it. Their sum is the log-sum-exp, but backward takes
+# them apart: at logits of 1e4 the rounding of the log-sum-exp is 1e-3, and so would be the error of every gradient.
 _OPTIONS = (
     "Tensor x, Tensor? y, Tensor? row_scale, Tensor? col_scale, Tensor? row_bias, Tensor? col_bias, "
     "Tensor? exclude, Tensor? row_ids, Tensor? col_ids, bool restrict, bool rows, bool cols"
@@ -182,12 +184,13 @@ _OPTIONS = (
 torch.library.define(
     "contrastive_ops::similarity_logsumexp",
     f"({_OPTIONS}, bool keep, str backend) -> "
-    "(Tensor row_lse, Tensor col_lse, Tensor row_max, Tensor col_max, Tensor dots)",
+    "(Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor dots)",
 )
 torch.library.define(
     "contrastive_ops::similarity_logsumexp_backward",
-    f"(Tensor grad_row_lse, Tensor grad_col_lse, Tensor row_lse, Tensor col_lse, Tensor dots, {_OPTIONS}, "
-    "bool[6] needs, str backend) -> "
+    "(Tensor grad_row_lse, Tensor grad_col_lse, "
+    "Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor dots, "
+    f"{_OPTIONS}, bool[6] needs, str backend) -> "
     "(Tensor x, Tensor y, Tensor row_scale, Tensor col_scale, Tensor row_bias, Tensor col_bias)",
 )
 
@@ -225,7 +228,7 @@ def _forward_fake(x, y, *options):
 
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp_backward")
-def _backward_fake(grad_row_lse, grad_col_lse, row_lse, col_lse, dots, x, y, *options):
+def _backward_fake(grad_row_lse, grad_col_lse, row_max, col_max, row_log_sum, col_log_sum, dots, x, y, *options):
     *_, needs, _backend = options
     n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
     dtype = statistics_dtype(x)
@@ -243,24 +246,26 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        return torch.ops.contrastive_ops.similarity_logsumexp(*arguments)
+        statistics = torch.ops.contrastive_ops.similarity_logsumexp(*arguments)
+        row_max, col_max, row_log_sum, col_log_sum, _dots = statistics
+        return (row_max + row_log_sum, col_max + col_log_sum, *statistics)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, restrict, rows, cols, _keep, backend = inputs
-        row_lse, col_lse, row_max, col_max, dots = output
-        ctx.save_for_backward(row_lse, col_lse, dots, *tensors)
+        _row_lse, _col_lse, *statistics = output
+        ctx.save_for_backward(*statistics, *tensors)
         ctx.flags = (restrict, rows, cols)
         ctx.backend = backend
-        ctx.mark_non_differentiable(row_max, col_max, dots)
+        ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)  # it would fill the 64 MB of a gradient of dots with zeros
 
     @staticmethod
     def backward(ctx, grad_row_lse, grad_col_lse, *_grads_of_the_rest):
         needs = list(ctx.needs_input_grad[:6])
-        saved = row_lse, col_lse, *_ = ctx.saved_tensors  # once: checkpointing minds
-        grad_row_lse = torch.zeros_like(row_lse) if grad_row_lse is None else grad_row_lse
-        grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse
+        saved = row_max, col_max, *_ = ctx.saved_tensors  # once: checkpointing minds
+        grad_row_lse = torch.zeros_like(row_max) if grad_row_lse is None else grad_row_lse
+        grad_col_lse = torch.zeros_like(col_max) if grad_col_lse is None else grad_col_lse
         arguments = (grad_row_lse, grad_col_lse, *saved, *ctx.flags, needs, ctx.backend)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _Once.apply(*arguments)

@@ -22,13 +22,14 @@ struct SimilarityOptions {
   bool cols = true;
 };
 
-// A direction that was not asked for is empty.
+// Log-sum-exps as a maximum and the log of the sum relative to it; -inf, both, for an empty set. A direction that was
+// not asked for is empty.
 struct SimilarityStatistics {
-  at::Tensor row_lse;  // [N]
-  at::Tensor col_lse;  // [M]
-  at::Tensor row_max;  // [N]
-  at::Tensor col_max;  // [M]
-  at::Tensor dots;     // what forward keeps for backward
+  at::Tensor row_max;      // [N]
+  at::Tensor col_max;      // [M]
+  at::Tensor row_log_sum;  // [N]
+  at::Tensor col_log_sum;  // [M]
+  at::Tensor dots;         // what forward keeps for backward
 };
 
 struct Needs {
@@ -53,11 +54,11 @@ struct SimilarityGradients {
 // With `keep`, a bounded part of the dots is kept for a backward.
 SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options, bool keep);
 
-// `lse` is what the forward returned, `grad_lse` the gradients of its log-sum-exps; the maxima are not read.
 SimilarityGradients similarity_logsumexp_backward(
     const SimilarityOptions& options,
-    const SimilarityStatistics& lse,
-    const SimilarityStatistics& grad_lse,
+    const SimilarityStatistics& statistics,
+    const at::Tensor& grad_row_lse,
+    const at::Tensor& grad_col_lse,
     Needs needs);
 
 // FLOP/s of the tile products of x and y alone, measured over `seconds`.

@@ -380,40 +380,42 @@ template <bool Sums, typename T>
 void coefficients_of(
     const Tile<T>& tile, Direction<T> rows, Direction<T> cols, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums) {
   const auto row_term = [&](int64_t i, Vec<T> logit) {
-    return Vec<T>(rows.grad_lse[i]) * exp(logit - Vec<T>(rows.lse[i]));
+    return Vec<T>(rows.grad_lse[i]) * exp((logit - Vec<T>(rows.max[i])) - Vec<T>(rows.log_sum[i]));
   };
   const auto col_term = [&](int64_t j, Vec<T> logit) {
-    return Vec<T>::loadu(cols.grad_lse + j) * exp(logit - Vec<T>::loadu(cols.lse + j));
+    return Vec<T>::loadu(cols.grad_lse + j) *
+           exp((logit - Vec<T>::loadu(cols.max + j)) - Vec<T>::loadu(cols.log_sum + j));
   };
-  if (cols.lse == nullptr) {
+  if (cols.max == nullptr) {
     coefficients_loop<Sums>(
         tile, row_sums, col_sums, [&](int64_t i, int64_t, Vec<T> logit) { return row_term(i, logit); });
     return;
   }
-  if (rows.lse == nullptr) {
+  if (rows.max == nullptr) {
     coefficients_loop<Sums>(
         tile, row_sums, col_sums, [&](int64_t, int64_t j, Vec<T> logit) { return col_term(j, logit); });
     return;
   }
 
   // One exponential per pair: e^(s - c) (u_i e^(c - row_lse_i) + v_j e^(c - col_lse_j)) with c the largest of the
-  // log-sum-exps, where they lie close enough together that no factor overflows and no term that counts underflows.
+  // maxima, where they lie close enough together that no factor overflows and no term that counts underflows.
   T lowest = kInfinity<T>;
   T highest = -kInfinity<T>;
-  const auto extend = [&](T lse) {
-    lowest = std::min(lowest, lse);
-    highest = lse == kInfinity<T> ? highest : std::max(highest, lse);
+  const auto extend = [&](T max) {
+    lowest = std::min(lowest, max);
+    highest = max == kInfinity<T> ? highest : std::max(highest, max);
   };
-  std::for_each(rows.lse, rows.lse + tile.rows, extend);
-  std::for_each(cols.lse, cols.lse + kTile, extend);
+  std::for_each(rows.max, rows.max + tile.rows, extend);
+  std::for_each(cols.max, cols.max + kTile, extend);
   if (highest - lowest <= kSharedShift<T>) {
     alignas(64) T row_factor[kTile];
     alignas(64) T col_factor[kTile];
     const Vec<T> shift(shift_of(highest));
     const auto factors = [&](int64_t n, Direction<T> direction, T* factor) {
       for_each_vector<T>(n, [&](int64_t i, int64_t count) {
-        const Vec<T> lse = Vec<T>::loadu(direction.lse + i, count);
-        (Vec<T>::loadu(direction.grad_lse + i, count) * exp(shift - lse)).store(factor + i, count);
+        const Vec<T> relative = shift - Vec<T>::loadu(direction.max + i, count);
+        const Vec<T> log_sum = Vec<T>::loadu(direction.log_sum + i, count);
+        (Vec<T>::loadu(direction.grad_lse + i, count) * exp(relative - log_sum)).store(factor + i, count);
       });
     };
     factors(tile.rows, rows, row_factor);

@@ -33,11 +33,13 @@ struct MaxSum {
   T* sum;
 };
 
-// One direction of the backward: u = dL/d lse and lse itself, +inf where the set is empty.
+// One direction of the backward: u = dL/d lse, and lse as maximum and log of the sum relative to it. They stay apart,
+// as the rounding of their sum is as large as the logits are. An empty set has the maximum +inf and a log of 0.
 template <typename T>
 struct Direction {
   const T* grad_lse;
-  const T* lse;
+  const T* max;
+  const T* log_sum;
 };
 
 // Sums over one tile, of 128 values each: the gradients of scale and bias.
