@@ -170,9 +170,8 @@ def test_huge_logits(size, name, backend, dtype):
         options["row_scale"] = torch.tensor(-30.0).requires_grad_()
     results = evaluate(fused, arguments, options | {"backend": backend})
     assert all(value.isfinite().all() for value in results.values())
-    logits = max(results["output0"].abs().max().item(), results["output1"].abs().max().item())
-    assert logits > 50.0
-    judge(fused, naive, arguments, options, fused_options={"backend": backend}, logits=logits)
+    assert max(results["output0"].abs().max().item(), results["output1"].abs().max().item()) > 50.0
+    judge(fused, naive, arguments, options, fused_options={"backend": backend})
 
 
 @pytest.mark.parametrize("shift", [1e4, -1e4])
@@ -182,7 +181,7 @@ def test_huge_biases(shift, backend):
     plain = evaluate(fused, (x, y), options | {"backend": backend})
     results = evaluate(fused, (x, y), options | {"row_bias": shift, "cols": False, "backend": backend})
     torch.testing.assert_close(results["output0"], plain["output0"] + shift, rtol=1e-6, atol=0)
-    judge(fused, naive, (x, y), options | {"row_bias": shift}, fused_options={"backend": backend}, logits=abs(shift))
+    judge(fused, naive, (x, y), options | {"row_bias": shift}, fused_options={"backend": backend})
 
 
 def test_duplicates(backend):

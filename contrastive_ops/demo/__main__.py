@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import backends, explain
-from contrastive_ops.demo import report, training
+from contrastive_ops.demo import report
 from contrastive_ops.demo.encoder import TfIdf, TwoTowers
 from contrastive_ops.demo.pairs import Pair, collect_pairs, installed_roots
 from contrastive_ops.demo.report import Screen, size
-from contrastive_ops.demo.training import Quality, Step
+from contrastive_ops.demo.training import Quality, Step, lexical_similarities, quality_of, similarities, train
 
 MIN_PAIRS = 20
 MAX_HELD_OUT = 1000
 EXAMPLES = 3
 HITS = 3
-# N x N float32 matrices that exist at once in the backward of the dense loss: the two log-softmaxes that autograd
-# keeps, one incoming gradient and one outgoing gradient. Measured as the growth of the peak resident size over a
-# forward and backward of (cross_entropy(s, i) + cross_entropy(s.T, i)) / 2 at N = 9,000, D = 128 with torch 2.13 on
-# CPU: 4.2 matrices where s is freed early, 6.3 where images and texts have a product each, as in open_clip.
+# N x N float32 matrices that exist at once in the backward of the dense loss, at least: the two log-softmaxes that
+# autograd keeps, and the gradients that enter and leave one. Measured as the growth of the peak resident size over
+# (cross_entropy(s, i) + cross_entropy(s.T, i)) / 2 and its backward at N = 9,000, D = 128 with torch 2.13 on CPU: 4.0
+# with s = (scale * x) @ y.T freed after the forward, 5.0 where s is kept or is scale * (x @ y.T).
 DENSE_MATRICES = 4
 
 
@@ -66,26 +66,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.optim.Adam([torch.zeros(1)])
     before = report.resident_bytes()
     encoder = TwoTowers(options.dim)
-    qualities = [training.quality(encoder, test_code, test_text)]
-    steps = []
+    qualities = [quality_of(similarities(encoder, test_text, test_code))]
+    steps: list[Step] = []
     with screen.progress("training", options.steps) as advance:
-        for step in training.train(encoder, train_code, train_text, options.steps, options.backend):
+        for step in train(encoder, train_code, train_text, options.steps, options.backend):
             steps.append(step)
-            qualities.append(training.quality(encoder, test_code, test_text))
+            qualities.append(quality_of(similarities(encoder, test_text, test_code)))
             recall = qualities[-1].recall_at_10
             advance(len(steps), f"loss {step.loss:.3f}  recall@10 {recall:.3f}  {step.seconds:.2f} s/step")
     peak = report.peak_bytes()
 
-    lexical = training.tf_idf_quality(test_code, test_text)
+    lexical = quality_of(lexical_similarities(test_text, test_code))
     _show_quality(screen, len(held_out), qualities[0], lexical, qualities[-1])
     _show_cost(screen, n, steps, before, peak)
-    with torch.no_grad():
-        index = torch.cat([encoder.code(train_code), encoder.code(test_code)])
-        examples = [pair for pair in held_out if re.fullmatch(r"[A-Z][\w ,']{30,80}\.", pair.text)][:EXAMPLES]
-        queries = [pair.text for pair in examples] + options.query
-        answers = [*examples, *(None for _ in options.query)]
-        similarity = training.similarities(encoder.text(text.transform(queries)), index)
-    for query, answer, row in zip(queries, answers, similarity, strict=True):
+    examples = [pair for pair in held_out if re.fullmatch(r"[A-Z][\w ,']{30,80}\.", pair.text)][:EXAMPLES]
+    searches: list[tuple[str, Pair | None]] = [(pair.text, pair) for pair in examples]
+    searches += [(query, None) for query in options.query]
+    queries = text.transform(query for query, _ in searches)
+    scores = torch.cat([similarities(encoder, queries, side) for side in (train_code, test_code)], dim=1)
+    for (query, answer), row in zip(searches, scores, strict=True):
         _show_hits(screen, query, answer, pairs, row)
     if options.plot is not None:
         report.plot(options.plot, steps, qualities, f"{n:,} pairs in one batch, {len(held_out):,} held out")
@@ -100,8 +99,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Learn to find a function by its description, on the Python installed here.",
     )
     parser.add_argument("--pairs", type=_at_least(MIN_PAIRS), default=10_000, help="most to collect (%(default)s)")
-    parser.add_argument("--steps", type=_at_least(1), default=20, help="steps of training (%(default)s)")
-    parser.add_argument("--dim", type=_at_least(1), default=128, help="size D of the embeddings (%(default)s)")
+    parser.add_argument("--steps", type=_at_least(1), default=12, help="steps of training (%(default)s)")
+    parser.add_argument("--dim", type=_at_least(1), default=256, help="size D of the embeddings (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the start and the dropout (%(default)s)")
     parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="who runs the loss (%(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw loss and recall over the steps")
@@ -112,7 +111,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     refusal = None if options.plot is None else report.why_no_plot(options.plot)
     try:
         explain(torch.empty(1, options.dim), backend=options.backend)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         refusal = str(error)
     if refusal is not None:
         parser.exit(2, refusal + "\n")
@@ -164,13 +163,13 @@ def _show_cost(screen: Screen, n: int, steps: Sequence[Step], before: int | None
     screen.table("Time and memory", ("", ""), rows)
 
 
-def _show_hits(screen: Screen, query: str, answer: Pair | None, pairs: Sequence[Pair], similarity: Tensor) -> None:
+def _show_hits(screen: Screen, query: str, answer: Pair | None, pairs: Sequence[Pair], scores: Tensor) -> None:
     screen.line(f"\n{query}")
-    for score, index in zip(*(column.tolist() for column in similarity.topk(HITS)), strict=True):
+    for score, index in zip(*(column.tolist() for column in scores.topk(HITS)), strict=True):
         pair = pairs[index]
         screen.line(f"  {score:.2f}  {pair.name:<32}  {pair.place}" + ("  <- its function" if pair is answer else ""))
     if answer is not None:
-        rank = int((similarity >= similarity[pairs.index(answer)]).sum())
+        rank = int((scores >= scores[pairs.index(answer)]).sum())
         screen.line(f"  its function, held out in training, is number {rank:,} of {len(pairs):,}")
 
 

@@ -18,7 +18,7 @@ from contrastive_ops.demo.pairs import words
 from contrastive_ops.nn import LogitScale
 
 BUCKETS = 2**15
-GRAM = 4  # characters
+GRAMS = (3, 4)  # characters
 
 
 class Bags(NamedTuple):
@@ -38,8 +38,8 @@ def bucket(feature: str) -> int:
 def word_buckets(word: str) -> tuple[int, ...]:
     """A word and its character n-grams, by which `parse`, `parser` and `parsing` share features."""
     marked = f"<{word}>"
-    grams = {marked[start : start + GRAM] for start in range(len(marked) - GRAM + 1)}
-    return bucket(word), *(bucket(f"#{gram}") for gram in sorted(grams))
+    grams = [marked[start : start + n] for n in GRAMS for start in range(len(marked) - n + 1)]
+    return bucket(word), *(bucket(f"#{gram}") for gram in grams)
 
 
 def count_features(documents: Iterable[str]) -> Bags:
@@ -95,7 +95,7 @@ class Tower(torch.nn.Module):
         self.dropout = dropout
         self.table = torch.nn.EmbeddingBag(BUCKETS, dim, mode="sum")
         # small beside the steps of the optimizer, so that what is learned soon outweighs the random start
-        torch.nn.init.normal_(self.table.weight, std=0.02)
+        torch.nn.init.normal_(self.table.weight, std=0.1)
 
     def forward(self, bags: Bags) -> Tensor:
         weights = F.dropout(bags.weights, self.dropout, self.training)

@@ -47,7 +47,7 @@ class Screen:
         from rich import box
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(header))
         for index, name in enumerate(header):
             table.add_column(name, justify="right" if index else "left")
         for row in rows:
@@ -60,7 +60,7 @@ class Screen:
         if self.console is None or not self.console.is_terminal:
             last = time.monotonic()
 
-            def print_line(done: int, note: str = "") -> None:
+            def print_line(done: int, note: str) -> None:
                 nonlocal last
                 if done == total or time.monotonic() - last > 2:
                     last = time.monotonic()
@@ -73,7 +73,7 @@ class Screen:
         columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}", markup=False))
         with Progress(TextColumn(title), BarColumn(), *columns, console=self.console) as bars:
             bar = bars.add_task(title, total=total, note="")
-            yield lambda done, note="": bars.update(bar, completed=done, note=note)
+            yield lambda done, note: bars.update(bar, completed=done, note=note)
 
 
 def size(count: float) -> str:

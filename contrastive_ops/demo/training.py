@@ -53,14 +53,17 @@ def train(encoder: TwoTowers, code: Bags, text: Bags, steps: int, backend: str) 
 
 
 @torch.no_grad()
-def quality(encoder: TwoTowers, code: Bags, text: Bags) -> Quality:
-    encoder.eval()
-    return quality_of(similarities(encoder.text(text), encoder.code(code)))
-
-
-def similarities(text: Tensor, code: Tensor) -> Tensor:
+def similarities(encoder: TwoTowers, text: Bags, code: Bags) -> Tensor:
     """Cosines of shape (texts, functions)."""
-    return F.normalize(text) @ F.normalize(code).T
+    encoder.eval()
+    return F.normalize(encoder.text(text)) @ F.normalize(encoder.code(code)).T
+
+
+def lexical_similarities(text: Bags, code: Bags) -> Tensor:
+    """Cosines of the bags themselves, of shape (texts, functions): the search before anything is learned."""
+    texts = torch.zeros(BUCKETS, len(text.offsets))
+    texts[text.features, row_indices(text)] = text.weights
+    return F.embedding_bag(code.features, texts, code.offsets, mode="sum", per_sample_weights=code.weights).T
 
 
 def quality_of(similarity: Tensor) -> Quality:
@@ -75,12 +78,3 @@ def quality_of(similarity: Tensor) -> Quality:
     """
     rank = (similarity >= similarity.diagonal()[:, None]).sum(1)  # 1 is the best
     return Quality(*(value.double().mean().item() for value in (rank <= 1, rank <= 10, 1 / rank)))
-
-
-def tf_idf_quality(code: Bags, text: Bags) -> Quality:
-    """The search without learning: cosines of the bags themselves."""
-    texts = torch.zeros(BUCKETS, len(text.offsets))
-    texts[text.features, row_indices(text)] = text.weights
-    return quality_of(
-        F.embedding_bag(code.features, texts, code.offsets, mode="sum", per_sample_weights=code.weights).T
-    )
