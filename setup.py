@@ -54,7 +54,15 @@ def cpp_extension():
     compiler = torch_build.get_cxx_compiler()
     if torch_build.get_compiler_abi_compatibility_and_version(compiler)[0] is False:
         raise RuntimeError(f"the compiler {compiler} does not fit the one that built torch")
-    flags = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    flags = [
+        "-O3",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+    ]
     flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 finds them in its own AVX-512 headers
     if os.environ.get("CONTRASTIVE_OPS_WERROR"):
         flags.append("-Werror")

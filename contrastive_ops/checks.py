@@ -143,6 +143,11 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {options}, got {value!r}.")
 
 
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
 def both_or_neither(name: str, value: Any, other_name: str, other: Any) -> None:
     if (value is None) != (other is None):
         given, missing = (other_name, name) if value is None else (name, other_name)

@@ -89,8 +89,8 @@ def kept_dots(n: int, m: int, dtype: torch.dtype) -> int:
     return 0
 
 
-def similarity_logsumexp_forward(x: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *options, rows, cols, _keep = options
+def similarity_logsumexp_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *options, rows, cols, _keep = arguments
     tiles = Tiles(x, *options)
     row = tiles.full(tiles.n if rows else 0, -torch.inf), tiles.full(tiles.n if rows else 0, 0.0)
     col = tiles.full(tiles.m if cols else 0, -torch.inf), tiles.full(tiles.m if cols else 0, 0.0)
@@ -114,9 +114,9 @@ def similarity_logsumexp_backward(
     col_log_sum: Tensor,
     _dots: Tensor,
     x: Tensor,
-    *options: Any,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *options, rows, cols, needs = options
+    *options, rows, cols, needs = arguments
     tiles = Tiles(x, *options)
     need_x, need_y, need_row_scale, need_col_scale, need_row_bias, need_col_bias = needs
     if tiles.mirrored:

@@ -43,7 +43,7 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
 def inverse(temperature: float | Tensor, x: Tensor) -> float | Tensor:
     """The logit scale 1 / temperature, a tensor in the dtype of the statistics."""
     if isinstance(temperature, Tensor):
-        return flat(temperature, x).reciprocal()
+        return temperature.to(statistics_dtype(x)).reshape(-1).reciprocal()
     return 1.0 / temperature
 
 
@@ -135,4 +135,4 @@ def accuracy(positive: Tensor, largest_negative: Tensor) -> Tensor:
 def check_options(reduction: str, normalize: bool) -> None:
     """The options that every loss has; the backend's name is checked where it is chosen."""
     checks.choice("reduction", reduction, REDUCTIONS)
-    checks.choice("normalize", normalize, (True, False))
+    checks.flag("normalize", normalize)

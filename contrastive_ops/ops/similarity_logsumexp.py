@@ -196,17 +196,17 @@ torch.library.define(
 
 
 @torch.library.impl("contrastive_ops::similarity_logsumexp", "CompositeExplicitAutograd")
-def _forward(x: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *options, backend = options
-    with _as_given(x):
-        return backends.module(backend).similarity_logsumexp_forward(x, *options)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, backend = arguments
+    with _as_given(inputs[0]):
+        return backends.module(backend).similarity_logsumexp_forward(*inputs)
 
 
 @torch.library.impl("contrastive_ops::similarity_logsumexp_backward", "CompositeExplicitAutograd")
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *arguments, backend = arguments
-    with _as_given(arguments[0]):
-        return backends.module(backend).similarity_logsumexp_backward(*arguments)
+    *inputs, backend = arguments
+    with _as_given(inputs[0]):
+        return backends.module(backend).similarity_logsumexp_backward(*inputs)
 
 
 def _as_given(x: Tensor) -> torch.autocast:
