@@ -137,15 +137,10 @@ def fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a float in [0, 1), got {value!r}; 0.0 switches it off.")
 
 
-def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"{name} must be one of {options}, got {value!r}.")
-
-
-def flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 def both_or_neither(name: str, value: Any, other_name: str, other: Any) -> None:

@@ -214,8 +214,8 @@ REFUSALS = {
         lambda: co.clip_loss(X, X, 1.0, reduction="avg"), ValueError,
         "reduction must be one of 'mean', 'sum', 'none', got 'avg'."),
     "normalize": (
-        lambda: co.nt_xent(X, X, normalize="yes"), TypeError,
-        "normalize must be True or False, got 'yes'."),
+        lambda: co.nt_xent(X, X, normalize="yes"), ValueError,
+        "normalize must be one of True, False, got 'yes'."),
     "variant": (
         lambda: co.supcon(X, IDS, variant="both"), ValueError,
         "variant must be one of 'out', 'in', got 'both'."),

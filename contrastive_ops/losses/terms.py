@@ -135,4 +135,4 @@ def accuracy(positive: Tensor, largest_negative: Tensor) -> Tensor:
 def check_options(reduction: str, normalize: bool) -> None:
     """The options that every loss has; the backend's name is checked where it is chosen."""
     checks.choice("reduction", reduction, REDUCTIONS)
-    checks.flag("normalize", normalize)
+    checks.choice("normalize", normalize, (True, False))
