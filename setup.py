@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
 MODES = ("auto", "python", "cpp", "cuda")
 MODE = os.environ.get("CONTRASTIVE_OPS_BUILD", "auto")
@@ -21,6 +22,16 @@ if X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["AVX2"] = avx2
     INSTRUCTION_SETS["AVX512"] = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+
+
+class SourceDistribution(sdist):
+    """With the sources of what is compiled, also when it is made where nothing can be compiled."""
+
+    def add_defaults(self):
+        super().add_defaults()
+        for folder in ("csrc", "kernels", "tests", "bench"):
+            files = (path for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+            self.filelist.extend(str(path) for path in files)
 
 
 def say(text: str) -> None:
@@ -113,5 +124,5 @@ setup(
     package_dir={"contrastive_ops": "contrastive_ops", "contrastive_ops.kernels": "kernels"},
     package_data={"contrastive_ops": ["py.typed"]},
     ext_modules=extensions,
-    cmdclass=commands,
+    cmdclass={"sdist": SourceDistribution, **commands},
 )

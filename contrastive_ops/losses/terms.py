@@ -37,7 +37,8 @@ def inverse_norm(x: Tensor) -> Tensor:
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i> in the dtype of the statistics."""
     dtype = statistics_dtype(x)
-    return (x.to(dtype) * y.to(dtype)).sum(-1)
+    with torch.autocast(x.device.type, enabled=False):  # it would round the products
+        return torch.linalg.vecdot(x.to(dtype), y.to(dtype))
 
 
 def inverse(temperature: float | Tensor, x: Tensor) -> float | Tensor:
