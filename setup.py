@@ -27,11 +27,10 @@ if X86:
 class SourceDistribution(sdist):
     """With the sources of what is compiled, also when it is made where nothing can be compiled."""
 
-    def add_defaults(self):
-        super().add_defaults()
-        for folder in ("csrc", "kernels", "tests", "bench"):
-            files = (path for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-            self.filelist.extend(str(path) for path in files)
+    def make_release_tree(self, base_dir, files):
+        sources = (path for folder in ("csrc", "kernels", "tests", "bench") for path in Path(folder).rglob("*"))
+        more = {str(path) for path in sources if path.is_file() and "__pycache__" not in path.parts}
+        super().make_release_tree(base_dir, [*files, *sorted(more.difference(files))])
 
 
 def say(text: str) -> None:
