@@ -83,10 +83,10 @@ def similarity_logsumexp(
 
     Notes
     -----
-    Extra memory is O(N + M) in forward and O((N + M) D) in backward, which computes the tiles again. Work in units of
-    N M D multiply-adds: 1 forward, 1 for the recomputation and 1 for each side that requires a gradient; in
-    self-similarity 0.5 + 0.5 + 1. Sums, maxima and gradients accumulate in float32 (float64). Runs are bitwise
-    repeatable. Differentiable once; differentiating twice raises.
+    Extra memory is O(N + M) in forward and O((N + M) D) in backward, which computes the tiles again; the cpu backend
+    keeps up to 64 MB of them instead. Work in units of N M D multiply-adds: 1 forward, 1 for the recomputation and 1
+    for each side that requires a gradient; in self-similarity 0.5 + 0.5 + 1. Sums, maxima and gradients accumulate in
+    float32 (float64). Runs are bitwise repeatable. Differentiable once; differentiating twice raises.
 
     Examples
     --------
