@@ -19,6 +19,7 @@ import torch
 import contrastive_ops
 from bench.cases import Case
 from bench.measure import MODES, Row, without_folders
+from contrastive_ops.info import processor
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ("contrastive_ops", "csrc", "kernels", "bench", "setup.py", "pyproject.toml")
@@ -29,7 +30,7 @@ def header(command: str) -> dict[str, Any]:
     """The machine, the versions and the command: what a number is worth nothing without."""
     return {
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -69,15 +70,6 @@ def disturbance(header: dict[str, Any]) -> str | None:
         f"The machine is busy: load average {load:.1f} on {cores} cores. Times will vary, most with as many threads as "
         "cores; take the best of many, or --threads 1."
     )
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
 
 
 def _git(*arguments: str) -> str | None:

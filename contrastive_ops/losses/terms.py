@@ -43,9 +43,7 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
 
 def inverse(temperature: float | Tensor, x: Tensor) -> float | Tensor:
     """The logit scale 1 / temperature, a tensor in the dtype of the statistics."""
-    if isinstance(temperature, Tensor):
-        return temperature.to(statistics_dtype(x)).reshape(-1).reciprocal()
-    return 1.0 / temperature
+    return 1.0 / flat(temperature, x)
 
 
 def flat(scale: float | Tensor, x: Tensor) -> float | Tensor:

@@ -175,12 +175,12 @@ def _aliased(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(distinct)
 
 
-# The statistics are a maximum and the log of a sum relative to it. Their sum is the log-sum-exp, but backward takes
-# them apart: at logits of 1e4 the rounding of the log-sum-exp is 1e-3, and so would be the error of every gradient.
 _OPTIONS = (
     "Tensor x, Tensor? y, Tensor? row_scale, Tensor? col_scale, Tensor? row_bias, Tensor? col_bias, "
     "Tensor? exclude, Tensor? row_ids, Tensor? col_ids, bool restrict, bool rows, bool cols"
 )
+# The statistics are a maximum and the log of a sum relative to it. Their sum is the log-sum-exp, but backward takes
+# them apart: at logits of 1e4 the rounding of the log-sum-exp is 1e-3, and so would be the error of every gradient.
 torch.library.define(
     "contrastive_ops::similarity_logsumexp",
     f"({_OPTIONS}, bool keep, str backend) -> "
@@ -219,12 +219,9 @@ def _forward_fake(x, y, *options):
     *_, rows, cols, keep, backend = options
     n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
     dtype = statistics_dtype(x)
-    row, col = (
-        (lambda: x.new_empty(n if rows else 0, dtype=dtype)),
-        (lambda: x.new_empty(m if cols else 0, dtype=dtype)),
-    )
+    row, col = n if rows else 0, m if cols else 0
     dots = backends.module(backend).kept_dots(n, m, x.dtype) if keep else 0
-    return row(), col(), row(), col(), x.new_empty(dots, dtype=dtype)
+    return tuple(x.new_empty(size, dtype=dtype) for size in (row, col, row, col, dots))
 
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp_backward")

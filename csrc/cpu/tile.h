@@ -74,7 +74,7 @@ struct TileKernels {
   // logits = -inf where the ids are equal, or with `restrict` where they are not
   void (*mask_ids)(const Tile<T>& tile, const int64_t* row_ids, const int64_t* col_ids, bool restrict);
 
-  // Maxima and sums over the rows and over the columns of the logits; a null direction is skipped. Destroys the logits.
+  // Maxima and sums over the rows and over the columns of the logits; a null direction is skipped.
   void (*reduce)(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols);
 
   // Fold `part` into the running statistics of n rows (columns).
