@@ -70,7 +70,7 @@ SimilarityOptions options_of(
   return {x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x,
     const OptionalTensor& y,
     const OptionalTensor& row_scale,
@@ -88,12 +88,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       options_of(
           x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
       keep);
-  return {result.row_max, result.col_max, result.row_log_sum, result.col_log_sum, result.dots};
+  return {result.row_max, result.col_max, result.row_log_sum, result.col_log_sum, result.excluded, result.dots};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_row_lse,
     const Tensor& grad_col_lse,
+    const Tensor& grad_excluded,
     const Tensor& row_max,
     const Tensor& col_max,
     const Tensor& row_log_sum,
@@ -116,6 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t m = cols ? (y.has_value() ? *y : x).size(0) : 0;
   check_vector("grad_row_lse", grad_row_lse, n, false);
   check_vector("grad_col_lse", grad_col_lse, m, false);
+  check_vector("grad_excluded", grad_excluded, exclude.has_value() ? x.size(0) : 0, false);
   check_vector("row_max", row_max, n, false);
   check_vector("col_max", col_max, m, false);
   check_vector("row_log_sum", row_log_sum, n, false);
@@ -123,9 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const SimilarityGradients grad = similarity_logsumexp_backward(
       options_of(
           x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
-      {row_max, col_max, row_log_sum, col_log_sum, dots},
-      grad_row_lse,
-      grad_col_lse,
+      {row_max, col_max, row_log_sum, col_log_sum, {}, dots},
+      {grad_row_lse, grad_col_lse, grad_excluded},
       {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5]});
   return {grad.x, grad.y, grad.row_scale, grad.col_scale, grad.row_bias, grad.col_bias};
 }
@@ -144,9 +145,10 @@ TORCH_LIBRARY(contrastive_ops_cpu, library) {
       "Tensor x, Tensor? y, Tensor? row_scale, Tensor? col_scale, Tensor? row_bias, Tensor? col_bias, "
       "Tensor? exclude, Tensor? row_ids, Tensor? col_ids, bool restrict, bool rows, bool cols";
   const std::string forward_schema =
-      "similarity_logsumexp(" + options + ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "similarity_logsumexp(" + options + ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   const std::string backward_schema =
-      "similarity_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor row_max, Tensor col_max, "
+      "similarity_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_excluded, Tensor row_max, "
+      "Tensor col_max, "
       "Tensor row_log_sum, Tensor col_log_sum, Tensor dots, " +
       options + ", bool[6] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   library.def(forward_schema.c_str());

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import contrastive_ops as co
 from contrastive_ops.ops import statistics_dtype
-from contrastive_ops.reference import logsumexp, similarity_logits
+from contrastive_ops.reference import logits_at, logsumexp, similarity_logits
 
 VECTORS = ("row_scale", "col_scale", "row_bias", "col_bias")
 KINDS = ("float", "0d", "1", "vector")
@@ -124,18 +124,24 @@ def problem(
     return arguments, ALL_OPTIONS[name](make)
 
 
-def requested(outputs: Any, rows: bool, cols: bool) -> tuple[Tensor, ...]:
-    row_lse, col_lse, row_max, col_max = outputs
-    return (*((row_lse, row_max) if rows else ()), *((col_lse, col_max) if cols else ()))
+def requested(outputs: Any, rows: bool, cols: bool, exclude: bool) -> tuple[Tensor, ...]:
+    row_lse, col_lse, row_max, col_max, excluded_logit = outputs
+    return (
+        *((row_lse, row_max) if rows else ()),
+        *((col_lse, col_max) if cols else ()),
+        *((excluded_logit,) if exclude else ()),
+    )
 
 
 def fused(x: Tensor, y: Tensor | None = None, *, backend: str, **options: Any) -> tuple[Tensor, ...]:
-    """The op on a backend: the statistics of the directions that were asked for."""
+    """The op on a backend: what was asked for of its results."""
     outputs = co.similarity_logsumexp(x, y, backend=backend, **options)
     rows, cols = options.get("rows", True), options.get("cols", False)
     for asked, *vectors in ((rows, outputs.row_lse, outputs.row_max), (cols, outputs.col_lse, outputs.col_max)):
         assert asked or all(vector.shape == (0,) for vector in vectors)
-    return requested(outputs, rows, cols)
+    exclude = options.get("exclude") is not None
+    assert exclude or outputs.excluded_logit.shape == (0,)
+    return requested(outputs, rows, cols, exclude)
 
 
 def naive(
@@ -149,8 +155,11 @@ def naive(
             value = torch.as_tensor(value, dtype=statistics_dtype(x)) if isinstance(value, float) else value
             options[name] = value.reshape(-1).expand(sizes[name[:3]])
     logits = similarity_logits(x, y, restrict=ids == "restrict", **options)
+    exclude = options.get("exclude")
+    of_all_pairs = similarity_logits(x, y, **{name: options.get(name) for name in VECTORS})
+    excluded = None if exclude is None else logits_at(of_all_pairs, exclude.long())
     largest = [
         logits.detach().amax(dim) if logits.shape[dim] else logits.new_full((logits.shape[1 - dim],), -torch.inf)
         for dim in (1, 0)
     ]
-    return requested((logsumexp(logits, 1), logsumexp(logits, 0), *largest), rows, cols)
+    return requested((logsumexp(logits, 1), logsumexp(logits, 0), *largest, excluded), rows, cols, exclude is not None)

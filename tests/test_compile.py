@@ -50,6 +50,7 @@ def backward_arguments(forward, needs):
     returned = FORWARD(*forward)
     given |= dict(zip((result.name for result in FORWARD._schema.returns), returned, strict=True))
     given |= {f"grad_{side}_lse": torch.randn_like(given[side + "_max"]) for side in ("row", "col")}
+    given["grad_excluded"] = torch.randn_like(given["excluded"])
     given["needs"] = needs
     return tuple(given[argument.name] for argument in BACKWARD._schema.arguments)
 
@@ -132,7 +133,7 @@ def test_compiled_op(name, backend):
 
     def call(*arguments, **options):
         out = co.similarity_logsumexp(*arguments, **options, backend=backend)
-        return out.row_lse, out.col_lse
+        return out.row_lse, out.col_lse, out.excluded_logit
 
     both = compiled(call, counted)
     for n, m in ((14, 25), (33, 9)):

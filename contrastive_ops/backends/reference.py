@@ -5,10 +5,12 @@ Autograd differentiates it directly, to any order, so it has no backward of its 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from contrastive_ops.reference.similarity_logsumexp import logsumexp, similarity_logits
+from contrastive_ops.reference.similarity_logsumexp import logits_at, logsumexp, similarity_logits
 
 OPS = ("similarity_logsumexp",)
 
@@ -31,22 +33,21 @@ def similarity_logsumexp(
     rows: bool,
     cols: bool,
 ) -> tuple[Tensor, ...]:
-    logits = similarity_logits(
+    logits_with = partial(
+        similarity_logits,
         x,
         y,
         row_scale=row_scale,
         col_scale=col_scale,
         row_bias=row_bias,
         col_bias=col_bias,
-        exclude=exclude,
-        row_ids=row_ids,
-        col_ids=col_ids,
-        restrict=restrict,
     )
+    logits = logits_with(exclude=exclude, row_ids=row_ids, col_ids=col_ids, restrict=restrict)
     nothing = logits.new_empty(0)
     return (
         logsumexp(logits, 1) if rows else nothing,
         logsumexp(logits, 0) if cols else nothing,
+        nothing if exclude is None else logits_at(logits_with(), exclude),
         _largest(logits.detach(), 1) if rows else nothing,
         _largest(logits.detach(), 0) if cols else nothing,
     )

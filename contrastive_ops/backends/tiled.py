@@ -5,6 +5,7 @@ Forward, for every tile (I, J) of the N x M plane:
     fold max and sum of exp(s) into the running statistics of the rows I, and of the columns J
 Backward, for every tile:
     s as above, g = u_i exp(s - row_max_i - row_log_sum_i) + v_j exp(s - col_max_j - col_log_sum_j)   (u, v: gradients)
+    g of an excluded pair = the gradient of its own logit
     grad_x[I] += (g w) y[J], grad_y[J] += (g w)^T x[I], and sums of g for scales and biases        (w_ij = a_i b_j)
 In self-similarity J >= I: a tile above the diagonal also stands for its mirror image.
 """
@@ -56,22 +57,39 @@ class Tiles:
     def cols(self, j: slice) -> Tensor:
         return self.y[j].to(self.dtype)
 
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, enabled=False):  # it would round the operands
+            return a @ b
+
     def weight(self, i: slice, j: slice) -> Tensor:
         return self.row_scale[i, None] * self.col_scale[None, j]
 
     def dots_and_logits(self, i: slice, j: slice) -> tuple[Tensor, Tensor]:
-        dots = self.rows(i) @ self.cols(j).T
-        logits = dots * self.weight(i, j) + (self.row_bias[i, None] + self.col_bias[None, j])
-        if self.exclude is not None:
-            cols = torch.arange(j.start, j.stop, device=dots.device)
-            logits.masked_fill_(self.exclude[i, None] == cols, -torch.inf)
-            if self.mirrored:
-                rows = torch.arange(i.start, i.stop, device=dots.device)
-                logits.masked_fill_(self.exclude[None, j] == rows[:, None], -torch.inf)
+        """The dot products of a tile and its logits, of all pairs."""
+        dots = self.product(self.rows(i), self.cols(j).T)
+        return dots, dots * self.weight(i, j) + (self.row_bias[i, None] + self.col_bias[None, j])
+
+    def excluded_pairs(self, i: slice, j: slice) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+        """The pairs (row, exclude[row]) of a tile, as (rows, dim, place along dim, whether there is one).
+
+        In self-similarity the row may be either side of the pair; on the diagonal both places are in the tile.
+        """
+        if self.exclude is None:
+            return
+        sides = [(i, j, 1), (j, i, 0)] if self.mirrored else [(i, j, 1)]
+        for rows, cols, dim in sides:
+            index = self.exclude[rows]
+            inside = (index >= cols.start) & (index < cols.stop)
+            yield rows, dim, (index - cols.start).where(inside, 0).unsqueeze(dim), inside.unsqueeze(dim)
+
+    def mask(self, i: slice, j: slice, logits: Tensor) -> Tensor:
+        """-inf, in place, where a pair does not take part."""
+        for _rows, dim, place, inside in self.excluded_pairs(i, j):
+            logits.scatter_(dim, place, logits.gather(dim, place).masked_fill(inside, -torch.inf))
         if self.row_ids is not None:
             equal = self.row_ids[i, None] == self.col_ids[None, j]
             logits.masked_fill_(~equal if self.restrict else equal, -torch.inf)
-        return dots, logits
+        return logits
 
 
 def _fold(running: tuple[Tensor, Tensor], part: slice, logits: Tensor, dim: int) -> None:
@@ -94,20 +112,26 @@ def similarity_logsumexp_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ..
     tiles = Tiles(x, *options)
     row = tiles.full(tiles.n if rows else 0, -torch.inf), tiles.full(tiles.n if rows else 0, 0.0)
     col = tiles.full(tiles.m if cols else 0, -torch.inf), tiles.full(tiles.m if cols else 0, 0.0)
+    excluded = tiles.full(0 if tiles.exclude is None else tiles.n, -torch.inf)
     for i, j in tiles:
         _, logits = tiles.dots_and_logits(i, j)
+        for rows_of, dim, place, inside in tiles.excluded_pairs(i, j):
+            found = logits.gather(dim, place).where(inside, -torch.inf).squeeze(dim)
+            excluded[rows_of] = torch.maximum(excluded[rows_of], found)
+        tiles.mask(i, j, logits)
         if rows:
             _fold(row, i, logits, 1)
             if tiles.mirrored and i != j:
                 _fold(row, j, logits, 0)
         if cols:
             _fold(col, j, logits, 0)
-    return row[0], col[0], row[1].log(), col[1].log(), tiles.full(0, 0.0)
+    return row[0], col[0], row[1].log(), col[1].log(), excluded, tiles.full(0, 0.0)
 
 
 def similarity_logsumexp_backward(
     grad_row_lse: Tensor,
     grad_col_lse: Tensor,
+    grad_excluded: Tensor,
     row_max: Tensor,
     col_max: Tensor,
     row_log_sum: Tensor,
@@ -135,19 +159,22 @@ def similarity_logsumexp_backward(
     grad_row_scale, grad_col_scale, grad_row_bias, grad_col_bias = vectors
     for i, j in tiles:
         dots, logits = tiles.dots_and_logits(i, j)
+        tiles.mask(i, j, logits)
         pair = torch.zeros_like(logits)
         if rows:
             pair += grad_row_lse[i, None] * (logits - row_max[i, None] - row_log_sum[i, None]).exp()
         if cols:
             pair += grad_col_lse[None, j] * (logits - col_max[None, j] - col_log_sum[None, j]).exp()
+        for rows_of, dim, place, inside in tiles.excluded_pairs(i, j):
+            pair.scatter_add_(dim, place, grad_excluded[rows_of].unsqueeze(dim).where(inside, 0.0))
         weighted = pair * tiles.weight(i, j)
         mirror = tiles.mirrored and i != j
         if need_x:
-            grad_x[i] += weighted @ tiles.cols(j)
+            grad_x[i] += tiles.product(weighted, tiles.cols(j))
             if mirror:
-                grad_x[j] += weighted.T @ tiles.rows(i)
+                grad_x[j] += tiles.product(weighted.T, tiles.rows(i))
         if need_y:
-            grad_y[j] += weighted.T @ tiles.rows(i)
+            grad_y[j] += tiles.product(weighted.T, tiles.rows(i))
         if need_row_scale:
             grad_row_scale[i] += (pair * dots * tiles.col_scale[None, j]).sum(1)
             if mirror:

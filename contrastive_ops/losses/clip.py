@@ -96,8 +96,6 @@ def clip_loss(
     scale = terms.flat(logit_scale, image_features)
     image_scale = terms.inverse_norm(image_features) if normalize else None
     text_scale = terms.inverse_norm(text_features) if normalize else None
-    similarity = terms.pair_similarity(image_features, text_features, image_scale, text_scale)
-    positive = scale * similarity
     diagonal = torch.arange(n, device=device)
     negatives = similarity_logsumexp(
         image_features,
@@ -110,6 +108,8 @@ def clip_loss(
         cols=True,
         backend=backend,
     )
+    positive = negatives.excluded_logit
+    similarity = positive / scale
     per_pair = (terms.softplus(negatives.row_lse - positive) + terms.softplus(negatives.col_lse - positive)) / 2
     if label_smoothing > 0.0:
         image, text = (image_features, image_scale), (text_features, text_scale)

@@ -108,7 +108,6 @@ def info_nce(
     logit_scale = terms.inverse(temperature, query)
     query_scale = terms.inverse_norm(query) if normalize else None
     key_scale = terms.inverse_norm(key) if normalize else None
-    positive = terms.pair_similarity(query, key[target], query_scale, None if key_scale is None else key_scale[target])
     negatives = similarity_logsumexp(
         query,
         key,
@@ -119,17 +118,19 @@ def info_nce(
         col_ids=key_ids,
         backend=backend,
     )
-    per_row = terms.softplus(negatives.row_lse - logit_scale * positive)
+    positive = negatives.excluded_logit
+    similarity = positive / logit_scale
+    per_row = terms.softplus(negatives.row_lse - positive)
     if label_smoothing > 0.0:
-        uniform = terms.uniform_similarity(query, key, query_scale, key_scale, positive, target, query_ids, key_ids)
+        uniform = terms.uniform_similarity(query, key, query_scale, key_scale, similarity, target, query_ids, key_ids)
         # without negatives the positive is the mean: exactly 0, where the difference of two roundings is not
-        spread = torch.where(negatives.row_lse > -torch.inf, positive - uniform, 0.0)
+        spread = torch.where(negatives.row_lse > -torch.inf, similarity - uniform, 0.0)
         per_row = per_row + label_smoothing * logit_scale * spread
     loss = terms.reduce(per_row, reduction, sample_weight)
     if not return_stats:
         return loss
     return loss, LossStats(
-        lse=torch.logaddexp(negatives.row_lse, logit_scale * positive).detach(),
-        positive_similarity=positive.detach(),
-        accuracy=terms.accuracy(logit_scale * positive, negatives.row_max),
+        lse=torch.logaddexp(negatives.row_lse, positive).detach(),
+        positive_similarity=similarity.detach(),
+        accuracy=terms.accuracy(positive, negatives.row_max),
     )

@@ -1,4 +1,4 @@
-"""The terms that losses share and that cost O(N D): norms, positives, uniform means, the final reduction."""
+"""The terms that losses share and that cost O(N D): norms, uniform means, the final reduction."""
 
 from __future__ import annotations
 
@@ -59,11 +59,6 @@ def softplus(x: Tensor) -> Tensor:
 def scaled(scale: Tensor | None, vector: Tensor) -> Tensor:
     """scale * vector, where None is a scale of 1."""
     return vector if scale is None else scale * vector
-
-
-def pair_similarity(x: Tensor, y: Tensor, x_scale: Tensor | None, y_scale: Tensor | None) -> Tensor:
-    """x_scale_i y_scale_i <x_i, y_i>: the similarities of the positives."""
-    return scaled(x_scale, scaled(y_scale, row_dot(x, y)))
 
 
 def uniform_similarity(

@@ -39,16 +39,18 @@ def _anchors(
     with torch.autocast(z1.device.type, enabled=False):  # its rule for cat fails on float16 tensors on CPU
         z = torch.cat([z1, z2])
     norm_scale = terms.inverse_norm(z) if normalize else None
-    n = z1.shape[0]
-    halves = (None, None) if norm_scale is None else (norm_scale[:n], norm_scale[n:])
-    similarity = terms.pair_similarity(z1, z2, *halves).repeat(2)
     # both sides of the symmetric product carry the root of the logit scale
     root = logit_scale**0.5
-    sample = torch.arange(n, device=z.device).repeat(2)
+    anchor = torch.arange(z.shape[0], device=z.device)
     negatives = similarity_logsumexp(
-        z, row_scale=root if norm_scale is None else root * norm_scale, row_ids=sample, backend=backend
+        z,
+        row_scale=root if norm_scale is None else root * norm_scale,
+        exclude=anchor.roll(z1.shape[0]),  # the positive
+        row_ids=anchor,  # an id of its own takes each anchor out of its own negatives
+        backend=backend,
     )
-    return Anchors(negatives.row_lse, negatives.row_max, similarity, logit_scale * similarity)
+    positive = negatives.excluded_logit
+    return Anchors(negatives.row_lse, negatives.row_max, positive / logit_scale, positive)
 
 
 def _finish(

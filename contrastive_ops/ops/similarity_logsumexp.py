@@ -15,12 +15,13 @@ from contrastive_ops.backends import reference
 
 
 class SimilarityLSE(NamedTuple):
-    """What `similarity_logsumexp` returns; the vectors of a direction that was not asked for are empty."""
+    """What `similarity_logsumexp` returns; what was not asked for is empty."""
 
     row_lse: Tensor
     col_lse: Tensor
     row_max: Tensor
     col_max: Tensor
+    excluded_logit: Tensor
 
 
 def similarity_logsumexp(
@@ -59,7 +60,8 @@ def similarity_logsumexp(
         Tensors receive their gradients. None is 1 for a scale and 0 for a bias.
     exclude : integer Tensor of shape (N,), optional
         Row i leaves out column ``exclude[i]``; -1 leaves out nothing. In self-similarity a pair is left out when
-        either of its rows names the other.
+        either of its rows names the other. The logits of these pairs are returned: for a loss whose excluded pair
+        is the positive, it rides on the sweep of the negatives.
     row_ids, col_ids : integer Tensors of shape (N,) and (M,), optional
         Group ids; self-similarity takes `row_ids` only.
     ids : "exclude" or "restrict"
@@ -75,6 +77,8 @@ def similarity_logsumexp(
     SimilarityLSE
         ``row_lse``, ``row_max`` of shape (N,), ``col_lse``, ``col_max`` of shape (M,), float32 (float64 for float64).
         The maxima are of the logits and carry no gradient. An empty set has -inf, and zero gradient.
+        ``excluded_logit`` of shape (N,) is ``s[i, exclude[i]]``, differentiable, whatever the ids say of the pair;
+        -inf where there is no such column.
 
     Raises
     ------
@@ -135,13 +139,15 @@ def similarity_logsumexp(
     arguments = (x, y, *vectors, *integers, ids == "restrict", rows, cols)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, *vectors))
     if chosen == "reference":  # dense PyTorch, autograd sees through it
-        row_lse, col_lse, row_max, col_max = reference.similarity_logsumexp(*arguments)
+        row_lse, col_lse, excluded, row_max, col_max = reference.similarity_logsumexp(*arguments)
     else:
         checks.no_forward_mode("similarity_logsumexp", x, y, *vectors)
         if torch.compiler.is_compiling():
             arguments = _aliased(arguments)
-        row_lse, col_lse, row_max, col_max, *_ = _Differentiable.apply(*arguments, keep, chosen)
-    return SimilarityLSE(row_lse, col_lse, row_max, col_max)
+        plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        function = _DifferentiableEager if plain else _Differentiable
+        row_lse, col_lse, excluded, row_max, col_max, *_ = function.apply(*arguments, keep, chosen)
+    return SimilarityLSE(row_lse, col_lse, row_max, col_max, excluded)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -184,11 +190,11 @@ _OPTIONS = (
 torch.library.define(
     "contrastive_ops::similarity_logsumexp",
     f"({_OPTIONS}, bool keep, str backend) -> "
-    "(Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor dots)",
+    "(Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor excluded, Tensor dots)",
 )
 torch.library.define(
     "contrastive_ops::similarity_logsumexp_backward",
-    "(Tensor grad_row_lse, Tensor grad_col_lse, "
+    "(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_excluded, "
     "Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor dots, "
     f"{_OPTIONS}, bool[6] needs, str backend) -> "
     "(Tensor x, Tensor y, Tensor row_scale, Tensor col_scale, Tensor row_bias, Tensor col_bias)",
@@ -198,35 +204,28 @@ torch.library.define(
 @torch.library.impl("contrastive_ops::similarity_logsumexp", "CompositeExplicitAutograd")
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, backend = arguments
-    with _as_given(inputs[0]):
-        return backends.module(backend).similarity_logsumexp_forward(*inputs)
+    return backends.module(backend).similarity_logsumexp_forward(*inputs)
 
 
 @torch.library.impl("contrastive_ops::similarity_logsumexp_backward", "CompositeExplicitAutograd")
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, backend = arguments
-    with _as_given(inputs[0]):
-        return backends.module(backend).similarity_logsumexp_backward(*inputs)
-
-
-def _as_given(x: Tensor) -> torch.autocast:
-    """Inside a kernel autocast is off: it would round the products of a backend that multiplies in PyTorch."""
-    return torch.autocast(x.device.type, enabled=False)
+    return backends.module(backend).similarity_logsumexp_backward(*inputs)
 
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp")
 def _forward_fake(x, y, *options):
-    *_, rows, cols, keep, backend = options
+    _row_scale, _col_scale, _row_bias, _col_bias, exclude, *_, rows, cols, keep, backend = options
     n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
     dtype = statistics_dtype(x)
-    row, col = n if rows else 0, m if cols else 0
+    row, col, excluded = n if rows else 0, m if cols else 0, 0 if exclude is None else n
     dots = backends.module(backend).kept_dots(n, m, x.dtype) if keep else 0
-    return tuple(x.new_empty(size, dtype=dtype) for size in (row, col, row, col, dots))
+    return tuple(x.new_empty(size, dtype=dtype) for size in (row, col, row, col, excluded, dots))
 
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp_backward")
-def _backward_fake(grad_row_lse, grad_col_lse, row_max, col_max, row_log_sum, col_log_sum, dots, x, y, *options):
-    *_, needs, _backend = options
+def _backward_fake(*arguments):
+    x, y, *_, needs, _backend = arguments[8:]  # after the gradients, the statistics and the dots
     n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
     dtype = statistics_dtype(x)
     sizes = (x.shape, x.shape if y is None else y.shape, (n,), (m,), (n,), (m,))
@@ -244,13 +243,22 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
         statistics = torch.ops.contrastive_ops.similarity_logsumexp(*arguments)
-        row_max, col_max, row_log_sum, col_log_sum, _dots = statistics
-        return (row_max + row_log_sum, col_max + col_log_sum, *statistics)
+        row_max, col_max, row_log_sum, col_log_sum, excluded, dots = statistics
+        return (
+            row_max + row_log_sum,
+            col_max + col_log_sum,
+            excluded,
+            row_max,
+            col_max,
+            row_log_sum,
+            col_log_sum,
+            dots,
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, restrict, rows, cols, _keep, backend = inputs
-        _row_lse, _col_lse, *statistics = output
+        _row_lse, _col_lse, _excluded, *statistics = output
         ctx.save_for_backward(*statistics, *tensors)
         ctx.flags = (restrict, rows, cols)
         ctx.backend = backend
@@ -258,18 +266,32 @@ class _Differentiable(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # it would fill the 64 MB of a gradient of dots with zeros
 
     @staticmethod
-    def backward(ctx, grad_row_lse, grad_col_lse, *_grads_of_the_rest):
+    def backward(ctx, grad_row_lse, grad_col_lse, grad_excluded, *_grads_of_the_rest):
         needs = list(ctx.needs_input_grad[:6])
-        saved = row_max, col_max, *_ = ctx.saved_tensors  # once: checkpointing minds
+        saved = row_max, col_max, *_, exclude, _row_ids, _col_ids = ctx.saved_tensors  # once: checkpointing minds
         grad_row_lse = torch.zeros_like(row_max) if grad_row_lse is None else grad_row_lse
         grad_col_lse = torch.zeros_like(col_max) if grad_col_lse is None else grad_col_lse
-        arguments = (grad_row_lse, grad_col_lse, *saved, *ctx.flags, needs, ctx.backend)
+        if grad_excluded is None:
+            grad_excluded = row_max.new_zeros(0 if exclude is None else exclude.shape[0])
+        arguments = (grad_row_lse, grad_col_lse, grad_excluded, *saved, *ctx.flags, needs, ctx.backend)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _Once.apply(*arguments)
         else:
             grads = torch.ops.contrastive_ops.similarity_logsumexp_backward(*arguments)
         wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(wanted)))
+
+
+class _DifferentiableEager(torch.autograd.Function):
+    """The same, without torch.func: PyTorch inspects a signature at every call of a Function with a setup_context."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = _Differentiable.forward(*arguments)
+        _Differentiable.setup_context(ctx, arguments, output)
+        return output
+
+    backward = _Differentiable.backward
 
 
 class _Once(torch.autograd.Function):

@@ -46,6 +46,15 @@ def similarity_logits(
     return logits
 
 
+def logits_at(logits: Tensor, index: Tensor) -> Tensor:
+    """Of each row the logit at an index, -inf where there is no such column."""
+    n, m = logits.shape
+    there = (index >= 0) & (index < m)
+    if m == 0:
+        return logits.new_full((n,), -torch.inf)
+    return logits.gather(1, index.where(there, 0)[:, None])[:, 0].masked_fill(~there, -torch.inf)
+
+
 def logsumexp(logits: Tensor, dim: int) -> Tensor:
     """log sum exp along `dim`; an empty set has -inf, with zero gradient where torch.logsumexp has NaN."""
     if logits.shape[dim] == 0:

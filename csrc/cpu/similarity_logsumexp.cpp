@@ -5,7 +5,8 @@
 //     for each tile of the block, 128 x 128, in parallel:
 //       dots = X Y^T;  s = logits of dots, -inf where a pair does not take part
 //       forward:   max and sum of e^s over the rows and over the columns    -> partials of the tile
-//       backward:  g = u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j)        -> g a b and its transpose, in a workspace
+//       backward:  g = u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j),
+//                  the gradient of an excluded pair's own logit in its place -> g a b and its transpose, in a workspace
 //     forward:     fold the partials of the block, in the order of the tiles
 //     backward:    dX += (g a b) Y and dY += (g a b)^T X over the whole block, in parallel over rows and columns
 //
@@ -54,6 +55,9 @@ struct Range {
   }
   Range tile(int64_t t) const {
     return {begin + t * kTile, std::min(begin + (t + 1) * kTile, end)};
+  }
+  bool contains(int64_t i) const {
+    return i >= begin && i < end;
   }
   bool operator==(const Range& other) const {
     return begin == other.begin && end == other.end;
@@ -156,21 +160,23 @@ class Engine {
     if (options.exclude.has_value()) {
       exclude_ = options.exclude->contiguous();
     }
+    if (exclude_.defined() && restrict_) {
+      find_excluded_tiles();
+    }
   }
 
   SimilarityStatistics forward(bool keep);
-  SimilarityGradients backward(
-      const SimilarityStatistics& statistics, const Tensor& grad_row_lse, const Tensor& grad_col_lse, Needs needs);
+  SimilarityGradients backward(const SimilarityStatistics& statistics, const IncomingGradients& incoming, Needs needs);
   double product_rate(double seconds);
 
  private:
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-  // dL/d lse of one direction, with the statistics. An empty set gives nothing: e^(-inf - inf) = 0.
-  class IncomingGradient {
+  // dL/d lse of one direction with its statistics, padded. An empty set gives nothing: e^(-inf - inf) = 0.
+  class DirectionGradient {
    public:
-    IncomingGradient() = default;
-    IncomingGradient(const Tensor& grad_lse, const Tensor& max, const Tensor& log_sum)
+    DirectionGradient() = default;
+    DirectionGradient(const Tensor& grad_lse, const Tensor& max, const Tensor& log_sum)
         : grad_lse_(grad_lse, max.size(0), T(0), T(0)),
           max_(max, max.size(0), T(0), kInfinity),
           log_sum_(log_sum, max.size(0), T(0), T(0)) {
@@ -229,7 +235,8 @@ class Engine {
   }
 
   Packed pack(const Tensor& x, Range range, bool depth_panels, bool feature_panels) const {
-    Packed packed{products_.rows(x.narrow(0, range.begin, range.size())), {}, {}};
+    const bool whole = range.size() == x.size(0);  // a view has a price, too
+    Packed packed{products_.rows(whole ? x : x.narrow(0, range.begin, range.size())), {}, {}};
     const int64_t panel = products_.panel();
     const Operand* rows = packed.rows.template const_data_ptr<Operand>();
     // whole tiles: a tile multiplies all of its panels
@@ -254,9 +261,28 @@ class Engine {
     return packed;
   }
 
-  Part part_of(Range rows, Range cols) const {
-    if (restrict_ && row_ids_.given() &&
-        row_ids_.ranges[rows.begin / kTile].disjoint(col_ids_.ranges[cols.begin / kTile])) {
+  bool ids_disjoint(Range rows, Range cols) const {
+    return row_ids_.ranges[rows.begin / kTile].disjoint(col_ids_.ranges[cols.begin / kTile]);
+  }
+
+  std::vector<bool>::reference excluded_tile(int64_t row, int64_t col) {
+    return excluded_tiles_[row / kTile * (round_up(m_, kTile) / kTile) + col / kTile];
+  }
+
+  // A tile without a pair of equal ids is visited all the same when the logit of an excluded pair is in it.
+  void find_excluded_tiles() {
+    excluded_tiles_.assign(round_up(n_, kTile) / kTile * (round_up(m_, kTile) / kTile), false);
+    const int64_t* exclude = exclude_.const_data_ptr<int64_t>();
+    for (const auto i : c10::irange(n_)) {
+      if (Range{0, m_}.contains(exclude[i])) {
+        excluded_tile(i, exclude[i]) = true;
+        excluded_tile(mirrored_ ? exclude[i] : i, mirrored_ ? i : exclude[i]) = true;
+      }
+    }
+  }
+
+  Part part_of(Range rows, Range cols) {
+    if (restrict_ && ids_disjoint(rows, cols) && !(exclude_.defined() && excluded_tile(rows.begin, cols.begin))) {
       return Part::nothing;
     }
     if (!mirrored_ || cols.begin > rows.begin) {
@@ -275,7 +301,29 @@ class Engine {
     }
   }
 
-  Tile<T> logits(Range rows, Range cols, const T* dots, T* logits) const {
+  // f(row, place in the tile) for the pairs (row, exclude[row]) of a tile. In self-similarity the row may be either
+  // side of the pair; on the diagonal both places of a pair are in the tile.
+  template <typename F>
+  void for_each_excluded(Range rows, Range cols, const F& f) const {
+    if (!exclude_.defined()) {
+      return;
+    }
+    const int64_t* exclude = exclude_.const_data_ptr<int64_t>();
+    for (const auto i : c10::irange(rows.begin, rows.end)) {
+      if (cols.contains(exclude[i])) {
+        f(i, (i - rows.begin) * kTile + exclude[i] - cols.begin);
+      }
+    }
+    for (int64_t j = cols.begin; mirrored_ && j < cols.end; ++j) {
+      if (rows.contains(exclude[j])) {
+        f(j, (exclude[j] - rows.begin) * kTile + j - cols.begin);
+      }
+    }
+  }
+
+  // The logits of a tile with -inf where a pair does not take part; those that `exclude` names go to excluded[row],
+  // unless it is null.
+  Tile<T> logits(Range rows, Range cols, const T* dots, T* logits, T* excluded) const {
     const Tile<T> tile{
         rows.size(),
         dots,
@@ -285,24 +333,28 @@ class Engine {
         row_bias_.at(rows.begin),
         col_bias_.at(cols.begin)};
     products_.kernels().logits(tile);
-    if (exclude_.defined()) {
-      const int64_t* exclude = exclude_.const_data_ptr<int64_t>();
-      for (const auto i : c10::irange(rows.begin, rows.end)) {
-        if (exclude[i] >= cols.begin && exclude[i] < cols.end) {
-          logits[(i - rows.begin) * kTile + exclude[i] - cols.begin] = -kInfinity;
-        }
-      }
-      // in self-similarity either row of a pair may name the other
-      for (int64_t j = cols.begin; mirrored_ && j < cols.end; ++j) {
-        if (exclude[j] >= rows.begin && exclude[j] < rows.end) {
-          logits[(exclude[j] - rows.begin) * kTile + j - cols.begin] = -kInfinity;
-        }
-      }
+    if (excluded != nullptr) {  // all are read before any is masked: two rows may name each other
+      for_each_excluded(rows, cols, [&](int64_t row, int64_t place) { excluded[row] = logits[place]; });
     }
-    if (row_ids_.given() && !row_ids_.ranges[rows.begin / kTile].disjoint(col_ids_.ranges[cols.begin / kTile])) {
+    for_each_excluded(rows, cols, [&](int64_t, int64_t place) { logits[place] = -kInfinity; });
+    if (row_ids_.given() && (restrict_ || !ids_disjoint(rows, cols))) {
       products_.kernels().mask_ids(tile, row_ids_.values.at(rows.begin), col_ids_.values.at(cols.begin), restrict_);
     }
     return tile;
+  }
+
+  // What kernels.coefficients does, for one pair that it has left at 0: the gradient `grad` of its logit.
+  static void add_excluded(
+      const Tile<T>& tile, int64_t place, T grad, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums) {
+    const int64_t i = place / kTile;
+    const int64_t j = place % kTile;
+    tile.logits[place] += grad * tile.row_scale[i] * tile.col_scale[j];
+    if (row_sums.scale != nullptr) {
+      row_sums.scale[i] += grad * tile.col_scale[j] * tile.dots[place];
+      row_sums.bias[i] += grad;
+      col_sums.scale[j] += grad * tile.row_scale[i] * tile.dots[place];
+      col_sums.bias[j] += grad;
+    }
   }
 
   // The tiles whose dots are kept: in the order of the visits, the first that fit.
@@ -316,11 +368,12 @@ class Engine {
     return tile * kTileSize < kept.numel() ? values_of(kept, tile * kTileSize) : scratch;
   }
 
-  // Visits every block with its packed sides and the number of its first tile. The panels of y are kept for all rows of
-  // blocks where they are small.
+  // Visits every block with its packed sides and the number of its first tile; `dots_kept` counts the dots that need no
+  // panels to make them. The panels of y are kept for all rows of blocks where they are small.
   template <typename Visit>
-  void for_each_block(bool x_panels, bool y_panels, const Visit& visit) const {
+  void for_each_block(bool x_panels, bool y_panels, int64_t dots_kept, const Visit& visit) const {
     int64_t first_tile = 0;
+    const bool dots_needed = dots_kept < kTileSize * (round_up(n_, kTile) / kTile) * (round_up(m_, kTile) / kTile);
     const std::vector<Range> col_blocks = blocks_of(m_);
     const int64_t bytes = (1 + y_panels) * m_ * depth_ * static_cast<int64_t>(sizeof(Operand));
     std::vector<std::optional<Packed>> kept(bytes <= kKeptPanelBytes ? col_blocks.size() : 0);
@@ -332,10 +385,10 @@ class Engine {
           continue;
         }
         if (kept.empty()) {
-          visit(rows, cols, x, pack(y_, cols, true, y_panels), first_tile);
+          visit(rows, cols, x, pack(y_, cols, dots_needed, y_panels), first_tile);
         } else {
           if (!kept[c].has_value()) {
-            kept[c] = pack(y_, cols, true, y_panels);
+            kept[c] = pack(y_, cols, dots_needed, y_panels);
           }
           visit(rows, cols, x, *kept[c], first_tile);
         }
@@ -362,6 +415,7 @@ class Engine {
   Ids row_ids_;
   Ids col_ids_;
   Tensor exclude_;
+  std::vector<bool> excluded_tiles_;  // of the whole plane; only where ids restrict
 };
 
 template <typename Products>
@@ -376,6 +430,8 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
   const Tensor& of_cols_max = mirrored_ ? row_max : col_max;
   const Tensor& of_cols_sum = mirrored_ ? row_sum : col_sum;
 
+  const Tensor excluded = full(exclude_.defined() ? n_ : 0, -kInfinity);
+  T* excluded_logits = values_of(excluded, 0);
   const Tensor kept = uninitialised(keep ? kept_tiles() * kTileSize : 0);
 
   const auto visit = [&](Range block_rows, Range block_cols, const Packed& x, const Packed& y, int64_t first_tile) {
@@ -405,7 +461,7 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
           T* dots = place_of_dots(kept, first_tile + tile, scratch->dots);
           multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
           kernels.reduce(
-              logits(rows, cols, dots, scratch->logits),
+              logits(rows, cols, dots, scratch->logits, excluded_logits),
               rows_ ? partial(row_partials, tile) : none,
               to_cols && part[tile] == Part::both ? partial(col_partials, tile) : none);
         },
@@ -435,13 +491,13 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
       }
     }
   };
-  for_each_block(false, false, visit);
-  return {row_max, col_max, row_sum.log(), col_sum.log(), kept};
+  for_each_block(false, false, 0, visit);
+  return {row_max, col_max, row_sum.log(), col_sum.log(), excluded, kept};
 }
 
 template <typename Products>
 SimilarityGradients Engine<Products>::backward(
-    const SimilarityStatistics& statistics, const Tensor& grad_row_lse, const Tensor& grad_col_lse, Needs needs) {
+    const SimilarityStatistics& statistics, const IncomingGradients& incoming, Needs needs) {
   const TileKernels<T>& kernels = products_.kernels();
   TORCH_CHECK_VALUE(statistics.dots.numel() % kTileSize == 0, "dots must be what the forward kept");
   const int64_t panel = products_.panel();
@@ -451,15 +507,20 @@ SimilarityGradients Engine<Products>::backward(
   const bool to_y = mirrored_ ? needs.x : needs.y;
   const bool sums = needs.row_scale || needs.col_scale || needs.row_bias || needs.col_bias;
 
-  const IncomingGradient of_rows =
-      rows_ ? IncomingGradient(grad_row_lse, statistics.row_max, statistics.row_log_sum) : IncomingGradient();
-  const IncomingGradient own_cols = cols_ && !mirrored_
-                                        ? IncomingGradient(grad_col_lse, statistics.col_max, statistics.col_log_sum)
-                                        : IncomingGradient();
-  const IncomingGradient& of_cols = mirrored_ ? of_rows : own_cols;
+  const DirectionGradient of_rows =
+      rows_ ? DirectionGradient(incoming.row_lse, statistics.row_max, statistics.row_log_sum) : DirectionGradient();
+  const DirectionGradient own_cols =
+      cols_ && !mirrored_ ? DirectionGradient(incoming.col_lse, statistics.col_max, statistics.col_log_sum)
+                          : DirectionGradient();
+  const DirectionGradient& of_cols = mirrored_ ? of_rows : own_cols;
+  const Vector<T> of_excluded = exclude_.defined() ? Vector<T>(incoming.excluded, n_, T(0), T(0)) : Vector<T>();
 
-  const Tensor grad_x = at::zeros({to_x ? n_ : 0, padded_features}, statistic);
-  const Tensor grad_y = mirrored_ ? grad_x : at::zeros({to_y ? m_ : 0, padded_features}, statistic);
+  // the first block of a strip of rows or columns overwrites, the others add; without blocks there is nothing to add
+  const auto features_gradient = [&](int64_t rows) {
+    return n_ * m_ == 0 ? at::zeros({rows, padded_features}, statistic) : at::empty({rows, padded_features}, statistic);
+  };
+  const Tensor grad_x = features_gradient(to_x ? n_ : 0);
+  const Tensor grad_y = mirrored_ ? grad_x : features_gradient(to_y ? m_ : 0);
   const Tensor row_scale_sum = full(sums ? n_ : 0, T(0));
   const Tensor row_bias_sum = full(sums ? n_ : 0, T(0));
   const Tensor col_scale_sum = mirrored_ ? row_scale_sum : full(sums ? m_ : 0, T(0));
@@ -504,12 +565,13 @@ SimilarityGradients Engine<Products>::backward(
           }
           Operand* stored = row_strips + tile * kTileSize;
           T* place = products_.coefficients_place(scratch->logits, stored);
-          kernels.coefficients(
-              logits(rows, cols, dots, place),
-              of_rows.from(rows.begin),
-              of_cols.from(cols.begin),
-              partial(row_partials, tile),
-              partial(col_partials, tile));
+          const ScaleBiasSums<T> row_sums = partial(row_partials, tile);
+          const ScaleBiasSums<T> col_sums = partial(col_partials, tile);
+          const Tile<T> logits_tile = logits(rows, cols, dots, place, nullptr);
+          kernels.coefficients(logits_tile, of_rows.from(rows.begin), of_cols.from(cols.begin), row_sums, col_sums);
+          for_each_excluded(rows, cols, [&](int64_t row, int64_t at) {
+            add_excluded(logits_tile, at, *of_excluded.at(row), row_sums, col_sums);
+          });
           if (to_x) {
             products_.store_coefficients(rows.size(), place, stored);
           }
@@ -531,7 +593,8 @@ SimilarityGradients Engine<Products>::backward(
                                     Range depth_range,
                                     const auto& is_present,
                                     const Packed& other,
-                                    const Tensor& grad) {
+                                    const Tensor& grad,
+                                    bool accumulate) {
       const int64_t depth_tiles = depth_range.tiles();
       const int64_t panel_size = products_.depth(depth_range.size()) * panel;
       const Operand* panels = other.feature_panels.template const_data_ptr<Operand>();
@@ -543,7 +606,10 @@ SimilarityGradients Engine<Products>::backward(
         }
         const int64_t first = begin * kTile;
         const int64_t depth = std::min(end * kTile, depth_range.size()) - first;
-        for (int64_t p = 0; depth > 0 && p < feature_panels(); ++p) {
+        if (depth <= 0) {
+          continue;
+        }
+        for (int64_t p = 0; p < feature_panels(); ++p) {
           products_.multiply(
               range.size(),
               depth,
@@ -553,10 +619,16 @@ SimilarityGradients Engine<Products>::backward(
               panels + p * panel_size + first * panel,
               target + p * panel,
               padded_features,
-              true);
+              accumulate);
         }
+        accumulate = true;
+      }
+      if (!accumulate) {
+        std::fill_n(target, range.size() * padded_features, T(0));
       }
     };
+    const bool x_started = block_cols.begin > 0 || (mirrored_ && block_rows.begin > 0);
+    const bool y_started = block_rows.begin > 0;
     const int64_t x_tasks = to_x ? tile_rows : 0;
     const int64_t y_tasks = to_y && !diagonal ? tile_cols : 0;
     for_each_task(
@@ -571,7 +643,8 @@ SimilarityGradients Engine<Products>::backward(
                 block_cols,
                 [&](int64_t c) { return present(r, c); },
                 y,
-                grad_x);
+                grad_x,
+                x_started);
           } else {
             const int64_t c = task - x_tasks;
             multiply_strip(
@@ -580,7 +653,8 @@ SimilarityGradients Engine<Products>::backward(
                 block_rows,
                 [&](int64_t r) { return present(r, c); },
                 x,
-                grad_y);
+                grad_y,
+                y_started);
           }
         },
         [&] { products_.release(); });
@@ -612,7 +686,7 @@ SimilarityGradients Engine<Products>::backward(
       }
     }
   };
-  for_each_block(to_y, to_x, visit);
+  for_each_block(to_y, to_x, statistics.dots.numel(), visit);
 
   const auto features_of = [&](const Tensor& grad, const Tensor& like, bool need) {
     if (!need) {
@@ -678,11 +752,9 @@ SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options, bool
 SimilarityGradients similarity_logsumexp_backward(
     const SimilarityOptions& options,
     const SimilarityStatistics& statistics,
-    const Tensor& grad_row_lse,
-    const Tensor& grad_col_lse,
+    const IncomingGradients& incoming,
     Needs needs) {
-  return with_engine(
-      options, [&](auto engine) { return engine.backward(statistics, grad_row_lse, grad_col_lse, needs); });
+  return with_engine(options, [&](auto engine) { return engine.backward(statistics, incoming, needs); });
 }
 
 double tile_product_rate(const Tensor& x, const Tensor& y, double seconds) {

@@ -23,13 +23,21 @@ struct SimilarityOptions {
 };
 
 // Log-sum-exps as a maximum and the log of the sum relative to it; -inf, both, for an empty set. A direction that was
-// not asked for is empty.
+// not asked for is empty, and so are the excluded logits without `exclude`.
 struct SimilarityStatistics {
   at::Tensor row_max;      // [N]
   at::Tensor col_max;      // [M]
   at::Tensor row_log_sum;  // [N]
   at::Tensor col_log_sum;  // [M]
+  at::Tensor excluded;     // [N] logits of the pairs (i, exclude[i]); -inf for an index outside [0, M)
   at::Tensor dots;         // what forward keeps for backward
+};
+
+// dL/d of what forward gave, in its shapes.
+struct IncomingGradients {
+  at::Tensor row_lse;
+  at::Tensor col_lse;
+  at::Tensor excluded;
 };
 
 struct Needs {
@@ -57,8 +65,7 @@ SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options, bool
 SimilarityGradients similarity_logsumexp_backward(
     const SimilarityOptions& options,
     const SimilarityStatistics& statistics,
-    const at::Tensor& grad_row_lse,
-    const at::Tensor& grad_col_lse,
+    const IncomingGradients& incoming,
     Needs needs);
 
 // FLOP/s of the tile products of x and y alone, measured over `seconds`.
