@@ -88,12 +88,8 @@ constexpr int kRegisterVectors = 2;
 template <typename T>
 constexpr int64_t kPanel = kRegisterVectors * Vec<T>::size();
 
-// Depth of one pass over a panel of b, so that the panel stays in the first-level cache for all rows of a tile.
-constexpr int64_t kDepth = 2 * kTile;
-
 template <typename T, int Rows>
-inline void multiply_rows(
-    int64_t k, const T* a, int64_t lda, int64_t a_block, const T* b, T* c, int64_t ldc, bool accumulate) {
+inline void multiply_rows(int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc, bool accumulate) {
   Vec<T> sum[Rows][kRegisterVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
@@ -102,20 +98,18 @@ inline void multiply_rows(
       sum[i][v] = Vec<T>(T(0));
     }
   }
-  for (; k > 0; k -= kTile, a += a_block) {
-    for (int64_t l = 0; l < std::min(k, kTile); ++l, b += kPanel<T>) {
-      Vec<T> row_of_b[kRegisterVectors];
+  for (int64_t l = 0; l < k; ++l, b += kPanel<T>) {
+    Vec<T> row_of_b[kRegisterVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kRegisterVectors; ++v) {
+      row_of_b[v] = Vec<T>::loadu(b + v * Vec<T>::size());
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      const Vec<T> broadcast(a[i * lda + l]);
 #pragma GCC unroll 4
       for (int v = 0; v < kRegisterVectors; ++v) {
-        row_of_b[v] = Vec<T>::loadu(b + v * Vec<T>::size());
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) {
-        const Vec<T> broadcast(a[i * lda + l]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kRegisterVectors; ++v) {
-          sum[i][v] = at::vec::fmadd(broadcast, row_of_b[v], sum[i][v]);
-        }
+        sum[i][v] = at::vec::fmadd(broadcast, row_of_b[v], sum[i][v]);
       }
     }
   }
@@ -135,17 +129,18 @@ void multiply(
   // what is left of the rows after the full register tiles
   constexpr auto rest = std::array{
       multiply_rows<T, 1>, multiply_rows<T, 2>, multiply_rows<T, 3>, multiply_rows<T, 4>, multiply_rows<T, 5>};
-  for (int64_t begin = 0; begin < k; begin += kDepth) {
-    const int64_t depth = std::min(kDepth, k - begin);
+  // 128 deep, so that a panel of b, 32 KB, stays in the first-level cache for all rows of a tile
+  for (int64_t begin = 0; begin < k; begin += kTile) {
+    const int64_t depth = std::min(kTile, k - begin);
     const T* a_part = a + begin / kTile * a_block;
     const T* b_part = b + begin * kPanel<T>;
     const bool add = accumulate || begin > 0;
     int64_t i = 0;
     for (; i + kRegisterRows <= m; i += kRegisterRows) {
-      multiply_rows<T, kRegisterRows>(depth, a_part + i * lda, lda, a_block, b_part, c + i * ldc, ldc, add);
+      multiply_rows<T, kRegisterRows>(depth, a_part + i * lda, lda, b_part, c + i * ldc, ldc, add);
     }
     if (i < m) {
-      rest[m - i - 1](depth, a_part + i * lda, lda, a_block, b_part, c + i * ldc, ldc, add);
+      rest[m - i - 1](depth, a_part + i * lda, lda, b_part, c + i * ldc, ldc, add);
     }
   }
 }
