@@ -3,11 +3,12 @@
 from contrastive_ops import nn, reference
 from contrastive_ops.backends import explain
 from contrastive_ops.losses import LossStats, clip_loss, dcl, dclw, info_nce, nt_xent, supcon
-from contrastive_ops.ops import SimilarityLSE, similarity_logsumexp
+from contrastive_ops.ops import SimilarityLSE, VolumeLSE, similarity_logsumexp, volume_logsumexp
 
 __all__ = [
     "LossStats",
     "SimilarityLSE",
+    "VolumeLSE",
     "clip_loss",
     "dcl",
     "dclw",
@@ -18,5 +19,6 @@ __all__ = [
     "reference",
     "similarity_logsumexp",
     "supcon",
+    "volume_logsumexp",
 ]
 __version__ = "0.1.0"

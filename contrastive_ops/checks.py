@@ -34,10 +34,10 @@ def tensor(name: str, value: Any) -> None:
         )
 
 
-def features(name: str, value: Any, *, dim: int = 2) -> None:
-    """Embeddings: a strided floating-point tensor of shape (N, D) with D >= 1."""
+def features(name: str, value: Any, *, expected: str = "(N, D)") -> None:
+    """Embeddings: a strided floating-point tensor of the expected shape, with D >= 1."""
     tensor(name, value)
-    expected = {2: "(N, D)", 3: "(N, V, D)"}[dim]
+    dim = expected.count(",") + 1
     if value.dim() != dim:
         raise ValueError(
             f"{name} must have shape {expected}, got {shape(value)}; flatten or unsqueeze it to {dim} dimensions."

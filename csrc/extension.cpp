@@ -67,7 +67,20 @@ SimilarityOptions options_of(
   check_vector("exclude", exclude, n, true);
   check_vector("row_ids", row_ids, n, true);
   check_vector("col_ids", col_ids, m, true);
-  return {x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols};
+  SimilarityOptions options;
+  options.x = x;
+  options.y = y;
+  options.row_scale = row_scale;
+  options.col_scale = col_scale;
+  options.row_bias = row_bias;
+  options.col_bias = col_bias;
+  options.exclude = exclude;
+  options.row_ids = row_ids;
+  options.col_ids = col_ids;
+  options.restrict_to_ids = restrict_to_ids;
+  options.rows = rows;
+  options.cols = cols;
+  return options;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
@@ -88,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       options_of(
           x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
       keep);
-  return {result.row_max, result.col_max, result.row_log_sum, result.col_log_sum, result.excluded, result.dots};
+  return {result.row_max, result.col_max, result.row_log_sum, result.col_log_sum, result.dots, result.excluded};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -125,10 +138,117 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const SimilarityGradients grad = similarity_logsumexp_backward(
       options_of(
           x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
-      {row_max, col_max, row_log_sum, col_log_sum, {}, dots},
-      {grad_row_lse, grad_col_lse, grad_excluded},
+      {row_max, col_max, row_log_sum, col_log_sum, {}, {}, {}, dots},
+      {grad_row_lse, grad_col_lse, grad_excluded, {}, {}},
       {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5]});
   return {grad.x, grad.y, grad.row_scale, grad.col_scale, grad.row_bias, grad.col_bias};
+}
+
+SimilarityOptions volume_options_of(
+    const Tensor& anchor,
+    const Tensor& tuples,
+    const Tensor& basis,
+    const Tensor& anchor_square,
+    const OptionalTensor& row_scale,
+    const OptionalTensor& col_scale,
+    const OptionalTensor& exclude,
+    bool rows,
+    bool cols,
+    bool totals) {
+  TORCH_CHECK_VALUE(anchor.dim() == 2, "anchor must have shape (N, D), got ", anchor.sizes());
+  TORCH_CHECK_VALUE(
+      tuples.dim() == 3 && tuples.size(2) == anchor.size(1) && tuples.scalar_type() == anchor.scalar_type(),
+      "tuples must have shape (M, P, ",
+      anchor.size(1),
+      ") and the dtype of anchor");
+  const int64_t members = tuples.size(1);
+  TORCH_CHECK_VALUE(1 <= members && members <= kMembers, "tuples must have 1 to 4 vectors, got ", members);
+  TORCH_CHECK_VALUE(
+      basis.dim() == 2 && basis.size(0) == members * (members + 1) / 2 && basis.size(1) == tuples.size(0),
+      "basis must have shape (P (P + 1) / 2, M), got ",
+      basis.sizes());
+  TORCH_CHECK_VALUE(rows || cols, "rows or cols must be true");
+  check_vector("anchor_square", anchor_square, anchor.size(0), false);
+  check_vector("row_scale", row_scale, anchor.size(0), false);
+  check_vector("col_scale", col_scale, tuples.size(0), false);
+  check_vector("exclude", exclude, anchor.size(0), true);
+  SimilarityOptions options;
+  options.x = anchor;
+  options.y = tuples;
+  options.span = Span{basis, anchor_square};
+  options.row_scale = row_scale;
+  options.col_scale = col_scale;
+  options.exclude = exclude;
+  options.rows = rows;
+  options.cols = cols;
+  options.totals = totals;
+  return options;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> volume_forward(
+    const Tensor& anchor,
+    const Tensor& tuples,
+    const Tensor& basis,
+    const Tensor& anchor_square,
+    const OptionalTensor& row_scale,
+    const OptionalTensor& col_scale,
+    const OptionalTensor& exclude,
+    bool rows,
+    bool cols,
+    bool totals,
+    bool keep) {
+  const SimilarityStatistics result = similarity_logsumexp(
+      volume_options_of(anchor, tuples, basis, anchor_square, row_scale, col_scale, exclude, rows, cols, totals), keep);
+  return {
+      result.row_max,
+      result.col_max,
+      result.row_log_sum,
+      result.col_log_sum,
+      result.dots,
+      result.row_total,
+      result.col_total};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> volume_backward(
+    const Tensor& grad_row_lse,
+    const Tensor& grad_col_lse,
+    const Tensor& grad_row_total,
+    const Tensor& grad_col_total,
+    const Tensor& row_max,
+    const Tensor& col_max,
+    const Tensor& row_log_sum,
+    const Tensor& col_log_sum,
+    const Tensor& dots,
+    const Tensor& anchor,
+    const Tensor& tuples,
+    const Tensor& basis,
+    const Tensor& anchor_square,
+    const OptionalTensor& row_scale,
+    const OptionalTensor& col_scale,
+    const OptionalTensor& exclude,
+    bool rows,
+    bool cols,
+    bool totals,
+    std::array<bool, 4> needs) {
+  const SimilarityOptions options =
+      volume_options_of(anchor, tuples, basis, anchor_square, row_scale, col_scale, exclude, rows, cols, totals);
+  const int64_t n = rows ? anchor.size(0) : 0;
+  const int64_t m = cols ? tuples.size(0) : 0;
+  check_vector("grad_row_lse", grad_row_lse, n, false);
+  check_vector("grad_col_lse", grad_col_lse, m, false);
+  check_vector("grad_row_total", grad_row_total, totals ? n : 0, false);
+  check_vector("grad_col_total", grad_col_total, totals ? m : 0, false);
+  check_vector("row_max", row_max, n, false);
+  check_vector("col_max", col_max, m, false);
+  check_vector("row_log_sum", row_log_sum, n, false);
+  check_vector("col_log_sum", col_log_sum, m, false);
+  const Tensor grad_excluded = at::zeros({exclude.has_value() ? anchor.size(0) : 0}, row_max.options());
+  const SimilarityGradients grad = similarity_logsumexp_backward(
+      options,
+      {row_max, col_max, row_log_sum, col_log_sum, {}, {}, {}, dots},
+      {grad_row_lse, grad_col_lse, grad_excluded, grad_row_total, grad_col_total},
+      {needs[0], needs[1], needs[2], needs[3], false, false});
+  return {grad.x, grad.y, grad.row_scale, grad.col_scale};
 }
 
 std::vector<std::string> instruction_sets() {
@@ -153,11 +273,24 @@ TORCH_LIBRARY(contrastive_ops_cpu, library) {
       options + ", bool[6] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   library.def(forward_schema.c_str());
   library.def(backward_schema.c_str());
+  const std::string volume_options =
+      "Tensor anchor, Tensor tuples, Tensor basis, Tensor anchor_square, Tensor? row_scale, Tensor? col_scale, "
+      "Tensor? exclude, bool rows, bool cols, bool totals";
+  const std::string volume_forward_schema =
+      "volume_logsumexp(" + volume_options + ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+  const std::string volume_backward_schema =
+      "volume_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_total, "
+      "Tensor grad_col_total, Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor dots, " +
+      volume_options + ", bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)";
+  library.def(volume_forward_schema.c_str());
+  library.def(volume_backward_schema.c_str());
 }
 
 TORCH_LIBRARY_IMPL(contrastive_ops_cpu, CPU, library) {
   library.impl("similarity_logsumexp", forward);
   library.impl("similarity_logsumexp_backward", backward);
+  library.impl("volume_logsumexp", volume_forward);
+  library.impl("volume_logsumexp_backward", volume_backward);
 }
 
 }  // namespace

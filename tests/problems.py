@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import contrastive_ops as co
-from contrastive_ops.ops import statistics_dtype
+from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.reference import logits_at, logsumexp, similarity_logits
 
 VECTORS = ("row_scale", "col_scale", "row_bias", "col_bias")

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 import contrastive_ops as co
 from contrastive_ops.catalogue import LOSSES
-from contrastive_ops.ops import statistics_dtype
+from contrastive_ops.dtypes import statistics_dtype
 
 FORWARD = torch.ops.contrastive_ops.similarity_logsumexp.default
 BACKWARD = torch.ops.contrastive_ops.similarity_logsumexp_backward.default

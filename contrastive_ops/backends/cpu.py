@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import build, checks
+from contrastive_ops.backends import tuples as tuple_basis
 
-OPS = ("similarity_logsumexp",)
+OPS = ("similarity_logsumexp", "volume_logsumexp")
 
 
 def why_not(op: str, x: Tensor) -> str | None:
@@ -22,9 +23,9 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
-def kept_dots(n: int, m: int, dtype: torch.dtype) -> int:
+def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
     """Elements that forward keeps for backward: whole tiles of 128 x 128, within 64 MB (kKeptDotsBytes in csrc/cpu)."""
-    tile = 128 * 128
+    tile = 128 * 128 * members
     tiles = ((n + 127) // 128) * ((m + 127) // 128)
     limit = (64 << 20) // (tile * (8 if dtype == torch.float64 else 4))
     return torch.sym_min(tiles, limit) * tile
@@ -36,3 +37,29 @@ def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.contrastive_ops_cpu.similarity_logsumexp_backward(*arguments)
+
+
+def volume_logsumexp_forward(
+    anchor: Tensor,
+    tuples: Tensor,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    exclude: Tensor | None,
+    *flags: Any,
+) -> tuple[Tensor, ...]:
+    basis = tuple_basis.factor(tuples)
+    weight = tuple_basis.column_weight(basis, col_scale, anchor)
+    return torch.ops.contrastive_ops_cpu.volume_logsumexp(
+        anchor, tuples, *tuple_basis.packed(basis, anchor), row_scale, weight, exclude, *flags
+    )
+
+
+def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *incoming, anchor, tuples, row_scale, col_scale, exclude, rows, cols, totals, needs = arguments
+    basis = tuple_basis.factor(tuples)
+    weight = tuple_basis.column_weight(basis, col_scale, anchor)
+    grads = torch.ops.contrastive_ops_cpu.volume_logsumexp_backward(
+        *incoming, anchor, tuples, *tuple_basis.packed(basis, anchor), row_scale, weight, exclude, rows, cols, totals,
+        tuple_basis.needs_of_sweep(needs),
+    )  # fmt: skip
+    return tuple_basis.gradients(tuples, basis, col_scale, grads, needs)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from contrastive_ops.reference.similarity_logsumexp import logits_at, logsumexp, similarity_logits
+from contrastive_ops.reference.volume_logsumexp import volume_logits
 
-OPS = ("similarity_logsumexp",)
+OPS = ("similarity_logsumexp", "volume_logsumexp")
 
 
 def why_not(op: str, x: Tensor) -> str | None:
@@ -48,6 +49,29 @@ def similarity_logsumexp(
         logsumexp(logits, 1) if rows else nothing,
         logsumexp(logits, 0) if cols else nothing,
         nothing if exclude is None else logits_at(logits_with(), exclude),
+        _largest(logits.detach(), 1) if rows else nothing,
+        _largest(logits.detach(), 0) if cols else nothing,
+    )
+
+
+def volume_logsumexp(
+    anchor: Tensor,
+    tuples: Tensor,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    exclude: Tensor | None,
+    rows: bool,
+    cols: bool,
+    totals: bool,
+) -> tuple[Tensor, ...]:
+    logits = volume_logits(anchor, tuples, row_scale=row_scale, col_scale=col_scale, exclude=exclude)
+    nothing = logits.new_empty(0)
+    taking_part = logits.where(logits > -torch.inf, 0.0)
+    return (
+        logsumexp(logits, 1) if rows else nothing,
+        logsumexp(logits, 0) if cols else nothing,
+        taking_part.sum(1) if rows and totals else nothing,
+        taking_part.sum(0) if cols and totals else nothing,
         _largest(logits.detach(), 1) if rows else nothing,
         _largest(logits.detach(), 0) if cols else nothing,
     )

@@ -8,6 +8,9 @@ Backward, for every tile:
     g of an excluded pair = the gradient of its own logit
     grad_x[I] += (g w) y[J], grad_y[J] += (g w)^T x[I], and sums of g for scales and biases        (w_ij = a_i b_j)
 In self-similarity J >= I: a tile above the diagonal also stands for its mirror image.
+
+Logits are s_ij = a_i b_j pair_ij + c_i + d_j. A pair is a dot product, or for volumes minus the distance of x_i from
+the span of the tuple y_j, whose gradient reaches the vectors through the coordinates y_ijt of x_i in the span.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("similarity_logsumexp",)
+from contrastive_ops.backends import tuples as tuple_basis
+from contrastive_ops.dtypes import statistics_dtype
+
+OPS = ("similarity_logsumexp", "volume_logsumexp")
 TILE = 1024  # rows and columns; 4 MB of float32 logits
 
 
@@ -26,16 +32,33 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
+def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
+    """Nothing is kept from forward to backward."""
+    return 0
+
+
 class Tiles:
     """The problem cut into tiles: slices of rows and columns, and the logits on them."""
 
-    def __init__(self, x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        row_scale: Tensor | None = None,
+        col_scale: Tensor | None = None,
+        row_bias: Tensor | None = None,
+        col_bias: Tensor | None = None,
+        exclude: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        col_ids: Tensor | None = None,
+        restrict: bool = False,
+    ) -> None:
         self.mirrored = y is None
         if y is None:
             y, col_scale, col_bias, col_ids = x, row_scale, row_bias, row_ids
         self.x, self.y = x, y
         self.n, self.m = x.shape[0], y.shape[0]
-        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.dtype = statistics_dtype(x)
         ones, zeros = self.full(self.n, 1.0), self.full(self.n, 0.0)
         self.row_scale = ones if row_scale is None else row_scale
         self.row_bias = zeros if row_bias is None else row_bias
@@ -64,10 +87,13 @@ class Tiles:
     def weight(self, i: slice, j: slice) -> Tensor:
         return self.row_scale[i, None] * self.col_scale[None, j]
 
-    def dots_and_logits(self, i: slice, j: slice) -> tuple[Tensor, Tensor]:
-        """The dot products of a tile and its logits, of all pairs."""
-        dots = self.product(self.rows(i), self.cols(j).T)
-        return dots, dots * self.weight(i, j) + (self.row_bias[i, None] + self.col_bias[None, j])
+    def pairs(self, i: slice, j: slice) -> Tensor:
+        return self.product(self.rows(i), self.cols(j).T)
+
+    def pairs_and_logits(self, i: slice, j: slice) -> tuple[Tensor, Tensor]:
+        """The pairs of a tile and their logits, of all pairs."""
+        pairs = self.pairs(i, j)
+        return pairs, pairs * self.weight(i, j) + (self.row_bias[i, None] + self.col_bias[None, j])
 
     def excluded_pairs(self, i: slice, j: slice) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
         """The pairs (row, exclude[row]) of a tile, as (rows, dim, place along dim, whether there is one).
@@ -86,10 +112,62 @@ class Tiles:
         """-inf, in place, where a pair does not take part."""
         for _rows, dim, place, inside in self.excluded_pairs(i, j):
             logits.scatter_(dim, place, logits.gather(dim, place).masked_fill(inside, -torch.inf))
-        if self.row_ids is not None:
+        if self.row_ids is not None and self.col_ids is not None:
             equal = self.row_ids[i, None] == self.col_ids[None, j]
             logits.masked_fill_(~equal if self.restrict else equal, -torch.inf)
         return logits
+
+    def add_gradients(
+        self, i: slice, j: slice, pairs: Tensor, weighted: Tensor, grad_x: Tensor | None, grad_y: Tensor | None
+    ) -> None:
+        """Add what the gradients of the pairs of a tile give to those of x and y, where wanted."""
+        if grad_x is not None:
+            grad_x[i] += self.product(weighted, self.cols(j))
+            if self.mirrored and i != j:
+                grad_x[j] += self.product(weighted.T, self.rows(i))
+        if grad_y is not None:
+            grad_y[j] += self.product(weighted.T, self.rows(i))
+
+
+class SpanTiles(Tiles):
+    """Pairs of rows and tuples; the gradient of y is its moments, see `tuples.gradients`."""
+
+    def __init__(
+        self,
+        anchor: Tensor,
+        tuples: Tensor,
+        basis: tuple_basis.Basis,
+        row_scale: Tensor | None,
+        col_scale: Tensor | None,
+        exclude: Tensor | None,
+    ) -> None:
+        weight = tuple_basis.column_weight(basis, col_scale, anchor)
+        super().__init__(anchor, tuples, row_scale, weight, exclude=exclude)
+        self.inverse = basis.inverse.to(self.dtype)
+        _, self.square = tuple_basis.packed(basis, anchor)
+
+    def coordinates(self, i: slice, j: slice) -> Tensor:
+        """y_ijt as [P, rows, columns]."""
+        dots = self.product(self.rows(i), self.cols(j).permute(1, 2, 0))
+        return torch.einsum("jts,sij->tij", self.inverse[j], dots)
+
+    def pairs(self, i: slice, j: slice) -> Tensor:
+        return -(self.square[i, None] - self.coordinates(i, j).square().sum(0)).clamp(min=0.0).sqrt()
+
+    def add_gradients(
+        self, i: slice, j: slice, pairs: Tensor, weighted: Tensor, grad_x: Tensor | None, grad_y: Tensor | None
+    ) -> None:
+        # |x|^2 - |y|^2 is off by about as many units in the last place of |x|^2: the distance is 0, at its minimum
+        smallest = (4 * torch.finfo(self.dtype).eps * self.square[i, None]).sqrt()
+        q = torch.where(-pairs <= smallest, 0.0, weighted / -pairs)
+        y = self.coordinates(i, j)
+        if grad_x is not None:
+            b = torch.einsum("jst,sij->tij", self.inverse[j], y)
+            grad_x[i] += self.product(q * b, self.cols(j).transpose(0, 1)).sum(0) - q.sum(1, keepdim=True) * self.rows(
+                i
+            )
+        if grad_y is not None:
+            grad_y[j] += self.product((q * y).mT, self.rows(i)).transpose(0, 1)
 
 
 def _fold(running: tuple[Tensor, Tensor], part: slice, logits: Tensor, dim: int) -> None:
@@ -102,19 +180,13 @@ def _fold(running: tuple[Tensor, Tensor], part: slice, logits: Tensor, dim: int)
     largest[part] = new
 
 
-def kept_dots(n: int, m: int, dtype: torch.dtype) -> int:
-    """Nothing is kept from forward to backward."""
-    return 0
-
-
-def similarity_logsumexp_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *options, rows, cols, _keep = arguments
-    tiles = Tiles(x, *options)
-    row = tiles.full(tiles.n if rows else 0, -torch.inf), tiles.full(tiles.n if rows else 0, 0.0)
-    col = tiles.full(tiles.m if cols else 0, -torch.inf), tiles.full(tiles.m if cols else 0, 0.0)
+def _forward(tiles: Tiles, rows: bool, cols: bool, totals: bool = False) -> dict[str, Tensor]:
+    n, m = tiles.n if rows else 0, tiles.m if cols else 0
+    row, col = (tiles.full(n, -torch.inf), tiles.full(n, 0.0)), (tiles.full(m, -torch.inf), tiles.full(m, 0.0))
+    row_total, col_total = tiles.full(n if totals else 0, 0.0), tiles.full(m if totals else 0, 0.0)
     excluded = tiles.full(0 if tiles.exclude is None else tiles.n, -torch.inf)
     for i, j in tiles:
-        _, logits = tiles.dots_and_logits(i, j)
+        _, logits = tiles.pairs_and_logits(i, j)
         for rows_of, dim, place, inside in tiles.excluded_pairs(i, j):
             found = logits.gather(dim, place).where(inside, -torch.inf).squeeze(dim)
             excluded[rows_of] = torch.maximum(excluded[rows_of], found)
@@ -125,7 +197,88 @@ def similarity_logsumexp_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ..
                 _fold(row, j, logits, 0)
         if cols:
             _fold(col, j, logits, 0)
-    return row[0], col[0], row[1].log(), col[1].log(), excluded, tiles.full(0, 0.0)
+        if totals:
+            taking_part = logits.where(logits > -torch.inf, 0.0)
+            if rows:
+                row_total[i] += taking_part.sum(1)
+            if cols:
+                col_total[j] += taking_part.sum(0)
+    return {
+        "row_max": row[0],
+        "col_max": col[0],
+        "row_log_sum": row[1].log(),
+        "col_log_sum": col[1].log(),
+        "dots": tiles.full(0, 0.0),
+        "excluded": excluded,
+        "row_total": row_total,
+        "col_total": col_total,
+    }
+
+
+def _backward(
+    tiles: Tiles,
+    incoming: dict[str, Tensor],
+    row_max: Tensor,
+    col_max: Tensor,
+    row_log_sum: Tensor,
+    col_log_sum: Tensor,
+    rows: bool,
+    cols: bool,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients of x and y in the dtype of the statistics, of the scales and of the biases; empty if not needed."""
+    grad_row_lse, grad_col_lse = incoming["row_lse"], incoming["col_lse"]
+    if tiles.mirrored:
+        grad_col_lse, col_max, col_log_sum, cols = grad_row_lse, row_max, row_log_sum, True
+    # an empty set gives nothing: exp(-inf - inf) = 0
+    row_max, row_log_sum = row_max.where(row_max > -torch.inf, torch.inf), row_log_sum.clamp(min=0.0)
+    col_max, col_log_sum = col_max.where(col_max > -torch.inf, torch.inf), col_log_sum.clamp(min=0.0)
+    need_x, need_y, need_row_scale, need_col_scale, need_row_bias, need_col_bias = needs
+    grad_x = tiles.x.new_zeros(tiles.x.shape, dtype=tiles.dtype) if need_x else None
+    grad_y = tiles.y.new_zeros(tiles.y.shape, dtype=tiles.dtype) if need_y else None
+    vectors = [
+        tiles.full(size if need else 0, 0.0)
+        for size, need in zip((tiles.n, tiles.m, tiles.n, tiles.m), needs[2:], strict=True)
+    ]
+    grad_row_scale, grad_col_scale, grad_row_bias, grad_col_bias = vectors
+    for i, j in tiles:
+        pairs, logits = tiles.pairs_and_logits(i, j)
+        tiles.mask(i, j, logits)
+        grad = torch.zeros_like(logits)
+        if rows:
+            grad += grad_row_lse[i, None] * (logits - row_max[i, None] - row_log_sum[i, None]).exp()
+        if cols:
+            grad += grad_col_lse[None, j] * (logits - col_max[None, j] - col_log_sum[None, j]).exp()
+        if rows and "row_total" in incoming:
+            grad += incoming["row_total"][i, None].where(logits > -torch.inf, 0.0)
+        if cols and "col_total" in incoming:
+            grad += incoming["col_total"][None, j].where(logits > -torch.inf, 0.0)
+        for rows_of, dim, place, inside in tiles.excluded_pairs(i, j):
+            if "excluded" in incoming:
+                grad.scatter_add_(dim, place, incoming["excluded"][rows_of].unsqueeze(dim).where(inside, 0.0))
+        tiles.add_gradients(i, j, pairs, grad * tiles.weight(i, j), grad_x, grad_y)
+        mirror = tiles.mirrored and i != j
+        if need_row_scale:
+            grad_row_scale[i] += (grad * pairs * tiles.col_scale[None, j]).sum(1)
+            if mirror:
+                grad_row_scale[j] += (grad * pairs * tiles.row_scale[i, None]).sum(0)
+        if need_col_scale:
+            grad_col_scale[j] += (grad * pairs * tiles.row_scale[i, None]).sum(0)
+        if need_row_bias:
+            grad_row_bias[i] += grad.sum(1)
+            if mirror:
+                grad_row_bias[j] += grad.sum(0)
+        if need_col_bias:
+            grad_col_bias[j] += grad.sum(0)
+    none = tiles.x.new_empty(0)
+    return (none if grad_x is None else grad_x, none.clone() if grad_y is None else grad_y, *vectors)
+
+
+def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *options, rows, cols, _keep = arguments
+    results = _forward(Tiles(*options), rows, cols)
+    names = ("row_max", "col_max", "row_log_sum", "col_log_sum", "dots", "excluded")
+    return tuple(results[name] for name in names)
 
 
 def similarity_logsumexp_backward(
@@ -141,50 +294,48 @@ def similarity_logsumexp_backward(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     *options, rows, cols, needs = arguments
-    tiles = Tiles(x, *options)
-    need_x, need_y, need_row_scale, need_col_scale, need_row_bias, need_col_bias = needs
-    if tiles.mirrored:
-        grad_col_lse, col_max, col_log_sum, cols = grad_row_lse, row_max, row_log_sum, True
-    # an empty set gives nothing: exp(-inf - inf) = 0
-    row_max, row_log_sum = row_max.where(row_max > -torch.inf, torch.inf), row_log_sum.clamp(min=0.0)
-    col_max, col_log_sum = col_max.where(col_max > -torch.inf, torch.inf), col_log_sum.clamp(min=0.0)
-    x, y = tiles.x, tiles.y
-    nothing = tiles.full(0, 0.0)
-    grad_x = x.new_zeros(x.shape, dtype=tiles.dtype) if need_x else nothing.clone()
-    grad_y = y.new_zeros(y.shape, dtype=tiles.dtype) if need_y else nothing.clone()
-    vectors = [
-        tiles.full(size, 0.0) if need else nothing.clone()
-        for size, need in zip((tiles.n, tiles.m, tiles.n, tiles.m), needs[2:], strict=True)
-    ]
-    grad_row_scale, grad_col_scale, grad_row_bias, grad_col_bias = vectors
-    for i, j in tiles:
-        dots, logits = tiles.dots_and_logits(i, j)
-        tiles.mask(i, j, logits)
-        pair = torch.zeros_like(logits)
-        if rows:
-            pair += grad_row_lse[i, None] * (logits - row_max[i, None] - row_log_sum[i, None]).exp()
-        if cols:
-            pair += grad_col_lse[None, j] * (logits - col_max[None, j] - col_log_sum[None, j]).exp()
-        for rows_of, dim, place, inside in tiles.excluded_pairs(i, j):
-            pair.scatter_add_(dim, place, grad_excluded[rows_of].unsqueeze(dim).where(inside, 0.0))
-        weighted = pair * tiles.weight(i, j)
-        mirror = tiles.mirrored and i != j
-        if need_x:
-            grad_x[i] += tiles.product(weighted, tiles.cols(j))
-            if mirror:
-                grad_x[j] += tiles.product(weighted.T, tiles.rows(i))
-        if need_y:
-            grad_y[j] += tiles.product(weighted.T, tiles.rows(i))
-        if need_row_scale:
-            grad_row_scale[i] += (pair * dots * tiles.col_scale[None, j]).sum(1)
-            if mirror:
-                grad_row_scale[j] += (pair * dots * tiles.row_scale[i, None]).sum(0)
-        if need_col_scale:
-            grad_col_scale[j] += (pair * dots * tiles.row_scale[i, None]).sum(0)
-        if need_row_bias:
-            grad_row_bias[i] += pair.sum(1)
-            if mirror:
-                grad_row_bias[j] += pair.sum(0)
-        if need_col_bias:
-            grad_col_bias[j] += pair.sum(0)
+    incoming = {"row_lse": grad_row_lse, "col_lse": grad_col_lse, "excluded": grad_excluded}
+    grad_x, grad_y, *vectors = _backward(
+        Tiles(x, *options), incoming, row_max, col_max, row_log_sum, col_log_sum, rows, cols, needs
+    )
     return (grad_x.to(x.dtype), grad_y.to(x.dtype), *vectors)
+
+
+def volume_logsumexp_forward(anchor: Tensor, tuples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *options, rows, cols, totals, _keep = arguments
+    tiles = SpanTiles(anchor, tuples, tuple_basis.factor(tuples), *options)
+    results = _forward(tiles, rows, cols, totals)
+    names = ("row_max", "col_max", "row_log_sum", "col_log_sum", "dots", "row_total", "col_total")
+    return tuple(results[name] for name in names)
+
+
+def volume_logsumexp_backward(
+    grad_row_lse: Tensor,
+    grad_col_lse: Tensor,
+    grad_row_total: Tensor,
+    grad_col_total: Tensor,
+    row_max: Tensor,
+    col_max: Tensor,
+    row_log_sum: Tensor,
+    col_log_sum: Tensor,
+    _dots: Tensor,
+    anchor: Tensor,
+    tuples: Tensor,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    exclude: Tensor | None,
+    rows: bool,
+    cols: bool,
+    totals: bool,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    basis = tuple_basis.factor(tuples)
+    tiles = SpanTiles(anchor, tuples, basis, row_scale, col_scale, exclude)
+    incoming = {"row_lse": grad_row_lse, "col_lse": grad_col_lse}
+    if totals:
+        incoming |= {"row_total": grad_row_total, "col_total": grad_col_total}
+    needed = [*tuple_basis.needs_of_sweep(needs), False, False]
+    grad_anchor, *sweep, _row_bias, _col_bias = _backward(
+        tiles, incoming, row_max, col_max, row_log_sum, col_log_sum, rows, cols, needed
+    )
+    return tuple_basis.gradients(tuples, basis, col_scale, (grad_anchor.to(anchor.dtype), *sweep), needs)

@@ -85,7 +85,7 @@ def supcon(
     checks.choice("variant", variant, ("out", "in"))
     checks.choice("empty", empty, ("zero", "drop"))
     checks.tensor("features", features)
-    checks.features("features", features, dim=3 if features.dim() == 3 else 2)
+    checks.features("features", features, expected="(N, D)" if features.dim() < 3 else "(N, V, D)")
     checks.integer_vector("labels", labels, features.shape[0], features.device, rows_of="features")
     checks.temperature("temperature", temperature, features.device)
 

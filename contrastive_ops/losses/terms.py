@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contrastive_ops import checks
-from contrastive_ops.ops import statistics_dtype
+from contrastive_ops.dtypes import statistics_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 

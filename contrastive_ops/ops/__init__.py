@@ -1,5 +1,6 @@
 """The streaming reductions: differentiable ops that read embeddings and return vectors."""
 
-from contrastive_ops.ops.similarity_logsumexp import SimilarityLSE, similarity_logsumexp, statistics_dtype
+from contrastive_ops.ops.similarity_logsumexp import SimilarityLSE, similarity_logsumexp
+from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 
-__all__ = ["SimilarityLSE", "similarity_logsumexp", "statistics_dtype"]
+__all__ = ["SimilarityLSE", "VolumeLSE", "similarity_logsumexp", "volume_logsumexp"]

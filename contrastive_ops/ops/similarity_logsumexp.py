@@ -1,17 +1,20 @@
 """The streaming reduction behind every softmax-type loss: row and column log-sum-exps of scaled similarities.
 
-From top to bottom: the public function, the op's schema, its fake, its autograd.
+From top to bottom: the public function, the op's schema, its fakes.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from contrastive_ops import backends, checks
 from contrastive_ops.backends import reference
+from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.ops import autograd
+from contrastive_ops.ops.arguments import integers, per_row
 
 
 class SimilarityLSE(NamedTuple):
@@ -125,92 +128,35 @@ def similarity_logsumexp(
         raise ValueError('row_ids must be given with ids="restrict", got None; pass ids="exclude" for no groups.')
 
     vectors = (
-        _per_row("row_scale", row_scale, n, x, "x"),
-        _per_row("col_scale", col_scale, m, x, col_name),
-        _per_row("row_bias", row_bias, n, x, "x"),
-        _per_row("col_bias", col_bias, m, x, col_name),
+        per_row("row_scale", row_scale, n, x, "x"),
+        per_row("col_scale", col_scale, m, x, col_name),
+        per_row("row_bias", row_bias, n, x, "x"),
+        per_row("col_bias", col_bias, m, x, col_name),
     )
-    integers = (
-        _int64("exclude", exclude, n, x, "x"),
-        _int64("row_ids", row_ids, n, x, "x"),
-        _int64("col_ids", col_ids, m, x, col_name),
+    indices = (
+        integers("exclude", exclude, n, x, "x"),
+        integers("row_ids", row_ids, n, x, "x"),
+        integers("col_ids", col_ids, m, x, col_name),
     )
     chosen = backends.choose("similarity_logsumexp", x, backend)
-    arguments = (x, y, *vectors, *integers, ids == "restrict", rows, cols)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, *vectors))
+    arguments = (x, y, *vectors, *indices, ids == "restrict", rows, cols)
     if chosen == "reference":  # dense PyTorch, autograd sees through it
-        row_lse, col_lse, excluded, row_max, col_max = reference.similarity_logsumexp(*arguments)
+        outputs = reference.similarity_logsumexp(*arguments)
     else:
-        checks.no_forward_mode("similarity_logsumexp", x, y, *vectors)
-        if torch.compiler.is_compiling():
-            arguments = _aliased(arguments)
-        plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-        function = _DifferentiableEager if plain else _Differentiable
-        row_lse, col_lse, excluded, row_max, col_max, *_ = function.apply(*arguments, keep, chosen)
+        outputs = autograd.call("similarity_logsumexp", len(_GRADIENTS), arguments, chosen)
+    row_lse, col_lse, excluded, row_max, col_max = outputs
     return SimilarityLSE(row_lse, col_lse, row_max, col_max, excluded)
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """Statistics and losses are float32 whatever the input, float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _per_row(name: str, value: float | Tensor | None, size: int, x: Tensor, rows_of: str) -> Tensor | None:
-    if value is None:
-        return None
-    checks.scale(name, value, size, x.device, rows_of=rows_of)
-    dtype = statistics_dtype(x)
-    if not isinstance(value, Tensor):
-        return torch.full((size,), float(value), dtype=dtype, device=x.device)
-    return value.to(dtype).reshape(-1).expand(size)
-
-
-def _int64(name: str, value: Tensor | None, size: int, x: Tensor, rows_of: str) -> Tensor | None:
-    if value is None:
-        return None
-    checks.integer_vector(name, value, size, x.device, rows_of=rows_of)
-    return value.to(torch.int64)
-
-
-def _aliased(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A view for each tensor that comes again (y = x, one vector of ids): Dynamo traces no Function with it."""
-    distinct: list[Any] = []
-    for value in arguments:
-        repeated = isinstance(value, Tensor) and any(value is other for other in distinct)
-        distinct.append(value.view_as(value) if repeated else value)
-    return tuple(distinct)
-
-
-_OPTIONS = (
+_GRADIENTS = ("x", "y", "row_scale", "col_scale", "row_bias", "col_bias")
+autograd.define(
+    "similarity_logsumexp",
     "Tensor x, Tensor? y, Tensor? row_scale, Tensor? col_scale, Tensor? row_bias, Tensor? col_bias, "
-    "Tensor? exclude, Tensor? row_ids, Tensor? col_ids, bool restrict, bool rows, bool cols"
+    "Tensor? exclude, Tensor? row_ids, Tensor? col_ids",
+    _GRADIENTS,
+    "bool restrict, bool rows, bool cols",
+    others=("excluded",),
 )
-# The statistics are a maximum and the log of a sum relative to it. Their sum is the log-sum-exp, but backward takes
-# them apart: at logits of 1e4 the rounding of the log-sum-exp is 1e-3, and so would be the error of every gradient.
-torch.library.define(
-    "contrastive_ops::similarity_logsumexp",
-    f"({_OPTIONS}, bool keep, str backend) -> "
-    "(Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor excluded, Tensor dots)",
-)
-torch.library.define(
-    "contrastive_ops::similarity_logsumexp_backward",
-    "(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_excluded, "
-    "Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor dots, "
-    f"{_OPTIONS}, bool[6] needs, str backend) -> "
-    "(Tensor x, Tensor y, Tensor row_scale, Tensor col_scale, Tensor row_bias, Tensor col_bias)",
-)
-
-
-@torch.library.impl("contrastive_ops::similarity_logsumexp", "CompositeExplicitAutograd")
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, backend = arguments
-    return backends.module(backend).similarity_logsumexp_forward(*inputs)
-
-
-@torch.library.impl("contrastive_ops::similarity_logsumexp_backward", "CompositeExplicitAutograd")
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, backend = arguments
-    return backends.module(backend).similarity_logsumexp_backward(*inputs)
 
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp")
@@ -220,7 +166,7 @@ def _forward_fake(x, y, *options):
     dtype = statistics_dtype(x)
     row, col, excluded = n if rows else 0, m if cols else 0, 0 if exclude is None else n
     dots = backends.module(backend).kept_dots(n, m, x.dtype) if keep else 0
-    return tuple(x.new_empty(size, dtype=dtype) for size in (row, col, row, col, excluded, dots))
+    return tuple(x.new_empty(size, dtype=dtype) for size in (row, col, row, col, dots, excluded))
 
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp_backward")
@@ -233,83 +179,3 @@ def _backward_fake(*arguments):
     return tuple(
         x.new_empty(size if need else (0,), dtype=dtype) for size, dtype, need in zip(sizes, dtypes, needs, strict=True)
     )
-
-
-class _Differentiable(torch.autograd.Function):
-    """Autograd around the op: an op boundary costs less without it, and torch.compile traces it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments):
-        statistics = torch.ops.contrastive_ops.similarity_logsumexp(*arguments)
-        row_max, col_max, row_log_sum, col_log_sum, excluded, dots = statistics
-        return (
-            row_max + row_log_sum,
-            col_max + col_log_sum,
-            excluded,
-            row_max,
-            col_max,
-            row_log_sum,
-            col_log_sum,
-            dots,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, restrict, rows, cols, _keep, backend = inputs
-        _row_lse, _col_lse, _excluded, *statistics = output
-        ctx.save_for_backward(*statistics, *tensors)
-        ctx.flags = (restrict, rows, cols)
-        ctx.backend = backend
-        ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)  # it would fill the 64 MB of a gradient of dots with zeros
-
-    @staticmethod
-    def backward(ctx, grad_row_lse, grad_col_lse, grad_excluded, *_grads_of_the_rest):
-        needs = list(ctx.needs_input_grad[:6])
-        saved = row_max, col_max, *_, exclude, _row_ids, _col_ids = ctx.saved_tensors  # once: checkpointing minds
-        grad_row_lse = torch.zeros_like(row_max) if grad_row_lse is None else grad_row_lse
-        grad_col_lse = torch.zeros_like(col_max) if grad_col_lse is None else grad_col_lse
-        if grad_excluded is None:
-            grad_excluded = row_max.new_zeros(0 if exclude is None else exclude.shape[0])
-        arguments = (grad_row_lse, grad_col_lse, grad_excluded, *saved, *ctx.flags, needs, ctx.backend)
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = _Once.apply(*arguments)
-        else:
-            grads = torch.ops.contrastive_ops.similarity_logsumexp_backward(*arguments)
-        wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(wanted)))
-
-
-class _DifferentiableEager(torch.autograd.Function):
-    """The same, without torch.func: PyTorch inspects a signature at every call of a Function with a setup_context."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        output = _Differentiable.forward(*arguments)
-        _Differentiable.setup_context(ctx, arguments, output)
-        return output
-
-    backward = _Differentiable.backward
-
-
-class _Once(torch.autograd.Function):
-    """The backward op in a graph that may be differentiated again, which it refuses."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments):
-        return torch.ops.contrastive_ops.similarity_logsumexp_backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_grads):
-        raise RuntimeError(
-            "similarity_logsumexp is differentiable once, got a second differentiation (create_graph=True); "
-            'call it with backend="reference", which autograd differentiates to any order.'
-        )

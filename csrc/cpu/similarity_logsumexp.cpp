@@ -14,11 +14,15 @@
 // that is small enough to hold its matrix does the work of the dense loss, and no more. Every sum is taken in an order
 // that depends on the shapes alone: results are bitwise equal for any number of threads. In self-similarity (no y)
 // tiles below the diagonal are left out; a tile above it also stands for its mirror image.
+//
+// With tuples of P vectors, <x_i, y_j> is minus the distance of x_i from the span of tuple j: P products of tiles make
+// it, and P pairs of coefficients q b_t, q y_t (SpanCoefficients) take the place of g a b in the products of backward.
 
 #include "similarity_logsumexp.h"
 #include "products.h"
 #include "tasks.h"
 
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
@@ -151,12 +155,18 @@ class Engine {
         m_(y_.size(0)),
         features_(x_.size(1)),
         depth_(products_.depth(features_)),
+        members_(options.span.has_value() ? y_.size(1) : 1),
+        totals_(options.totals),
         row_scale_(options.row_scale, n_, T(1), T(0)),
         col_scale_(mirrored_ ? row_scale_ : Vector<T>(options.col_scale, m_, T(1), T(0))),
         row_bias_(options.row_bias, n_, T(0), -kInfinity),
         col_bias_(mirrored_ ? row_bias_ : Vector<T>(options.col_bias, m_, T(0), -kInfinity)),
         row_ids_(options.row_ids, n_),
         col_ids_(mirrored_ ? row_ids_ : Ids(options.col_ids, m_)) {
+    if (options.span.has_value()) {
+      row_square_ = Vector<T>(options.span->row_square, n_, T(0), T(0));
+      basis_ = at::constant_pad_nd(options.span->basis.to(dtype()), {0, round_up(m_, kTile) - m_}).contiguous();
+    }
     if (options.exclude.has_value()) {
       exclude_ = options.exclude->contiguous();
     }
@@ -172,7 +182,7 @@ class Engine {
  private:
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-  // dL/d lse of one direction with its statistics, padded. An empty set gives nothing: e^(-inf - inf) = 0.
+  // The gradients of one direction with its statistics, padded. An empty set gives nothing: e^(-inf - inf) = 0.
   class DirectionGradient {
    public:
     DirectionGradient() = default;
@@ -188,22 +198,55 @@ class Engine {
         }
       }
     }
+    void set_total(Vector<T> grad_total) {
+      grad_total_ = std::move(grad_total);
+    }
     Direction<T> from(int64_t offset) const {
-      return {grad_lse_.at(offset), max_.at(offset), log_sum_.at(offset)};
+      return {grad_lse_.at(offset), max_.at(offset), log_sum_.at(offset), grad_total_.at(offset)};
     }
 
    private:
     Vector<T> grad_lse_;
     Vector<T> max_;
     Vector<T> log_sum_;
+    Vector<T> grad_total_;
   };
 
-  struct Scratch {
-    alignas(64) T dots[kTileSize];
-    alignas(64) T logits[kTileSize];
+  // What one thread works on: tiles of dots, one per vector of a tuple, and of logits; with tuples also of distances
+  // and of both coefficients.
+  class Scratch {
+   public:
+    explicit Scratch(int64_t members, bool span)
+        : members_(members), tiles_(at::empty({(span ? 3 * members + 2 : 2) * kTileSize}, dtype())) {}
+    T* dots() const {
+      return tile(0);
+    }
+    T* logits() const {
+      return tile(members_);
+    }
+    T* distances() const {
+      return tile(members_ + 1);
+    }
+    T* of_x(int64_t t) const {
+      return tile(members_ + 2 + t);
+    }
+    T* of_y(int64_t t) const {
+      return tile(2 * members_ + 2 + t);
+    }
+
+   private:
+    T* tile(int64_t index) const {
+      return tiles_.template mutable_data_ptr<T>() + index * kTileSize;
+    }
+    int64_t members_;
+    Tensor tiles_;
   };
-  static std::unique_ptr<Scratch> new_scratch() {
-    return std::unique_ptr<Scratch>(new Scratch);  // make_unique would fill it with zeros
+  auto new_scratch() const {
+    return [this] { return Scratch(members_, basis_.defined()); };
+  }
+
+  static constexpr c10::ScalarType dtype() {
+    return c10::CppTypeToScalarType<T>::value;
   }
 
   // The values of a statistic from an offset on; null for one that is empty.
@@ -212,11 +255,11 @@ class Engine {
   }
 
   static Tensor uninitialised(int64_t n) {
-    return at::empty({n}, c10::CppTypeToScalarType<T>::value);
+    return at::empty({n}, dtype());
   }
 
   static Tensor full(int64_t n, T value) {
-    return at::full({n}, value, c10::CppTypeToScalarType<T>::value);
+    return at::full({n}, value, dtype());
   }
 
   // One side of a block: its rows as an a, and panels as a b.
@@ -281,6 +324,15 @@ class Engine {
     }
   }
 
+  // The columns of a block: one operand per vector of a tuple.
+  std::vector<Packed> pack_cols(Range cols, bool depth_panels, bool feature_panels) const {
+    std::vector<Packed> packed;
+    for (const auto t : c10::irange(members_)) {
+      packed.push_back(pack(basis_.defined() ? y_.select(1, t) : y_, cols, depth_panels, feature_panels));
+    }
+    return packed;
+  }
+
   Part part_of(Range rows, Range cols) {
     if (restrict_ && ids_disjoint(rows, cols) && !(exclude_.defined() && excluded_tile(rows.begin, cols.begin))) {
       return Part::nothing;
@@ -292,13 +344,37 @@ class Engine {
   }
 
   void multiply_dots(
-      Range rows, Range cols, Range block_rows, Range block_cols, const Packed& x, const Packed& y, T* dots) const {
+      Range rows,
+      Range cols,
+      Range block_rows,
+      Range block_cols,
+      const Packed& x,
+      const std::vector<Packed>& y,
+      T* dots) const {
     const int64_t panel = products_.panel();
     const Operand* a = x.rows.template const_data_ptr<Operand>() + (rows.begin - block_rows.begin) * depth_;
-    const Operand* b = y.depth_panels.template const_data_ptr<Operand>() + (cols.begin - block_cols.begin) * depth_;
-    for (int64_t p = 0; p < kTile; p += panel) {
-      products_.multiply(rows.size(), depth_, a, depth_, kTile, b + p * depth_, dots + p, kTile, false);
+    for (const Packed& operand : y) {
+      const Operand* b =
+          operand.depth_panels.template const_data_ptr<Operand>() + (cols.begin - block_cols.begin) * depth_;
+      for (int64_t p = 0; p < kTile; p += panel) {
+        products_.multiply(rows.size(), depth_, a, depth_, kTile, b + p * depth_, dots + p, kTile, false);
+      }
+      dots += kTileSize;
     }
+  }
+
+  SpanTile<T> span_tile(Range rows, Range cols, const T* dots) const {
+    const T* basis = basis_.template const_data_ptr<T>() + cols.begin;
+    return {rows.size(), members_, dots, basis, basis_.size(1), row_square_.at(rows.begin)};
+  }
+
+  // The pairs of a tile: the dots themselves, or minus the distances, in `scratch`.
+  const T* pairs(Range rows, Range cols, const T* dots, const Scratch& scratch) const {
+    if (!basis_.defined()) {
+      return dots;
+    }
+    products_.kernels().distances(span_tile(rows, cols, dots), scratch.distances());
+    return scratch.distances();
   }
 
   // f(row, place in the tile) for the pairs (row, exclude[row]) of a tile. In self-similarity the row may be either
@@ -323,10 +399,10 @@ class Engine {
 
   // The logits of a tile with -inf where a pair does not take part; those that `exclude` names go to excluded[row],
   // unless it is null.
-  Tile<T> logits(Range rows, Range cols, const T* dots, T* logits, T* excluded) const {
+  Tile<T> logits(Range rows, Range cols, const T* pairs, T* logits, T* excluded) const {
     const Tile<T> tile{
         rows.size(),
-        dots,
+        pairs,
         logits,
         row_scale_.at(rows.begin),
         col_scale_.at(cols.begin),
@@ -350,9 +426,9 @@ class Engine {
     const int64_t j = place % kTile;
     tile.logits[place] += grad * tile.row_scale[i] * tile.col_scale[j];
     if (row_sums.scale != nullptr) {
-      row_sums.scale[i] += grad * tile.col_scale[j] * tile.dots[place];
+      row_sums.scale[i] += grad * tile.col_scale[j] * tile.pairs[place];
       row_sums.bias[i] += grad;
-      col_sums.scale[j] += grad * tile.row_scale[i] * tile.dots[place];
+      col_sums.scale[j] += grad * tile.row_scale[i] * tile.pairs[place];
       col_sums.bias[j] += grad;
     }
   }
@@ -360,12 +436,28 @@ class Engine {
   // The tiles whose dots are kept: in the order of the visits, the first that fit.
   int64_t kept_tiles() const {
     const int64_t tiles = round_up(n_, kTile) / kTile * (round_up(m_, kTile) / kTile);
-    return std::min(tiles, kKeptDotsBytes / (kTileSize * static_cast<int64_t>(sizeof(T))));
+    return std::min(tiles, kKeptDotsBytes / (members_ * kTileSize * static_cast<int64_t>(sizeof(T))));
   }
 
   // Where the dots of a tile are kept, or `scratch` where they are not; `tile` counts in the order of the visits.
-  static T* place_of_dots(const Tensor& kept, int64_t tile, T* scratch) {
-    return tile * kTileSize < kept.numel() ? values_of(kept, tile * kTileSize) : scratch;
+  T* place_of_dots(const Tensor& kept, int64_t tile, T* scratch) const {
+    const int64_t place = tile * members_ * kTileSize;
+    return place < kept.numel() ? values_of(kept, place) : scratch;
+  }
+
+  // to_rows(range, tile) for the tiles of a block that contribute to its rows, to_cols likewise, in a fixed order.
+  template <typename Rows, typename Cols>
+  static void for_each_contribution(
+      Range block_rows, Range block_cols, const std::vector<Part>& part, const Rows& to_rows, const Cols& to_cols) {
+    const int64_t tile_cols = block_cols.tiles();
+    for (const auto tile : c10::irange(static_cast<int64_t>(part.size()))) {
+      if (part[tile] != Part::nothing) {
+        to_rows(block_rows.tile(tile / tile_cols), tile);
+      }
+      if (part[tile] == Part::both) {
+        to_cols(block_cols.tile(tile % tile_cols), tile);
+      }
+    }
   }
 
   // Visits every block with its packed sides and the number of its first tile; `dots_kept` counts the dots that need no
@@ -373,10 +465,10 @@ class Engine {
   template <typename Visit>
   void for_each_block(bool x_panels, bool y_panels, int64_t dots_kept, const Visit& visit) const {
     int64_t first_tile = 0;
-    const bool dots_needed = dots_kept < kTileSize * (round_up(n_, kTile) / kTile) * (round_up(m_, kTile) / kTile);
+    const bool dots_needed = dots_kept < members_ * round_up(n_, kTile) * round_up(m_, kTile);
     const std::vector<Range> col_blocks = blocks_of(m_);
-    const int64_t bytes = (1 + y_panels) * m_ * depth_ * static_cast<int64_t>(sizeof(Operand));
-    std::vector<std::optional<Packed>> kept(bytes <= kKeptPanelBytes ? col_blocks.size() : 0);
+    const int64_t bytes = (1 + y_panels) * members_ * m_ * depth_ * static_cast<int64_t>(sizeof(Operand));
+    std::vector<std::vector<Packed>> kept(bytes <= kKeptPanelBytes ? col_blocks.size() : 0);
     for (const Range rows : blocks_of(n_)) {
       const Packed x = pack(x_, rows, false, x_panels);
       for (const auto c : c10::irange(col_blocks.size())) {
@@ -385,12 +477,12 @@ class Engine {
           continue;
         }
         if (kept.empty()) {
-          visit(rows, cols, x, pack(y_, cols, dots_needed, y_panels), first_tile);
+          visit(rows, cols, x, pack_cols(cols, dots_needed, y_panels), first_tile);
         } else {
-          if (!kept[c].has_value()) {
-            kept[c] = pack(y_, cols, dots_needed, y_panels);
+          if (kept[c].empty()) {
+            kept[c] = pack_cols(cols, dots_needed, y_panels);
           }
-          visit(rows, cols, x, *kept[c], first_tile);
+          visit(rows, cols, x, kept[c], first_tile);
         }
         first_tile += rows.tiles() * cols.tiles();
       }
@@ -408,12 +500,16 @@ class Engine {
   int64_t m_;
   int64_t features_;
   int64_t depth_;
+  int64_t members_;  // vectors of a tuple; 1 for dot products
+  bool totals_;
   Vector<T> row_scale_;
   Vector<T> col_scale_;
   Vector<T> row_bias_;
   Vector<T> col_bias_;
   Ids row_ids_;
   Ids col_ids_;
+  Vector<T> row_square_;
+  Tensor basis_;  // of Span, padded to whole tiles; undefined for dot products
   Tensor exclude_;
   std::vector<bool> excluded_tiles_;  // of the whole plane; only where ids restrict
 };
@@ -425,279 +521,307 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
   const Tensor row_sum = full(rows_ ? n_ : 0, T(0));
   const Tensor col_max = full(cols_ ? m_ : 0, -kInfinity);
   const Tensor col_sum = full(cols_ ? m_ : 0, T(0));
+  const Tensor row_total = full(rows_ && totals_ ? n_ : 0, T(0));
+  const Tensor col_total = full(cols_ && totals_ ? m_ : 0, T(0));
   const bool to_cols = cols_ || mirrored_;
   // the columns of a tile above the diagonal are rows of its mirror image
   const Tensor& of_cols_max = mirrored_ ? row_max : col_max;
   const Tensor& of_cols_sum = mirrored_ ? row_sum : col_sum;
+  const Tensor& of_cols_total = mirrored_ ? row_total : col_total;
 
   const Tensor excluded = full(exclude_.defined() ? n_ : 0, -kInfinity);
   T* excluded_logits = values_of(excluded, 0);
-  const Tensor kept = uninitialised(keep ? kept_tiles() * kTileSize : 0);
+  const Tensor kept = uninitialised(keep ? kept_tiles() * members_ * kTileSize : 0);
 
-  const auto visit = [&](Range block_rows, Range block_cols, const Packed& x, const Packed& y, int64_t first_tile) {
-    const int64_t tile_rows = block_rows.tiles();
-    const int64_t tile_cols = block_cols.tiles();
-    const int64_t tiles = tile_rows * tile_cols;
-    std::vector<Part> part(tiles);
-    // partials of tile (r, c): the maxima, then the sums of its 128 rows, and the same of its columns
-    Vector<T> row_partials(rows_ ? tiles * 2 * kTile : 0, T(0));
-    Vector<T> col_partials(to_cols ? tiles * 2 * kTile : 0, T(0));
-    const auto partial = [](Vector<T>& partials, int64_t tile) {
-      T* max = partials.at(tile * 2 * kTile);
-      return MaxSum<T>{max, max + kTile};
-    };
-    const MaxSum<T> none{nullptr, nullptr};
+  const auto visit =
+      [&](Range block_rows, Range block_cols, const Packed& x, const std::vector<Packed>& y, int64_t first_tile) {
+        const int64_t tile_cols = block_cols.tiles();
+        const int64_t tiles = block_rows.tiles() * tile_cols;
+        std::vector<Part> part(tiles);
+        // partials of a tile: the maxima, the sums and the totals of its 128 rows, and the same of its columns
+        Vector<T> row_partials(rows_ ? tiles * 3 * kTile : 0, T(0));
+        Vector<T> col_partials(to_cols ? tiles * 3 * kTile : 0, T(0));
+        const auto partial = [](Vector<T>& partials, int64_t tile) {
+          T* max = partials.at(tile * 3 * kTile);
+          return MaxSum<T>{max, max == nullptr ? nullptr : max + kTile};
+        };
+        const auto total = [](Vector<T>& partials, int64_t tile) {
+          T* max = partials.at(tile * 3 * kTile);
+          return max == nullptr ? nullptr : max + 2 * kTile;
+        };
+        Vector<T> nothing;
 
-    for_each_task(
-        tiles,
-        new_scratch,
-        [&](int64_t tile, std::unique_ptr<Scratch>& scratch) {
-          const Range rows = block_rows.tile(tile / tile_cols);
-          const Range cols = block_cols.tile(tile % tile_cols);
-          part[tile] = part_of(rows, cols);
-          if (part[tile] == Part::nothing) {
-            return;
-          }
-          T* dots = place_of_dots(kept, first_tile + tile, scratch->dots);
-          multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
-          kernels.reduce(
-              logits(rows, cols, dots, scratch->logits, excluded_logits),
-              rows_ ? partial(row_partials, tile) : none,
-              to_cols && part[tile] == Part::both ? partial(col_partials, tile) : none);
-        },
-        [&] { products_.release(); });
+        for_each_task(
+            tiles,
+            new_scratch(),
+            [&](int64_t tile, const Scratch& scratch) {
+              const Range rows = block_rows.tile(tile / tile_cols);
+              const Range cols = block_cols.tile(tile % tile_cols);
+              part[tile] = part_of(rows, cols);
+              if (part[tile] == Part::nothing) {
+                return;
+              }
+              T* dots = place_of_dots(kept, first_tile + tile, scratch.dots());
+              multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
+              const Tile<T> of_logits =
+                  logits(rows, cols, pairs(rows, cols, dots, scratch), scratch.logits(), excluded_logits);
+              Vector<T>& of_cols = part[tile] == Part::both ? col_partials : nothing;
+              kernels.reduce(of_logits, partial(row_partials, tile), partial(of_cols, tile));
+              if (totals_) {
+                kernels.totals(of_logits, total(row_partials, tile), total(of_cols, tile));
+              }
+            },
+            [&] { products_.release(); });
 
-    // in this thread: for a whole block it is some 20 us
-    if (rows_) {
-      for (const auto r : c10::irange(tile_rows)) {
-        const Range rows = block_rows.tile(r);
-        const MaxSum<T> running{values_of(row_max, rows.begin), values_of(row_sum, rows.begin)};
-        for (const auto c : c10::irange(tile_cols)) {
-          if (part[r * tile_cols + c] != Part::nothing) {
-            kernels.fold(rows.size(), running, partial(row_partials, r * tile_cols + c));
-          }
+        // in this thread: for a whole block it is some 20 us
+        const auto fold_into = [&](const Tensor& max, const Tensor& sum, const Tensor& all, Vector<T>& partials) {
+          return [&, max, sum, all](Range range, int64_t tile) {
+            kernels.fold(
+                range.size(), {values_of(max, range.begin), values_of(sum, range.begin)}, partial(partials, tile));
+            T* of_range = values_of(all, range.begin);
+            for (int64_t i = 0; of_range != nullptr && i < range.size(); ++i) {
+              of_range[i] += total(partials, tile)[i];
+            }
+          };
+        };
+        const auto skip = [](Range, int64_t) {};
+        const auto fold_rows = fold_into(row_max, row_sum, row_total, row_partials);
+        const auto fold_cols = fold_into(of_cols_max, of_cols_sum, of_cols_total, col_partials);
+        if (rows_ && to_cols) {
+          for_each_contribution(block_rows, block_cols, part, fold_rows, fold_cols);
+        } else if (rows_) {
+          for_each_contribution(block_rows, block_cols, part, fold_rows, skip);
+        } else {
+          for_each_contribution(block_rows, block_cols, part, skip, fold_cols);
         }
-      }
-    }
-    if (to_cols) {
-      for (const auto c : c10::irange(tile_cols)) {
-        const Range cols = block_cols.tile(c);
-        const MaxSum<T> running{values_of(of_cols_max, cols.begin), values_of(of_cols_sum, cols.begin)};
-        for (const auto r : c10::irange(tile_rows)) {
-          if (part[r * tile_cols + c] == Part::both) {
-            kernels.fold(cols.size(), running, partial(col_partials, r * tile_cols + c));
-          }
-        }
-      }
-    }
-  };
+      };
   for_each_block(false, false, 0, visit);
-  return {row_max, col_max, row_sum.log(), col_sum.log(), excluded, kept};
+  return {row_max, col_max, row_sum.log(), col_sum.log(), excluded, row_total, col_total, kept};
 }
 
 template <typename Products>
 SimilarityGradients Engine<Products>::backward(
     const SimilarityStatistics& statistics, const IncomingGradients& incoming, Needs needs) {
   const TileKernels<T>& kernels = products_.kernels();
-  TORCH_CHECK_VALUE(statistics.dots.numel() % kTileSize == 0, "dots must be what the forward kept");
+  TORCH_CHECK_VALUE(statistics.dots.numel() % (members_ * kTileSize) == 0, "dots must be what the forward kept");
+  const bool span = basis_.defined();
   const int64_t panel = products_.panel();
   const int64_t padded_features = feature_panels() * panel;
-  const c10::ScalarType statistic = c10::CppTypeToScalarType<T>::value;
   const bool to_x = needs.x;
   const bool to_y = mirrored_ ? needs.x : needs.y;
   const bool sums = needs.row_scale || needs.col_scale || needs.row_bias || needs.col_bias;
 
-  const DirectionGradient of_rows =
+  DirectionGradient of_rows =
       rows_ ? DirectionGradient(incoming.row_lse, statistics.row_max, statistics.row_log_sum) : DirectionGradient();
-  const DirectionGradient own_cols =
-      cols_ && !mirrored_ ? DirectionGradient(incoming.col_lse, statistics.col_max, statistics.col_log_sum)
-                          : DirectionGradient();
+  DirectionGradient own_cols = cols_ && !mirrored_
+                                   ? DirectionGradient(incoming.col_lse, statistics.col_max, statistics.col_log_sum)
+                                   : DirectionGradient();
+  if (totals_) {
+    of_rows.set_total(rows_ ? Vector<T>(incoming.row_total, n_, T(0), T(0)) : Vector<T>(round_up(n_, kTile), T(0)));
+    own_cols.set_total(cols_ ? Vector<T>(incoming.col_total, m_, T(0), T(0)) : Vector<T>(round_up(m_, kTile), T(0)));
+  }
   const DirectionGradient& of_cols = mirrored_ ? of_rows : own_cols;
   const Vector<T> of_excluded = exclude_.defined() ? Vector<T>(incoming.excluded, n_, T(0), T(0)) : Vector<T>();
 
   // the first block of a strip of rows or columns overwrites, the others add; without blocks there is nothing to add
-  const auto features_gradient = [&](int64_t rows) {
-    return n_ * m_ == 0 ? at::zeros({rows, padded_features}, statistic) : at::empty({rows, padded_features}, statistic);
+  const auto features_gradient = [&](int64_t members, int64_t rows) {
+    return n_ * m_ == 0 ? at::zeros({members, rows, padded_features}, dtype())
+                        : at::empty({members, rows, padded_features}, dtype());
   };
-  const Tensor grad_x = features_gradient(to_x ? n_ : 0);
-  const Tensor grad_y = mirrored_ ? grad_x : features_gradient(to_y ? m_ : 0);
+  const Tensor grad_x = features_gradient(1, to_x ? n_ : 0);
+  const Tensor grad_y = mirrored_ ? grad_x : features_gradient(members_, to_y ? m_ : 0);
   const Tensor row_scale_sum = full(sums ? n_ : 0, T(0));
   const Tensor row_bias_sum = full(sums ? n_ : 0, T(0));
   const Tensor col_scale_sum = mirrored_ ? row_scale_sum : full(sums ? m_ : 0, T(0));
   const Tensor col_bias_sum = mirrored_ ? row_bias_sum : full(sums ? m_ : 0, T(0));
+  const Tensor square_sum = full(span ? n_ : 0, T(0));
 
-  // the coefficients of a block, tile after tile, rows of tiles first; and their transposes, columns of tiles first
+  // the coefficients of a block for each vector of a tuple, tile after tile, rows of tiles first; and their transposes,
+  // columns of tiles first
   const int64_t workspace = round_up(std::min(kBlock, n_), kTile) * round_up(std::min(kBlock, m_), kTile);
-  const Tensor coefficients = operands(workspace);
-  const Tensor transposed = operands(to_y ? workspace : 0);
+  const Tensor coefficients = operands(members_ * workspace);
+  const Tensor transposed = operands(to_y ? members_ * workspace : 0);
 
-  const auto visit = [&](Range block_rows, Range block_cols, const Packed& x, const Packed& y, int64_t first_tile) {
-    const int64_t tile_rows = block_rows.tiles();
-    const int64_t tile_cols = block_cols.tiles();
-    const int64_t tiles = tile_rows * tile_cols;
-    const bool diagonal = mirrored_ && block_rows == block_cols;
-    std::vector<Part> part(tiles);
-    // partials of tile (r, c): the sums for scale, then for bias of its 128 rows, and the same of its columns
-    Vector<T> row_partials(sums ? tiles * 2 * kTile : 0, T(0));
-    Vector<T> col_partials(sums ? tiles * 2 * kTile : 0, T(0));
-    const auto partial = [&](Vector<T>& partials, int64_t tile) {
-      T* scale = partials.at(tile * 2 * kTile);
-      return sums ? ScaleBiasSums<T>{scale, scale + kTile} : ScaleBiasSums<T>{nullptr, nullptr};
-    };
-    Operand* row_strips = coefficients.template mutable_data_ptr<Operand>();
-    Operand* col_strips = transposed.template mutable_data_ptr<Operand>();
+  const auto visit =
+      [&](Range block_rows, Range block_cols, const Packed& x, const std::vector<Packed>& y, int64_t first_tile) {
+        const int64_t tile_rows = block_rows.tiles();
+        const int64_t tile_cols = block_cols.tiles();
+        const int64_t tiles = tile_rows * tile_cols;
+        const bool diagonal = mirrored_ && block_rows == block_cols;
+        std::vector<Part> part(tiles);
+        // partials of tile (r, c): the sums for scale, then for bias of its 128 rows, and the same of its columns
+        Vector<T> row_partials(sums ? tiles * 2 * kTile : 0, T(0));
+        Vector<T> col_partials(sums ? tiles * 2 * kTile : 0, T(0));
+        Vector<T> square_partials(span ? tiles * kTile : 0, T(0));
+        const auto partial = [&](Vector<T>& partials, int64_t tile) {
+          T* scale = partials.at(tile * 2 * kTile);
+          return sums ? ScaleBiasSums<T>{scale, scale + kTile} : ScaleBiasSums<T>{nullptr, nullptr};
+        };
+        const auto row_strip = [&](int64_t t, int64_t r) {
+          return coefficients.template mutable_data_ptr<Operand>() + t * workspace + r * tile_cols * kTileSize;
+        };
+        const auto col_strip = [&](int64_t t, int64_t c) {
+          return transposed.template mutable_data_ptr<Operand>() + t * workspace + c * tile_rows * kTileSize;
+        };
 
-    for_each_task(
-        tiles,
-        new_scratch,
-        [&](int64_t tile, std::unique_ptr<Scratch>& scratch) {
-          const int64_t r = tile / tile_cols;
-          const int64_t c = tile % tile_cols;
-          const Range rows = block_rows.tile(r);
-          const Range cols = block_cols.tile(c);
-          part[tile] = part_of(rows, cols);
-          if (part[tile] == Part::nothing) {
-            return;
-          }
-          T* dots = place_of_dots(statistics.dots, first_tile + tile, scratch->dots);
-          if (dots == scratch->dots) {
-            multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
-          }
-          Operand* stored = row_strips + tile * kTileSize;
-          T* place = products_.coefficients_place(scratch->logits, stored);
-          const ScaleBiasSums<T> row_sums = partial(row_partials, tile);
-          const ScaleBiasSums<T> col_sums = partial(col_partials, tile);
-          const Tile<T> logits_tile = logits(rows, cols, dots, place, nullptr);
-          kernels.coefficients(logits_tile, of_rows.from(rows.begin), of_cols.from(cols.begin), row_sums, col_sums);
-          for_each_excluded(rows, cols, [&](int64_t row, int64_t at) {
-            add_excluded(logits_tile, at, *of_excluded.at(row), row_sums, col_sums);
-          });
-          if (to_x) {
-            products_.store_coefficients(rows.size(), place, stored);
-          }
-          if (to_y && part[tile] == Part::both) {
-            // within a diagonal block the mirror image of a tile belongs to the same workspace
-            Operand* mirror =
-                diagonal ? row_strips + (c * tile_cols + r) * kTileSize : col_strips + (c * tile_rows + r) * kTileSize;
-            products_.store_transposed(rows.size(), place, scratch->dots, mirror);
-          }
-        },
-        [&] { products_.release(); });
+        for_each_task(
+            tiles,
+            new_scratch(),
+            [&](int64_t tile, const Scratch& scratch) {
+              const int64_t r = tile / tile_cols;
+              const int64_t c = tile % tile_cols;
+              const Range rows = block_rows.tile(r);
+              const Range cols = block_cols.tile(c);
+              part[tile] = part_of(rows, cols);
+              if (part[tile] == Part::nothing) {
+                return;
+              }
+              T* dots = place_of_dots(statistics.dots, first_tile + tile, scratch.dots());
+              if (dots == scratch.dots()) {
+                multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
+              }
+              const auto stored = [&](int64_t t) { return row_strip(t, r) + c * kTileSize; };
+              T* place = span ? scratch.logits() : products_.coefficients_place(scratch.logits(), stored(0));
+              const ScaleBiasSums<T> row_sums = partial(row_partials, tile);
+              const ScaleBiasSums<T> col_sums = partial(col_partials, tile);
+              const Tile<T> gradients = logits(rows, cols, pairs(rows, cols, dots, scratch), place, nullptr);
+              kernels.coefficients(gradients, of_rows.from(rows.begin), of_cols.from(cols.begin), row_sums, col_sums);
+              for_each_excluded(rows, cols, [&](int64_t row, int64_t at) {
+                add_excluded(gradients, at, *of_excluded.at(row), row_sums, col_sums);
+              });
 
-    const auto present = [&](int64_t r, int64_t c) {
-      return part[r * tile_cols + c] != Part::nothing || (diagonal && part[c * tile_cols + r] == Part::both);
-    };
-    // 128 rows of a gradient: their strip of coefficient tiles times the feature panels, over runs of present tiles
-    const auto multiply_strip = [&](Range range,
-                                    const Operand* strip,
-                                    Range depth_range,
-                                    const auto& is_present,
-                                    const Packed& other,
-                                    const Tensor& grad,
-                                    bool accumulate) {
-      const int64_t depth_tiles = depth_range.tiles();
-      const int64_t panel_size = products_.depth(depth_range.size()) * panel;
-      const Operand* panels = other.feature_panels.template const_data_ptr<Operand>();
-      T* target = grad.template mutable_data_ptr<T>() + range.begin * padded_features;
-      for (int64_t begin = 0, end = 0; begin < depth_tiles; begin = end + 1) {
-        end = begin;
-        while (end < depth_tiles && is_present(end)) {
-          ++end;
-        }
-        const int64_t first = begin * kTile;
-        const int64_t depth = std::min(end * kTile, depth_range.size()) - first;
-        if (depth <= 0) {
-          continue;
-        }
-        for (int64_t p = 0; p < feature_panels(); ++p) {
-          products_.multiply(
-              range.size(),
-              depth,
-              strip + begin * kTileSize,
-              kTile,
-              kTileSize,
-              panels + p * panel_size + first * panel,
-              target + p * panel,
-              padded_features,
-              accumulate);
-        }
-        accumulate = true;
-      }
-      if (!accumulate) {
-        std::fill_n(target, range.size() * padded_features, T(0));
-      }
-    };
-    const bool x_started = block_cols.begin > 0 || (mirrored_ && block_rows.begin > 0);
-    const bool y_started = block_rows.begin > 0;
-    const int64_t x_tasks = to_x ? tile_rows : 0;
-    const int64_t y_tasks = to_y && !diagonal ? tile_cols : 0;
-    for_each_task(
-        x_tasks + y_tasks,
-        [] { return nullptr; },
-        [&](int64_t task, std::nullptr_t) {
-          if (task < x_tasks) {
-            const int64_t r = task;
-            multiply_strip(
-                block_rows.tile(r),
-                row_strips + r * tile_cols * kTileSize,
-                block_cols,
-                [&](int64_t c) { return present(r, c); },
-                y,
-                grad_x,
-                x_started);
-          } else {
-            const int64_t c = task - x_tasks;
-            multiply_strip(
-                block_cols.tile(c),
-                col_strips + c * tile_rows * kTileSize,
-                block_rows,
-                [&](int64_t r) { return present(r, c); },
-                x,
-                grad_y,
-                y_started);
-          }
-        },
-        [&] { products_.release(); });
+              SpanCoefficients<T> operand{{place}, {place}, nullptr};
+              if (span) {
+                operand.row_sum = square_partials.at(tile * kTile);
+                for (const auto t : c10::irange(members_)) {
+                  operand.of_x[t] = products_.coefficients_place(scratch.of_x(t), stored(t));
+                  operand.of_y[t] = scratch.of_y(t);
+                }
+                kernels.spread(span_tile(rows, cols, dots), gradients.pairs, place, operand);
+              }
+              for (const auto t : c10::irange(members_)) {
+                if (to_x) {
+                  products_.store_coefficients(rows.size(), operand.of_x[t], stored(t));
+                }
+                if (to_y && part[tile] == Part::both) {
+                  // within a diagonal block the mirror image of a tile belongs to the same workspace
+                  Operand* mirror = diagonal ? row_strip(t, c) + r * kTileSize : col_strip(t, c) + r * kTileSize;
+                  products_.store_transposed(rows.size(), operand.of_y[t], scratch.dots(), mirror);
+                }
+              }
+            },
+            [&] { products_.release(); });
 
-    if (sums) {
-      const auto add = [&](Range range, ScaleBiasSums<T> sum, ScaleBiasSums<T> part_sum) {
-        for (const auto i : c10::irange(range.size())) {
-          sum.scale[i] += part_sum.scale[i];
-          sum.bias[i] += part_sum.bias[i];
-        }
+        const auto present = [&](int64_t r, int64_t c) {
+          return part[r * tile_cols + c] != Part::nothing || (diagonal && part[c * tile_cols + r] == Part::both);
+        };
+        // 128 rows of a gradient: their strip of coefficient tiles times the feature panels, over runs of present tiles
+        const auto multiply_strip = [&](Range range,
+                                        const Operand* strip,
+                                        Range depth_range,
+                                        const auto& is_present,
+                                        const Packed& other,
+                                        T* grad,
+                                        bool accumulate) {
+          const int64_t depth_tiles = depth_range.tiles();
+          const int64_t panel_size = products_.depth(depth_range.size()) * panel;
+          const Operand* panels = other.feature_panels.template const_data_ptr<Operand>();
+          T* target = grad + range.begin * padded_features;
+          for (int64_t begin = 0, end = 0; begin < depth_tiles; begin = end + 1) {
+            end = begin;
+            while (end < depth_tiles && is_present(end)) {
+              ++end;
+            }
+            const int64_t first = begin * kTile;
+            const int64_t depth = std::min(end * kTile, depth_range.size()) - first;
+            if (depth <= 0) {
+              continue;
+            }
+            for (int64_t p = 0; p < feature_panels(); ++p) {
+              products_.multiply(
+                  range.size(),
+                  depth,
+                  strip + begin * kTileSize,
+                  kTile,
+                  kTileSize,
+                  panels + p * panel_size + first * panel,
+                  target + p * panel,
+                  padded_features,
+                  accumulate);
+            }
+            accumulate = true;
+          }
+          if (!accumulate) {
+            std::fill_n(target, range.size() * padded_features, T(0));
+          }
+        };
+        const bool x_started = block_cols.begin > 0 || (mirrored_ && block_rows.begin > 0);
+        const bool y_started = block_rows.begin > 0;
+        const int64_t x_tasks = to_x ? tile_rows : 0;
+        const int64_t y_tasks = to_y && !diagonal ? tile_cols * members_ : 0;
+        for_each_task(
+            x_tasks + y_tasks,
+            [] { return nullptr; },
+            [&](int64_t task, std::nullptr_t) {
+              if (task < x_tasks) {
+                for (const auto t : c10::irange(members_)) {
+                  multiply_strip(
+                      block_rows.tile(task),
+                      row_strip(t, task),
+                      block_cols,
+                      [&](int64_t c) { return present(task, c); },
+                      y[t],
+                      values_of(grad_x, 0),
+                      x_started || t > 0);
+                }
+              } else {
+                const int64_t c = (task - x_tasks) / members_;
+                const int64_t t = (task - x_tasks) % members_;
+                multiply_strip(
+                    block_cols.tile(c),
+                    col_strip(t, c),
+                    block_rows,
+                    [&](int64_t r) { return present(r, c); },
+                    x,
+                    values_of(grad_y, t * m_ * padded_features),
+                    y_started);
+              }
+            },
+            [&] { products_.release(); });
+
+        const auto add = [](const Tensor& sum, Range range, const T* part_sum) {
+          T* of_range = values_of(sum, range.begin);
+          for (int64_t i = 0; of_range != nullptr && i < range.size(); ++i) {
+            of_range[i] += part_sum[i];
+          }
+        };
+        for_each_contribution(
+            block_rows,
+            block_cols,
+            part,
+            [&](Range rows, int64_t tile) {
+              add(row_scale_sum, rows, partial(row_partials, tile).scale);
+              add(row_bias_sum, rows, partial(row_partials, tile).bias);
+              add(square_sum, rows, square_partials.at(tile * kTile));
+            },
+            [&](Range cols, int64_t tile) {
+              add(col_scale_sum, cols, partial(col_partials, tile).scale);
+              add(col_bias_sum, cols, partial(col_partials, tile).bias);
+            });
       };
-      for (const auto r : c10::irange(tile_rows)) {
-        const Range rows = block_rows.tile(r);
-        const ScaleBiasSums<T> sum{values_of(row_scale_sum, rows.begin), values_of(row_bias_sum, rows.begin)};
-        for (const auto c : c10::irange(tile_cols)) {
-          if (part[r * tile_cols + c] != Part::nothing) {
-            add(rows, sum, partial(row_partials, r * tile_cols + c));
-          }
-        }
-      }
-      for (const auto c : c10::irange(tile_cols)) {
-        const Range cols = block_cols.tile(c);
-        const ScaleBiasSums<T> sum{values_of(col_scale_sum, cols.begin), values_of(col_bias_sum, cols.begin)};
-        for (const auto r : c10::irange(tile_rows)) {
-          if (part[r * tile_cols + c] == Part::both) {
-            add(cols, sum, partial(col_partials, r * tile_cols + c));
-          }
-        }
-      }
-    }
-  };
   for_each_block(to_y, to_x, statistics.dots.numel(), visit);
 
-  const auto features_of = [&](const Tensor& grad, const Tensor& like, bool need) {
-    if (!need) {
-      return at::empty({0}, like.options());
-    }
-    return grad.narrow(1, 0, features_).contiguous().to(like.scalar_type());
-  };
-  const auto vector_of = [&](const Tensor& sum, bool need) { return need ? sum : at::empty({0}, sum.options()); };
+  const auto unpadded = [&](const Tensor& grad) { return grad.narrow(2, 0, features_); };
+  const auto none = [](const Tensor& like) { return at::empty({0}, like.options()); };
+  const auto vector_of = [&](const Tensor& sum, bool need) { return need ? sum : none(sum); };
+  if (span && to_x) {
+    grad_x.select(0, 0).narrow(1, 0, features_).addcmul_(x_.to(dtype()), square_sum.unsqueeze(1), -1);
+  }
   return {
-      features_of(grad_x, x_, needs.x),
-      features_of(grad_y, x_, needs.y),
+      needs.x ? unpadded(grad_x).select(0, 0).contiguous().to(x_.scalar_type()) : none(x_),
+      !needs.y ? none(y_)
+      : span   ? unpadded(grad_y).transpose(0, 1).contiguous()
+               : unpadded(grad_y).select(0, 0).contiguous().to(y_.scalar_type()),
       vector_of(row_scale_sum, needs.row_scale),
       vector_of(col_scale_sum, needs.col_scale),
       vector_of(row_bias_sum, needs.row_bias),
@@ -713,15 +837,15 @@ double Engine<Products>::product_rate(double seconds) {
   const Range block_rows = blocks_of(n_).front();
   const Range block_cols = blocks_of(m_).front();
   const Packed x = pack(x_, block_rows, false, false);
-  const Packed y = pack(y_, block_cols, true, false);
+  const std::vector<Packed> y = pack_cols(block_cols, true, false);
   while (elapsed < seconds) {
     for_each_task(
         block_rows.tiles() * block_cols.tiles(),
-        new_scratch,
-        [&](int64_t tile, std::unique_ptr<Scratch>& scratch) {
+        new_scratch(),
+        [&](int64_t tile, const Scratch& scratch) {
           const Range rows = block_rows.tile(tile / block_cols.tiles());
           const Range cols = block_cols.tile(tile % block_cols.tiles());
-          multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch->dots);
+          multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch.dots());
         },
         [&] { products_.release(); });
     flops += 2.0 * static_cast<double>(block_rows.size()) * static_cast<double>(block_cols.size()) *

@@ -7,9 +7,17 @@
 
 namespace contrastive_ops {
 
+// Pairs are dot products of rows of x and y, or, with `span`, minus the distances of rows of x from the spans of tuples
+// of vectors in y.
+struct Span {
+  at::Tensor basis;       // [P (P + 1) / 2, M], see SpanTile
+  at::Tensor row_square;  // [N]
+};
+
 struct SimilarityOptions {
-  at::Tensor x;                         // [N, D]
-  std::optional<at::Tensor> y;          // [M, D]; none is self-similarity
+  at::Tensor x;                 // [N, D]
+  std::optional<at::Tensor> y;  // [M, D], or [M, P, D] with `span`; none is self-similarity
+  std::optional<Span> span;
   std::optional<at::Tensor> row_scale;  // [N]
   std::optional<at::Tensor> col_scale;  // [M]
   std::optional<at::Tensor> row_bias;   // [N]
@@ -20,16 +28,19 @@ struct SimilarityOptions {
   bool restrict_to_ids = false;
   bool rows = true;
   bool cols = true;
+  bool totals = false;
 };
 
 // Log-sum-exps as a maximum and the log of the sum relative to it; -inf, both, for an empty set. A direction that was
-// not asked for is empty, and so are the excluded logits without `exclude`.
+// not asked for is empty, and so are the excluded logits without `exclude` and the totals without `totals`.
 struct SimilarityStatistics {
   at::Tensor row_max;      // [N]
   at::Tensor col_max;      // [M]
   at::Tensor row_log_sum;  // [N]
   at::Tensor col_log_sum;  // [M]
   at::Tensor excluded;     // [N] logits of the pairs (i, exclude[i]); -inf for an index outside [0, M)
+  at::Tensor row_total;    // [N] sums of the logits that take part
+  at::Tensor col_total;    // [M]
   at::Tensor dots;         // what forward keeps for backward
 };
 
@@ -38,6 +49,8 @@ struct IncomingGradients {
   at::Tensor row_lse;
   at::Tensor col_lse;
   at::Tensor excluded;
+  at::Tensor row_total;
+  at::Tensor col_total;
 };
 
 struct Needs {
@@ -49,7 +62,8 @@ struct Needs {
   bool col_bias;
 };
 
-// A gradient that is not needed is empty.
+// A gradient that is not needed is empty. With `span`, y is the moments [M, P, D] that the caller makes the gradient of
+// the tuples of: with q the gradient of the pair over its distance, sum_i q_ij y_ijt x_i for the coordinates y.
 struct SimilarityGradients {
   at::Tensor x;
   at::Tensor y;

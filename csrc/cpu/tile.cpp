@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -170,12 +171,12 @@ void logits(const Tile<T>& tile) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     const Vec<T> row_scale(tile.row_scale[i]);
     const Vec<T> row_bias(tile.row_bias[i]);
-    const T* dots = tile.dots + i * kTile;
+    const T* pairs = tile.pairs + i * kTile;
     T* logits = tile.logits + i * kTile;
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
       const Vec<T> scale = row_scale * Vec<T>::loadu(tile.col_scale + j);
       const Vec<T> bias = row_bias + Vec<T>::loadu(tile.col_bias + j);
-      at::vec::fmadd(Vec<T>::loadu(dots + j), scale, bias).store(logits + j);
+      at::vec::fmadd(Vec<T>::loadu(pairs + j), scale, bias).store(logits + j);
     }
   }
 }
@@ -315,6 +316,27 @@ void reduce(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
 }
 
 template <typename T>
+void totals(const Tile<T>& tile, T* rows, T* cols) {
+  if (cols != nullptr) {
+    std::fill_n(cols, kTile, T(0));
+  }
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    Vec<T> row(T(0));
+    for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+      const Vec<T> logit = Vec<T>::loadu(tile.logits + i * kTile + j);
+      const Vec<T> value = Vec<T>::blendv(logit, Vec<T>(T(0)), logit == Vec<T>(-kInfinity<T>));
+      row = row + value;
+      if (cols != nullptr) {
+        (Vec<T>::loadu(cols + j) + value).store(cols + j);
+      }
+    }
+    if (rows != nullptr) {
+      rows[i] = sum_of(row);
+    }
+  }
+}
+
+template <typename T>
 void fold(int64_t n, MaxSum<T> running, MaxSum<T> part) {
   for_each_vector<T>(n, [&](int64_t i, int64_t count) {
     const Vec<T> old_max = Vec<T>::loadu(running.max + i, count);
@@ -328,10 +350,24 @@ void fold(int64_t n, MaxSum<T> running, MaxSum<T> part) {
   });
 }
 
-// The loop of `coefficients`; pair(i, j, logit) is the vector of pair coefficients.
-template <bool Sums, typename T, typename Pair>
+// The loop of `coefficients`; softmax(i, j, logit) is the vector of what the log-sum-exps give to pairs, to which the
+// gradients of the totals are added where given.
+template <bool Sums, typename T, typename Softmax>
 inline void coefficients_loop(
-    const Tile<T>& tile, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums, const Pair& pair) {
+    const Tile<T>& tile,
+    Direction<T> rows,
+    Direction<T> cols,
+    ScaleBiasSums<T> row_sums,
+    ScaleBiasSums<T> col_sums,
+    const Softmax& softmax) {
+  const auto pair = [&](int64_t i, int64_t j, Vec<T> logit) {
+    const Vec<T> value = softmax(i, j, logit);
+    if (rows.grad_total == nullptr) {
+      return value;
+    }
+    const Vec<T> with_totals = value + (Vec<T>(rows.grad_total[i]) + Vec<T>::loadu(cols.grad_total + j));
+    return Vec<T>::blendv(with_totals, Vec<T>(T(0)), logit == Vec<T>(-kInfinity<T>));
+  };
   if constexpr (Sums) {
     std::fill_n(col_sums.scale, kTile, T(0));
     std::fill_n(col_sums.bias, kTile, T(0));
@@ -351,10 +387,10 @@ inline void coefficients_loop(
         T* logits = tile.logits + (i + r) * kTile + j;
         const Vec<T> coefficient = pair(i + r, j, Vec<T>::loadu(logits));
         if constexpr (Sums) {
-          const Vec<T> with_dot = coefficient * Vec<T>::loadu(tile.dots + (i + r) * kTile + j);
-          scale_sum[r] = at::vec::fmadd(with_dot, col_scale, scale_sum[r]);
+          const Vec<T> with_pair = coefficient * Vec<T>::loadu(tile.pairs + (i + r) * kTile + j);
+          scale_sum[r] = at::vec::fmadd(with_pair, col_scale, scale_sum[r]);
           bias_sum[r] = bias_sum[r] + coefficient;
-          col_scale_sum = at::vec::fmadd(with_dot, row_scale, col_scale_sum);
+          col_scale_sum = at::vec::fmadd(with_pair, row_scale, col_scale_sum);
           col_bias_sum = col_bias_sum + coefficient;
         }
         (coefficient * (row_scale * col_scale)).store(logits);
@@ -383,12 +419,12 @@ void coefficients_of(
   };
   if (cols.max == nullptr) {
     coefficients_loop<Sums>(
-        tile, row_sums, col_sums, [&](int64_t i, int64_t, Vec<T> logit) { return row_term(i, logit); });
+        tile, rows, cols, row_sums, col_sums, [&](int64_t i, int64_t, Vec<T> logit) { return row_term(i, logit); });
     return;
   }
   if (rows.max == nullptr) {
     coefficients_loop<Sums>(
-        tile, row_sums, col_sums, [&](int64_t, int64_t j, Vec<T> logit) { return col_term(j, logit); });
+        tile, rows, cols, row_sums, col_sums, [&](int64_t, int64_t j, Vec<T> logit) { return col_term(j, logit); });
     return;
   }
 
@@ -415,12 +451,12 @@ void coefficients_of(
     };
     factors(tile.rows, rows, row_factor);
     factors(kTile, cols, col_factor);
-    coefficients_loop<Sums>(tile, row_sums, col_sums, [&](int64_t i, int64_t j, Vec<T> logit) {
+    coefficients_loop<Sums>(tile, rows, cols, row_sums, col_sums, [&](int64_t i, int64_t j, Vec<T> logit) {
       return exp(logit - shift) * (Vec<T>(row_factor[i]) + Vec<T>::loadu(col_factor + j));
     });
     return;
   }
-  coefficients_loop<Sums>(tile, row_sums, col_sums, [&](int64_t i, int64_t j, Vec<T> logit) {
+  coefficients_loop<Sums>(tile, rows, cols, row_sums, col_sums, [&](int64_t i, int64_t j, Vec<T> logit) {
     return row_term(i, logit) + col_term(j, logit);
   });
 }
@@ -433,6 +469,79 @@ void coefficients(
   } else {
     coefficients_of<false>(tile, rows, cols, row_sums, col_sums);
   }
+}
+
+// Coordinates y of rows in the spans of their columns' tuples, from the dot products of row i at the columns from j on.
+template <int Members, typename T>
+inline std::array<Vec<T>, Members> coordinates(const SpanTile<T>& tile, int64_t i, int64_t j) {
+  std::array<Vec<T>, Members> dots;
+  std::array<Vec<T>, Members> y;
+  const T* basis = tile.basis + j;
+#pragma GCC unroll 4
+  for (int t = 0; t < Members; ++t) {
+    dots[t] = Vec<T>::loadu(tile.dots + t * kTile * kTile + i * kTile + j);
+    y[t] = Vec<T>::loadu(basis) * dots[0];
+    basis += tile.ld_basis;
+#pragma GCC unroll 4
+    for (int s = 1; s <= t; ++s, basis += tile.ld_basis) {
+      y[t] = at::vec::fmadd(Vec<T>::loadu(basis), dots[s], y[t]);
+    }
+  }
+  return y;
+}
+
+template <int Members, typename T>
+void distances_of(const SpanTile<T>& tile, T* pairs) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+      Vec<T> square(tile.row_square[i]);
+      for (const Vec<T>& y : coordinates<Members>(tile, i, j)) {
+        square = at::vec::fmadd(y, y.neg(), square);
+      }
+      at::vec::maximum(square, Vec<T>(T(0))).sqrt().neg().store(pairs + i * kTile + j);
+    }
+  }
+}
+
+template <int Members, typename T>
+void spread_of(const SpanTile<T>& tile, const T* pairs, const T* gradients, const SpanCoefficients<T>& coefficients) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    // |x|^2 - |y|^2 is off by about as many units in the last place of |x|^2
+    const Vec<T> smallest(-std::sqrt(4 * std::numeric_limits<T>::epsilon() * tile.row_square[i]));
+    Vec<T> row_sum(T(0));
+    for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+      const int64_t place = i * kTile + j;
+      const Vec<T> pair = Vec<T>::loadu(pairs + place);
+      const Vec<T> quotient = Vec<T>::loadu(gradients + place) / pair.neg();
+      const Vec<T> q = Vec<T>::blendv(quotient, Vec<T>(T(0)), pair >= smallest);
+      const std::array<Vec<T>, Members> y = coordinates<Members>(tile, i, j);
+      row_sum = row_sum + q;
+#pragma GCC unroll 4
+      for (int t = 0; t < Members; ++t) {
+        Vec<T> b(T(0));
+#pragma GCC unroll 4
+        for (int s = t; s < Members; ++s) {
+          b = at::vec::fmadd(Vec<T>::loadu(tile.basis + (s * (s + 1) / 2 + t) * tile.ld_basis + j), y[s], b);
+        }
+        (q * b).store(coefficients.of_x[t] + place);
+        (q * y[t]).store(coefficients.of_y[t] + place);
+      }
+    }
+    coefficients.row_sum[i] = sum_of(row_sum);
+  }
+}
+
+// The instance for the number of vectors in a tuple.
+template <typename T>
+void distances(const SpanTile<T>& tile, T* pairs) {
+  constexpr auto of = std::array{distances_of<1, T>, distances_of<2, T>, distances_of<3, T>, distances_of<4, T>};
+  of[tile.members - 1](tile, pairs);
+}
+
+template <typename T>
+void spread(const SpanTile<T>& tile, const T* pairs, const T* gradients, const SpanCoefficients<T>& coefficients) {
+  constexpr auto of = std::array{spread_of<1, T>, spread_of<2, T>, spread_of<3, T>, spread_of<4, T>};
+  of[tile.members - 1](tile, pairs, gradients, coefficients);
 }
 
 template <typename T>
@@ -457,8 +566,11 @@ constexpr TileKernels<T> kKernels = {
     logits<T>,
     mask_ids<T>,
     reduce<T>,
+    totals<T>,
     fold<T>,
     coefficients<T>,
+    distances<T>,
+    spread<T>,
 };
 
 }  // namespace

@@ -18,8 +18,8 @@ constexpr int64_t kTile = 128;
 template <typename T>
 struct Tile {
   int64_t rows;
-  const T* dots;  // <x_i, y_j>
-  T* logits;      // s_ij, then overwritten by what the function computes
+  const T* pairs;  // of x_i and y_j: their dot product, or minus the distance of x_i from the span of the tuple y_j
+  T* logits;       // s_ij, then overwritten by what the function computes
   const T* row_scale;
   const T* col_scale;
   const T* row_bias;
@@ -35,11 +35,36 @@ struct MaxSum {
 
 // One direction of the backward: u = dL/d lse, and lse as maximum and log of the sum relative to it. They stay apart,
 // as the rounding of their sum is as large as the logits are. An empty set has the maximum +inf and a log of 0.
+// grad_total = dL/d sum of the logits is null, in both directions, where there are no totals.
 template <typename T>
 struct Direction {
   const T* grad_lse;
   const T* max;
   const T* log_sum;
+  const T* grad_total;
+};
+
+// The most vectors that a tuple may have.
+constexpr int64_t kMembers = 4;
+
+// Rows x_i against tuples (m_j1 .. m_jP). With L L^T the Gram matrix of tuple j, y = L^-1 (<x_i, m_j1> .. <x_i, m_jP>)
+// are the coordinates of x_i in the span of the tuple, and its distance from the span is sqrt(|x_i|^2 - |y|^2).
+template <typename T>
+struct SpanTile {
+  int64_t rows;
+  int64_t members;  // P
+  const T* dots;    // P tiles <x_i, m_jt>
+  const T* basis;   // P (P + 1) / 2 rows of values over the columns: the lower triangle of L^-1
+  int64_t ld_basis;
+  const T* row_square;  // |x_i|^2
+};
+
+// What the products of a tuple's backward take, P tiles each.
+template <typename T>
+struct SpanCoefficients {
+  T* of_x[kMembers];  // weight of m_jt in the gradient of x_i
+  T* of_y[kMembers];  // weight of x_i in moment t of tuple j
+  T* row_sum;         // 128 values: minus the weight of x_i in its own gradient
 };
 
 // Sums over one tile, of 128 values each: the gradients of scale and bias.
@@ -68,7 +93,7 @@ struct TileKernels {
   // Round to bfloat16, the operand of matrix units; null for double.
   void (*round)(int64_t n, const T* source, c10::BFloat16* destination);
 
-  // logits = row_scale col_scale dots + row_bias + col_bias
+  // logits = row_scale col_scale pairs + row_bias + col_bias
   void (*logits)(const Tile<T>& tile);
 
   // logits = -inf where the ids are equal, or with `restrict` where they are not
@@ -77,13 +102,25 @@ struct TileKernels {
   // Maxima and sums over the rows and over the columns of the logits; a null direction is skipped.
   void (*reduce)(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols);
 
+  // Sums of the logits over the rows and over the columns, of the pairs that take part; a null direction is skipped.
+  void (*totals)(const Tile<T>& tile, T* rows, T* cols);
+
   // Fold `part` into the running statistics of n rows (columns).
   void (*fold)(int64_t n, MaxSum<T> running, MaxSum<T> part);
 
-  // logits = (u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j)) row_scale_i col_scale_j, the weight of y_j in the gradient
-  // of x_i and of x_i in that of y_j; a null direction is skipped. Sums are skipped where null.
+  // logits = (u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j) + the gradients of the totals) row_scale_i col_scale_j, the
+  // gradient of the pair: for dot products the weight of y_j in the gradient of x_i, and of x_i in that of y_j. A
+  // direction whose max is null is skipped. Sums are skipped where null.
   void (*coefficients)(
       const Tile<T>& tile, Direction<T> rows, Direction<T> cols, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums);
+
+  // pairs = minus the distances of the rows from the spans
+  void (*distances)(const SpanTile<T>& tile, T* pairs);
+
+  // From the gradients of the pairs to the coefficients of the products: with q = gradient / distance, of_x_t = q b_t
+  // for b = L^-T y, of_y_t = q y_t, row_sum = sum of q. q is 0 where the distance is 0 to within its rounding: there it
+  // has a minimum.
+  void (*spread)(const SpanTile<T>& tile, const T* pairs, const T* gradients, const SpanCoefficients<T>& coefficients);
 };
 
 // The table of the best instruction set of this processor, or the one that ATEN_CPU_CAPABILITY names.

@@ -1,0 +1,96 @@
+"""The vectors of each tuple, factored once, outside of the sweep: what every streaming backend of the volumes shares.
+
+With M_j the P x D matrix of tuple j and L L^T = M_j M_j^T its Gram matrix, Q = L^-1 M_j is an orthonormal basis of the
+span, and volume(a, M_j) = v_j * distance of a from the span, with v_j = prod_t L_tt the volume of the tuple itself.
+The sweep sees the distances alone, with v_j as a factor of the column's scale. Gram matrices are formed and factored in
+float64: of a float32 one, the error of L ruins the tuples whose vectors are close to each other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_ops.dtypes import statistics_dtype
+
+# A vector whose square outside of the span of those before it is this share of itself counts as inside of it: its row
+# of L^-1 is 0, and so are the volume of the tuple and its gradient. Well above the rounding of a float64 Gram matrix.
+INSIDE = 1e-12
+ROWS = 4096  # at a time in float64, so that no float64 copy of the input is made
+
+
+class Basis(NamedTuple):
+    inverse: Tensor  # [M, P, P], L^-1
+    volume: Tensor  # [M], v_j
+
+
+def factor(tuples: Tensor) -> Basis:
+    """Factor the Gram matrices of tuples [M, P, D], in float64."""
+    m, members, _ = tuples.shape
+    gram = tuples.new_empty((m, members, members), dtype=torch.float64)
+    for rows in range(0, m, ROWS):
+        part = tuples[rows : rows + ROWS].double()
+        gram[rows : rows + ROWS] = part @ part.mT
+    lower = torch.zeros_like(gram)
+    inverse = torch.zeros_like(gram)
+    volume = gram.new_ones(m)
+    for t in range(members):
+        square = gram[:, t, t]
+        pivot = square - lower[:, t, :t].square().sum(-1)
+        inside = pivot <= INSIDE * square
+        reciprocal = pivot.masked_fill(inside, torch.inf).rsqrt()
+        length = pivot.masked_fill(inside, 0.0).sqrt()
+        volume = volume * length
+        below = gram[:, t + 1 :, t] - (lower[:, t + 1 :, :t] @ lower[:, t, :t, None]).squeeze(-1)
+        lower[:, t, t] = length
+        lower[:, t + 1 :, t] = below * reciprocal[:, None]
+        inverse[:, t, t] = reciprocal
+        inverse[:, t, :t] = -reciprocal[:, None] * (lower[:, t, None, :t] @ inverse[:, :t, :t]).squeeze(1)
+    return Basis(inverse, volume)
+
+
+def packed(basis: Basis, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """What the sweep reads: the lower triangles of L^-1 [P (P + 1) / 2, M], row after row, and |a_i|^2 [N]."""
+    dtype = statistics_dtype(anchor)
+    row, col = torch.tril_indices(*basis.inverse.shape[1:], device=anchor.device)
+    squares = [part.double().square().sum(-1) for part in anchor.split(ROWS)]
+    return basis.inverse[:, row, col].T.to(dtype).contiguous(), torch.cat(squares).to(dtype)
+
+
+def column_weight(basis: Basis, col_scale: Tensor | None, anchor: Tensor) -> Tensor:
+    """The scale of a column's distances: col_scale_j v_j."""
+    volume = basis.volume.to(statistics_dtype(anchor))
+    return volume if col_scale is None else col_scale * volume
+
+
+def needs_of_sweep(needs: list[bool]) -> list[bool]:
+    """The gradient of the tuples takes that of the column's scale, too, which has their volume."""
+    anchor, tuples, row_scale, col_scale = needs
+    return [anchor, tuples, row_scale, tuples or col_scale]
+
+
+def gradients(
+    tuples: Tensor, basis: Basis, col_scale: Tensor | None, sweep: tuple[Tensor, ...], needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """The gradients of the op from those of the sweep.
+
+    The sweep gives the moments T_jt = sum_i q_ij y_ijt a_i, which move the span; only their part outside of it does:
+    dM = L^-T (T - (T Q^T) Q + dL/dv v Q).
+    """
+    grad_anchor, moments, grad_row_scale, grad_weight = sweep
+    dtype = grad_row_scale.dtype
+    grad_tuples, grad_col_scale = tuples.new_empty(0), grad_weight.new_empty(0)
+    volume = basis.volume.to(dtype)
+    if needs[1]:
+        grad_volume = grad_weight if col_scale is None else grad_weight * col_scale
+        inverse = basis.inverse.to(dtype)
+        with torch.autocast(tuples.device.type, enabled=False):  # it would round the operands
+            q = inverse @ tuples.to(dtype)
+            outside = moments - (moments @ q.mT) @ q
+            grad = inverse.mT @ (outside + (grad_volume * volume)[:, None, None] * q)
+        grad_tuples = grad.to(tuples.dtype)
+    if needs[3]:
+        grad_col_scale = grad_weight * volume
+    return grad_anchor, grad_tuples, grad_row_scale, grad_col_scale

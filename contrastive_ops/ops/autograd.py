@@ -1,0 +1,153 @@
+"""Autograd around the streaming ops: an op boundary costs less without it, and torch.compile traces it.
+
+Every op `name` has one shape, so that this is written once:
+
+    name(*tensors, *flags, keep, backend)
+        -> row_max, col_max, row_log_sum, col_log_sum, dots, *others
+    name_backward(grad_row_lse, grad_col_lse, *grad_others, row_max, col_max, row_log_sum, col_log_sum, dots,
+                  *tensors, *flags, needs, backend)
+        -> a gradient for each of the first tensors, as many as `needs` has entries
+
+The statistics are a maximum and the log of a sum relative to it. Their sum is the log-sum-exp, but backward takes them
+apart: at logits of 1e4 the rounding of the log-sum-exp is 1e-3, and so would be the error of every gradient. `dots` is
+what a backend keeps from forward for backward, if `keep` is true: a gradient may be asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_ops import backends, checks
+
+STATISTICS = "Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor dots"
+
+
+def define(name: str, tensors: str, gradients: tuple[str, ...], flags: str, others: tuple[str, ...]) -> None:
+    """Define the schemas of an op and of its backward, and let the named backend run them.
+
+    tensors : the tensors of the schema, those that have gradients first
+    gradients : the names of the latter
+    flags : the rest of the options
+    others : what forward returns beside the statistics
+    """
+    returned = "".join(f", Tensor {other}" for other in others)
+    torch.library.define(
+        f"contrastive_ops::{name}", f"({tensors}, {flags}, bool keep, str backend) -> ({STATISTICS}{returned})"
+    )
+    incoming = ", ".join(f"Tensor grad_{output}" for output in ("row_lse", "col_lse", *others))
+    torch.library.define(
+        f"contrastive_ops::{name}_backward",
+        f"({incoming}, {STATISTICS}, {tensors}, {flags}, bool[{len(gradients)}] needs, str backend) -> "
+        f"({', '.join(f'Tensor {gradient}' for gradient in gradients)})",
+    )
+
+    def run(function: str) -> Any:
+        def implementation(*arguments: Any) -> tuple[Tensor, ...]:
+            *inputs, backend = arguments
+            return getattr(backends.module(backend), function)(*inputs)
+
+        return implementation
+
+    torch.library.impl(f"contrastive_ops::{name}", "CompositeExplicitAutograd", run(f"{name}_forward"))
+    torch.library.impl(f"contrastive_ops::{name}_backward", "CompositeExplicitAutograd", run(f"{name}_backward"))
+
+
+def call(name: str, gradients: int, arguments: tuple[Any, ...], backend: str) -> tuple[Tensor, ...]:
+    """Run the op differentiably: row_lse, col_lse, *others, row_max, col_max.
+
+    `arguments` are its tensors and flags; the first `gradients` of them may have gradients.
+    """
+    tensors = arguments[:gradients]
+    checks.no_forward_mode(name, *tensors)
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.compiler.is_compiling():
+        arguments = _aliased(arguments)
+    plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    function = _DifferentiableEager if plain else _Differentiable
+    *outputs, row_max, col_max, _row_log_sum, _col_log_sum, _dots = function.apply(
+        name, gradients, *arguments, keep, backend
+    )
+    return (*outputs, row_max, col_max)
+
+
+def _aliased(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A view for each tensor that comes again (y = x, one vector of ids): Dynamo traces no Function with it."""
+    distinct: list[Any] = []
+    for value in arguments:
+        repeated = isinstance(value, Tensor) and any(value is other for other in distinct)
+        distinct.append(value.view_as(value) if repeated else value)
+    return tuple(distinct)
+
+
+class _Differentiable(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name, gradients, *arguments):
+        row_max, col_max, row_log_sum, col_log_sum, dots, *others = getattr(torch.ops.contrastive_ops, name)(*arguments)
+        statistics = (row_max, col_max, row_log_sum, col_log_sum, dots)
+        return (row_max + row_log_sum, col_max + col_log_sum, *others, *statistics)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        name, gradients, *arguments, _keep, backend = inputs
+        *outputs, row_max, col_max, row_log_sum, col_log_sum, dots = output
+        statistics = (row_max, col_max, row_log_sum, col_log_sum, dots)
+        flags = [argument for argument in arguments if isinstance(argument, bool)]
+        ctx.save_for_backward(*statistics, *arguments[: len(arguments) - len(flags)])
+        ctx.name, ctx.gradients, ctx.flags, ctx.backend = name, gradients, flags, backend
+        ctx.sizes = [value.shape[0] for value in outputs]
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)  # it would fill the 64 MB of a gradient of dots with zeros
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needs = list(ctx.needs_input_grad[2 : 2 + ctx.gradients])
+        saved = ctx.saved_tensors  # once: checkpointing minds
+        incoming = [
+            saved[0].new_zeros(size) if grad is None else grad
+            for size, grad in zip(ctx.sizes, grads[: len(ctx.sizes)], strict=True)
+        ]
+        arguments = (*incoming, *saved, *ctx.flags, needs, ctx.backend)
+        if torch.is_grad_enabled():  # create_graph=True
+            results = _Once.apply(ctx.name, *arguments)
+        else:
+            results = getattr(torch.ops.contrastive_ops, f"{ctx.name}_backward")(*arguments)
+        wanted = [result if need else None for result, need in zip(results, needs, strict=True)]
+        return (None, None, *wanted, *[None] * (len(ctx.needs_input_grad) - 2 - len(wanted)))
+
+
+class _DifferentiableEager(torch.autograd.Function):
+    """The same, without torch.func: PyTorch inspects a signature at every call of a Function with a setup_context."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _Differentiable.forward(*inputs)
+        _Differentiable.setup_context(ctx, inputs, output)
+        return output
+
+    backward = _Differentiable.backward
+
+
+class _Once(torch.autograd.Function):
+    """The backward op in a graph that may be differentiated again, which it refuses."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name, *arguments):
+        return getattr(torch.ops.contrastive_ops, f"{name}_backward")(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_grads):
+        raise RuntimeError(
+            f"{ctx.name} is differentiable once, got a second differentiation (create_graph=True); "
+            'call it with backend="reference", which autograd differentiates to any order.'
+        )
