@@ -266,10 +266,37 @@ REFUSALS = {
         "features must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
     "supcon-4d": (
         lambda: co.supcon(X[None, None], IDS), ValueError,
-        "features must have shape (N, D), got (1, 1, 4, 3); flatten or unsqueeze it to 2 dimensions."),
+        "features must have shape (N, V, D), got (1, 1, 4, 3); flatten or unsqueeze it to 3 dimensions."),
     "supcon-list": (
         lambda: co.supcon([[1.0]], IDS), TypeError,
         "features must be a torch.Tensor, got list; call torch.as_tensor(features)."),
+    # volume_logsumexp
+    "volume-anchor": (
+        lambda: co.volume_logsumexp(X[0], X[:, None]), ValueError,
+        "anchor must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
+    "volume-tuples": (
+        lambda: co.volume_logsumexp(X, X), ValueError,
+        "tuples must have shape (M, P, D), got (4, 3); flatten or unsqueeze it to 3 dimensions."),
+    "volume-dtype": (
+        lambda: co.volume_logsumexp(X, X[:, None].double()), TypeError,
+        "tuples must have the dtype of anchor, float32, got float64; call tuples.to(anchor.dtype)."),
+    "volume-five": (
+        lambda: co.volume_logsumexp(X, X[:, None].expand(4, 5, 3)), ValueError,
+        "tuples must have 1 to 4 vectors each (P of (M, P, D)), got shape (4, 5, 3); "
+        "leave modalities out, or average some."),
+    "volume-none": (
+        lambda: co.volume_logsumexp(X, X[:, None, :][:, :0]), ValueError,
+        "tuples must have 1 to 4 vectors each (P of (M, P, D)), got shape (4, 0, 3); "
+        "leave modalities out, or average some."),
+    "volume-no_direction": (
+        lambda: co.volume_logsumexp(X, X[:, None], rows=False), ValueError,
+        "rows or cols must be True, got rows=False, cols=False; there would be nothing to do."),
+    "volume-scale": (
+        lambda: co.volume_logsumexp(X, Y[:, None], col_scale=torch.ones(4)), ValueError,
+        "col_scale must have shape (5,), got (4,); give one value per row of tuples."),
+    "volume-exclude": (
+        lambda: co.volume_logsumexp(X, Y[:, None], exclude=torch.ones(4)), TypeError,
+        "exclude must be an integer tensor, got float32; call exclude.long()."),
     # backends
     "backend-op": (
         lambda: op(X, backend="triton2"), ValueError,
@@ -286,7 +313,7 @@ REFUSALS = {
         "x must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
     "explain-op": (
         lambda: co.explain(X, op="attention"), ValueError,
-        "op must be one of 'similarity_logsumexp', got 'attention'."),
+        "op must be one of 'similarity_logsumexp', 'volume_logsumexp', got 'attention'."),
     "explain-backend": (
         lambda: co.explain(X.to("meta"), backend="cpu"), RuntimeError,
         'backend="cpu" can\'t run similarity_logsumexp: cpu runs CPU tensors, got a tensor on meta. '

@@ -81,8 +81,12 @@ class Tiles:
         return self.y[j].to(self.dtype)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, enabled=False):  # it would round the operands
+        with self.exact():
             return a @ b
+
+    def exact(self) -> torch.autocast:
+        """No autocast: it would round the operands."""
+        return torch.autocast(self.x.device.type, enabled=False)
 
     def weight(self, i: slice, j: slice) -> Tensor:
         return self.row_scale[i, None] * self.col_scale[None, j]
@@ -149,7 +153,8 @@ class SpanTiles(Tiles):
     def coordinates(self, i: slice, j: slice) -> Tensor:
         """y_ijt as [P, rows, columns]."""
         dots = self.product(self.rows(i), self.cols(j).permute(1, 2, 0))
-        return torch.einsum("jts,sij->tij", self.inverse[j], dots)
+        with self.exact():
+            return torch.einsum("jts,sij->tij", self.inverse[j], dots)
 
     def pairs(self, i: slice, j: slice) -> Tensor:
         return -(self.square[i, None] - self.coordinates(i, j).square().sum(0)).clamp(min=0.0).sqrt()
@@ -162,7 +167,8 @@ class SpanTiles(Tiles):
         q = torch.where(-pairs <= smallest, 0.0, weighted / -pairs)
         y = self.coordinates(i, j)
         if grad_x is not None:
-            b = torch.einsum("jst,sij->tij", self.inverse[j], y)
+            with self.exact():
+                b = torch.einsum("jst,sij->tij", self.inverse[j], y)
             grad_x[i] += self.product(q * b, self.cols(j).transpose(0, 1)).sum(0) - q.sum(1, keepdim=True) * self.rows(
                 i
             )
