@@ -37,7 +37,7 @@ def tensor(name: str, value: Any) -> None:
 def features(name: str, value: Any, *, dim: int = 2) -> None:
     """Embeddings: a strided floating-point tensor of shape (N, D) with D >= 1."""
     tensor(name, value)
-    expected = {2: "(N, D)", 3: "(N, V, D)"}[dim]
+    expected = {2: "(N, D)", 3: "(V, N, D)"}[dim]
     if value.dim() != dim:
         raise ValueError(
             f"{name} must have shape {expected}, got {shape(value)}; flatten or unsqueeze it to {dim} dimensions."
@@ -50,6 +50,18 @@ def features(name: str, value: Any, *, dim: int = 2) -> None:
         )
     if value.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one feature (D >= 1), got shape {shape(value)}.")
+
+
+def views(name: str, value: Any) -> None:
+    """Two or more views of the same instances, one tensor of shape (V, N, D)."""
+    if isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; call torch.stack({name}).")
+    features(name, value, dim=3)
+    if value.shape[0] < 2:
+        raise ValueError(
+            f"{name} must have at least two views (V >= 2), got shape {shape(value)}; its axes are views, instances, "
+            "features."
+        )
 
 
 def same_kind(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
