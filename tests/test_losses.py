@@ -57,7 +57,8 @@ def test_raw_dot_products(loss, variant, reduction, backend, dtype):
     """normalize=False, with rows of norms from 0.5 to 2."""
     arguments = tuple(
         (a.detach() * torch.linspace(0.5, 2.0, a.shape[-2], dtype=a.dtype)[:, None]).requires_grad_()
-        if a.dim() >= 2 else a
+        if a.dim() >= 2
+        else a
         for a in arguments_of(loss, 33, 12, dtype)
     )
     options = {**variant, **temperature_of(loss, dtype, 1.0), "normalize": False, "reduction": reduction}

@@ -140,7 +140,9 @@ def test_public_name_exists_and_is_documented(name):
         assert not missing, f"parameters without a description: {missing}"
 
 
-@pytest.mark.parametrize("kind", [*(kind for kind, _ in MODULES.values()), co.nn.Alignment, LogitScale], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [*(kind for kind, _ in MODULES.values()), co.nn.Alignment, LogitScale], ids=lambda kind: kind.__name__
+)
 def test_module_has_an_example(kind):
     assert "Examples" in inspect.getdoc(kind)
 

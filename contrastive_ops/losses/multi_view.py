@@ -89,7 +89,7 @@ def mv_infonce(
         positive = _pair_logits(views, scale)
     else:
         diagonal = torch.arange(views.shape[1], device=views.device)
-        view = list(zip(views.unbind(), scale.unbind(), strict=True))
+        view = list(zip(_each(views), _each(scale), strict=True))
         sweeps = [
             similarity_logsumexp(x, y, row_scale=a, col_scale=b, exclude=diagonal, cols=True, backend=backend)
             for (x, a), (y, b) in combinations(view, 2)
@@ -344,7 +344,7 @@ def pairwise_views(views: Tensor, loss: str = "nt_xent", **options: Any) -> Tens
             f"return_stats must be False, got {options['return_stats']!r}: every pair of views has its own statistics; "
             f"call {loss}(views[0], views[1], return_stats=True)."
         )
-    per_pair = [PAIR_LOSSES[loss](x, y, **options) for x, y in combinations(views.unbind(), 2)]
+    per_pair = [PAIR_LOSSES[loss](x, y, **options) for x, y in combinations(_each(views), 2)]
     return torch.stack(per_pair).mean(0)
 
 
@@ -355,6 +355,11 @@ def _scale(views: Tensor, temperature: float | Tensor, reduction: str, normalize
     checks.temperature("temperature", temperature, views.device)
     norm_scale = terms.inverse_norm(views) if normalize else terms.ones(views)
     return terms.inverse(temperature, views) ** 0.5 * norm_scale
+
+
+def _each(views: Tensor) -> list[Tensor]:
+    """The views one by one; the backward of unbind is a stack, whose autocast rule fails on float16 tensors on CPU."""
+    return [views[view] for view in range(len(views))]
 
 
 def _other_instances(views: Tensor, scale: Tensor, backend: str) -> Tensor:

@@ -206,16 +206,19 @@ def _gaussian(x: Tensor, t: float, normalize: bool) -> tuple[float | Tensor, Ten
 
 
 def _unit_difference(x: Tensor, y: Tensor) -> Tensor:
-    r"""x / |x| - y / |y|, with full relative accuracy where the two are close.
+    r"""x / |x| - y / |y|, with full relative accuracy where the two are close, in gradients, too.
 
     .. math:: \frac{x}{|x|} - \frac{y}{|y|} = \frac{1}{|x|} \Big(x - y - m \frac{y}{|y|}\Big), \qquad
               m = |x| - |y| = \frac{\langle x - y, x + y \rangle}{|x| + |y|}
 
-    Each unit vector is rounded: their plain difference is off by eps, however small it is.
+    Each unit vector is rounded: their plain difference is off by eps, however small it is. Far apart it is the more
+    accurate of the two, because m is not small there.
     """
     inverse_x, inverse_y = terms.inverse_norm(x)[:, None], terms.inverse_norm(y)[:, None]
-    zero = (inverse_x == 0) | (inverse_y == 0)
     unit_y, difference = inverse_y * y, x - y
-    inverse_sum = inverse_x * inverse_y / (inverse_x + inverse_y).masked_fill(zero, 1.0)
-    excess = (difference * (x + y)).sum(-1, keepdim=True) * inverse_sum
-    return torch.where(zero, inverse_x * x - unit_y, inverse_x * (difference - excess * unit_y))
+    plain = inverse_x * x - unit_y
+    total = inverse_x + inverse_y
+    inverse_sum = inverse_x * inverse_y / total.masked_fill(total == 0, 1.0)  # of the norms
+    m = (difference * (x + y)).sum(-1, keepdim=True) * inverse_sum
+    far = plain.detach().square().sum(-1, keepdim=True) > 0.1
+    return torch.where(far, plain, inverse_x * (difference - m * unit_y))
