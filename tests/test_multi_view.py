@@ -1,4 +1,4 @@
-"""What must hold of the losses over several views by definition, beyond what every loss of the catalogue is tested for."""
+"""What must hold of the losses over several views, beyond what every loss of the catalogue is tested for."""
 
 from __future__ import annotations
 

@@ -349,7 +349,10 @@ def pairwise_views(views: Tensor, loss: str = "nt_xent", **options: Any) -> Tens
 
 
 def _scale(views: Tensor, temperature: float | Tensor, reduction: str, normalize: bool) -> Tensor:
-    """Checks the arguments. The scale of every row [V, N]: both sides of a product carry the root of the logit scale."""
+    """Check the arguments, and return the scale [V, N] of every row.
+
+    Both sides of a product carry it, and with it the root of the logit scale.
+    """
     terms.check_options(reduction, normalize)
     checks.views("views", views)
     checks.temperature("temperature", temperature, views.device)

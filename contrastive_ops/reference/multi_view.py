@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations, permutations
 from typing import Any
 
@@ -95,10 +96,13 @@ def pvc(
 
 def pairwise_views(views: Tensor, loss: str = "nt_xent", **options: Any) -> Tensor:
     """The mean of the naive loss over all pairs of views."""
-    function = {"nt_xent": losses.nt_xent, "info_nce": losses.info_nce, "dcl": losses.dcl}[loss]
+    naive: dict[str, Callable[..., Tensor]] = {
+        "nt_xent": losses.nt_xent,
+        "info_nce": losses.info_nce,
+        "dcl": losses.dcl,
+    }
     pairs = list(combinations(range(len(views)), 2))
-    total = sum(function(views[a], views[b], **options) for a, b in pairs)
-    return torch.as_tensor(total) / len(pairs)
+    return torch.stack([naive[loss](views[a], views[b], **options) for a, b in pairs]).mean(0)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
