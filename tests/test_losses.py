@@ -531,7 +531,8 @@ def test_dclw_is_dcl_where_all_positives_are_equally_hard(backend):
 def test_a_shift_of_the_logits_of_a_row_changes_nothing(loss, variant, backend):
     """The rows of the gradient w.r.t. the logits sum to 0: a feature that is 1 everywhere adds a constant to them.
 
-    Not for DHEL, which has one positive and a denominator in each view. Not for DCLW, whose weighted positive doesn't balance its denominator row by row; its mean does, the weights' is 1.
+    Not for DCLW, whose weighted positive doesn't balance its denominator row by row; its mean does, the weights' is 1.
+    Nor for DHEL, whose denominators, one in each view, share one positive.
     """
     arguments = arguments_of(loss, 15, 5, torch.float64)
     options = {

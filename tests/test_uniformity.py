@@ -212,6 +212,39 @@ def test_rows_that_coincide_have_zero_gradient(normalize, alpha):
     assert (grad[3] != 0).any()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
+)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_compiled(normalize):
+    """What the catalogue's rows leave out; one graph for two sizes that share no factor."""
+
+    def call(x, y):
+        options = {"normalize": normalize}
+        return co.uniformity(x, y, **options), co.alignment(x, y, **options), co.alignment(x, y, alpha=1.0, **options)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (14, 33):
+        arguments = rows_of(n, 6, count=2)
+        results, expected = (evaluate(function, arguments, {}) for function in (compiled, call))
+        for name, value in expected.items():
+            torch.testing.assert_close(results[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing_across(dtype, backend):
+    arguments = rows_of(12, 6, dtype, count=2)
+
+    def call(x, y):
+        return co.uniformity(x, y, backend=backend), co.alignment(x, y, alpha=1.0, reduction="none")
+
+    expected = evaluate(call, arguments, {})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = evaluate(call, arguments, {})
+    assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("norm", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("distance", [1e-3, 1e-6])
 def test_tiny_alignment_keeps_its_relative_accuracy(distance, norm):
