@@ -12,8 +12,21 @@ from contrastive_ops import catalogue
 
 LOSSES = {row.name: row for row in catalogue.LOSSES}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# rows per sample of the losses that compare all rows of one matrix with each other
-SELF_SIMILAR = {"nt_xent": 2, "dcl": 2, "dclw": 2, "supcon": 1}
+# rows and columns per sample of the losses whose similarities are symmetric; blocks are stacked to one plane
+V = catalogue.VIEWS
+SELF_SIMILAR = {
+    "nt_xent": (2, 2),
+    "dcl": (2, 2),
+    "dclw": (2, 2),
+    "supcon": (1, 1),
+    "mv_infonce": (V, V),
+    "mv_dhel": (V, 1),  # within each view
+    "dhel": (2, 1),
+    "pvc": (V, V),
+    "pairwise_views": (V * (V - 1), 2),  # two views against two, for each of V (V - 1) / 2 pairs
+    "uniformity": (1, 1),
+    "joint_entropy": (1, 1),
+}
 TWO_SIDED = ("info_nce", "clip_loss")
 
 
@@ -39,7 +52,8 @@ class Case:
         if self.loss in TWO_SIDED:
             return self.n, self.n
         if self.loss in SELF_SIMILAR:
-            return SELF_SIMILAR[self.loss] * self.n, SELF_SIMILAR[self.loss] * self.n
+            rows, cols = SELF_SIMILAR[self.loss]
+            return rows * self.n, cols * self.n
         return None
 
     def flops(self) -> dict[str, int] | None:
@@ -72,6 +86,13 @@ DEFAULT = (
     Case("dcl", 2048, 128, "float32", "SimCLR's projection head, 4096 views"),
     Case("dclw", 2048, 128, "float32", "SimCLR's projection head, 4096 views"),
     Case("supcon", 4096, 128, "float32", "SupCon's projection head, 4096 views, about four per class"),
+    Case("mv_infonce", 2048, 256, "float32", "four views of 2048 images"),
+    Case("mv_dhel", 2048, 256, "float32", "four views of 2048 images"),
+    Case("dhel", 2048, 256, "float32", "two views of 2048 images"),
+    Case("pvc", 2048, 256, "float32", "four views of 2048 images"),
+    Case("pairwise_views", 1024, 256, "float32", "four views of 1024 images, six calls of NT-Xent"),
+    Case("uniformity", 4096, 128, "float32", "SimCLR's projection head, 4096 views"),
+    Case("joint_entropy", 4096, 128, "float32", "two codes of 64 features, concatenated"),
 )
 OTHER_LOSSES = (4096, 256)  # size of a loss that has no case above
 QUICK = (256, 64)

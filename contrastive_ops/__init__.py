@@ -2,23 +2,47 @@
 
 from contrastive_ops import nn, reference
 from contrastive_ops.backends import explain
-from contrastive_ops.losses import LossStats, clip_loss, dcl, dclw, info_nce, nt_xent, supcon
+from contrastive_ops.losses import (
+    LossStats,
+    alignment,
+    clip_loss,
+    dcl,
+    dclw,
+    dhel,
+    info_nce,
+    joint_entropy,
+    mv_dhel,
+    mv_infonce,
+    nt_xent,
+    pairwise_views,
+    pvc,
+    supcon,
+    uniformity,
+)
 from contrastive_ops.ops import SimilarityLSE, VolumeLSE, similarity_logsumexp, volume_logsumexp
 
 __all__ = [
     "LossStats",
     "SimilarityLSE",
     "VolumeLSE",
+    "alignment",
     "clip_loss",
     "dcl",
     "dclw",
+    "dhel",
     "explain",
     "info_nce",
+    "joint_entropy",
+    "mv_dhel",
+    "mv_infonce",
     "nn",
     "nt_xent",
+    "pairwise_views",
+    "pvc",
     "reference",
     "similarity_logsumexp",
     "supcon",
+    "uniformity",
     "volume_logsumexp",
 ]
 __version__ = "0.1.0"

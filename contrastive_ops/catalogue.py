@@ -51,6 +51,17 @@ def labelled(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> 
     return unit(n, d, dtype, generator), torch.randint(max(n // 4, 1), (n,), generator=generator)
 
 
+VIEWS = 4
+
+
+def views(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor]:
+    return (unit(VIEWS * n, d, dtype, generator).detach().unflatten(0, (VIEWS, n)).requires_grad_(),)
+
+
+def alone(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor]:
+    return (unit(n, d, dtype, generator),)
+
+
 LOSSES: tuple[Loss, ...] = (
     Loss(
         "info_nce",
@@ -102,6 +113,65 @@ LOSSES: tuple[Loss, ...] = (
         "mean over the positives of the class of -log softmax",
         "arXiv:2004.11362",
         ({}, {"variant": "in"}),
+    ),
+    Loss(
+        "mv_infonce",
+        losses.mv_infonce,
+        reference.mv_infonce,
+        views,
+        "one term per instance: all pairs of its V views against all other views of the batch",
+        "arXiv:2507.06979",
+        ({}, {"include_same_view": False}),
+    ),
+    Loss(
+        "mv_dhel",
+        losses.mv_dhel,
+        reference.mv_dhel,
+        views,
+        "one term per instance: all pairs of its V views, against the negatives within each view",
+        "arXiv:2507.06979",
+    ),
+    Loss(
+        "dhel",
+        losses.dhel,
+        reference.dhel,
+        pair,
+        "MV-DHEL of two views: no negatives across them",
+        "arXiv:2405.18045",
+    ),
+    Loss(
+        "pvc",
+        losses.pvc,
+        reference.pvc,
+        views,
+        "NT-Xent of each of V views with each other view of its instance",
+        "arXiv:2403.05490",
+        ({}, {"aggregate": "arithmetic"}),
+    ),
+    Loss(
+        "pairwise_views",
+        losses.pairwise_views,
+        reference.pairwise_views,
+        views,
+        "mean over all pairs of V views of NT-Xent, InfoNCE or DCL",
+        "arXiv:1906.05849",
+        ({}, {"loss": "info_nce"}, {"loss": "dcl"}),
+    ),
+    Loss(
+        "uniformity",
+        losses.uniformity,
+        reference.uniformity,
+        alone,
+        "log of the mean over all pairs of exp(-t distance^2); `alignment` is its companion",
+        "arXiv:2005.10242",
+    ),
+    Loss(
+        "joint_entropy",
+        losses.joint_entropy,
+        reference.joint_entropy,
+        alone,
+        "mean over the rows of the log of their mean exp(-t distance^2)",
+        "arXiv:2402.11928",
     ),
 )
 

@@ -52,6 +52,18 @@ def features(name: str, value: Any, *, expected: str = "(N, D)") -> None:
         raise ValueError(f"{name} must have at least one feature (D >= 1), got shape {shape(value)}.")
 
 
+def views(name: str, value: Any) -> None:
+    """Two or more views of the same instances, one tensor of shape (V, N, D)."""
+    if isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; call torch.stack({name}).")
+    features(name, value, expected="(V, N, D)")
+    if value.shape[0] < 2:
+        raise ValueError(
+            f"{name} must have at least two views (V >= 2), got shape {shape(value)}; its axes are views, instances, "
+            "features."
+        )
+
+
 def same_kind(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Two embeddings that meet in one product: same device, dtype and feature size."""
     if value.device != other.device:

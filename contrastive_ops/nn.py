@@ -100,6 +100,102 @@ class SupCon(_Loss):
     function = staticmethod(losses.supcon)
 
 
+class MVInfoNCE(_Loss):
+    """Module of `mv_infonce`: ``MVInfoNCE(temperature=0.1)(views)``.
+
+    Examples
+    --------
+    >>> MVInfoNCE(temperature=1.0)(torch.eye(3).expand(2, 3, 3))
+    tensor(0.9048)
+    """
+
+    function = staticmethod(losses.mv_infonce)
+
+
+class MVDHEL(_Loss):
+    """Module of `mv_dhel`: ``MVDHEL(temperature=0.1)(views)``.
+
+    Examples
+    --------
+    >>> MVDHEL(temperature=1.0)(torch.eye(3).expand(2, 3, 3))
+    tensor(0.3863)
+    """
+
+    function = staticmethod(losses.mv_dhel)
+
+
+class DHEL(_Loss):
+    """Module of `dhel`: ``DHEL(temperature=0.1)(z1, z2)``.
+
+    Examples
+    --------
+    >>> DHEL(temperature=1.0)(torch.eye(3), torch.eye(3))
+    tensor(0.3863)
+    """
+
+    function = staticmethod(losses.dhel)
+
+
+class PVC(_Loss):
+    """Module of `pvc`: ``PVC(temperature=0.1)(views)``.
+
+    Examples
+    --------
+    >>> PVC(temperature=1.0)(torch.eye(3).expand(3, 3, 3))
+    tensor(1.1654)
+    """
+
+    function = staticmethod(losses.pvc)
+
+
+class PairwiseViews(_Loss):
+    """Module of `pairwise_views`: ``PairwiseViews(loss="nt_xent", temperature=0.5)(views)``.
+
+    Examples
+    --------
+    >>> PairwiseViews(temperature=1.0)(torch.eye(3).expand(4, 3, 3))
+    tensor(0.9048)
+    """
+
+    function = staticmethod(losses.pairwise_views)
+
+
+class Uniformity(_Loss):
+    """Module of `uniformity`: ``Uniformity(t=2.0)(x)``.
+
+    Examples
+    --------
+    >>> Uniformity()(torch.eye(3))
+    tensor(-4.)
+    """
+
+    function = staticmethod(losses.uniformity)
+
+
+class JointEntropy(_Loss):
+    """Module of `joint_entropy`: ``JointEntropy(t=1.0)(x)``.
+
+    Examples
+    --------
+    >>> JointEntropy()(torch.eye(2))
+    tensor(-0.5662)
+    """
+
+    function = staticmethod(losses.joint_entropy)
+
+
+class Alignment(_Loss):
+    """Module of `alignment`: ``Alignment(alpha=2.0)(x, y)``.
+
+    Examples
+    --------
+    >>> Alignment()(torch.eye(3), torch.eye(3).roll(1, 0))
+    tensor(2.)
+    """
+
+    function = staticmethod(losses.alignment)
+
+
 class LogitScale(torch.nn.Module):
     """The learnable logit scale of the CLIP family; calling it gives the multiplier ``exp(logit_scale)``.
 

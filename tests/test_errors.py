@@ -14,6 +14,7 @@ from contrastive_ops import backends, build, checks
 
 X, Y = torch.zeros(4, 3), torch.zeros(5, 3)
 IDS = torch.arange(4)
+VIEWS = torch.zeros(2, 4, 3)
 op = co.similarity_logsumexp
 
 
@@ -297,6 +298,51 @@ REFUSALS = {
     "volume-exclude": (
         lambda: co.volume_logsumexp(X, Y[:, None], exclude=torch.ones(4)), TypeError,
         "exclude must be an integer tensor, got float32; call exclude.long()."),
+    # views
+    "views-list": (
+        lambda: co.mv_infonce([X, X]), TypeError,
+        "views must be a torch.Tensor, got list; call torch.stack(views)."),
+    "views-2d": (
+        lambda: co.mv_dhel(X), ValueError,
+        "views must have shape (V, N, D), got (4, 3); flatten or unsqueeze it to 3 dimensions."),
+    "views-one": (
+        lambda: co.pvc(X[None]), ValueError,
+        "views must have at least two views (V >= 2), got shape (1, 4, 3); its axes are views, instances, features."),
+    "views-temperature": (
+        lambda: co.mv_infonce(VIEWS, temperature=torch.ones(2)), ValueError,
+        "temperature must be a float or a tensor of one element, got shape (2,)."),
+    "views-dhel": (
+        lambda: co.dhel(X, Y), ValueError,
+        "z2 must have the shape of z1, (4, 3), got (5, 3); row i of z2 is the positive of row i of z1."),
+    "include_same_view": (
+        lambda: co.mv_infonce(VIEWS, include_same_view="no"), ValueError,
+        "include_same_view must be one of True, False, got 'no'."),
+    "aggregate": (
+        lambda: co.pvc(VIEWS, aggregate="mean"), ValueError,
+        "aggregate must be one of 'geometric', 'arithmetic', got 'mean'."),
+    "pairwise-loss": (
+        lambda: co.pairwise_views(VIEWS, "dhel"), ValueError,
+        "loss must be one of 'nt_xent', 'info_nce', 'dcl', got 'dhel'."),
+    "pairwise-stats": (
+        lambda: co.pairwise_views(VIEWS, "dcl", return_stats=True), ValueError,
+        "return_stats must be False, got True: every pair of views has its own statistics; "
+        "call dcl(views[0], views[1], return_stats=True)."),
+    # distances
+    "uniformity-t": (
+        lambda: co.uniformity(X, t=0.0), ValueError,
+        "t must be a positive float, got 0.0; pass a value such as 0.5."),
+    "uniformity-rows": (
+        lambda: co.uniformity(X, Y), ValueError,
+        "y must have the shape of x, (4, 3), got (5, 3); row i of y is the positive of row i of x."),
+    "joint_entropy-3d": (
+        lambda: co.joint_entropy(VIEWS), ValueError,
+        "x must have shape (N, D), got (2, 4, 3); flatten or unsqueeze it to 2 dimensions."),
+    "alignment-alpha": (
+        lambda: co.alignment(X, X, alpha=torch.tensor(2.0)), ValueError,
+        "alpha must be a positive float, got tensor(2.); pass a value such as 0.5."),
+    "alignment-dtype": (
+        lambda: co.alignment(X, X.double()), TypeError,
+        "y must have the dtype of x, float32, got float64; call y.to(x.dtype)."),
     # backends
     "backend-op": (
         lambda: op(X, backend="triton2"), ValueError,
@@ -343,17 +389,22 @@ def test_refusal(name):
     assert type(info.value) is kind
 
 
-@pytest.mark.parametrize("loss", [co.info_nce, co.clip_loss, co.nt_xent, co.dcl, co.dclw, co.supcon])
+LOSSES = [co.info_nce, co.clip_loss, co.nt_xent, co.dcl, co.dclw, co.supcon, co.dhel]
+OF_VIEWS = [co.mv_infonce, co.mv_dhel, co.pvc, co.pairwise_views]
+
+
+@pytest.mark.parametrize("loss", LOSSES + OF_VIEWS)
 @pytest.mark.parametrize("option", ["reduction", "normalize", "backend"])
 def test_every_loss_checks_the_common_options(option, loss):
     arguments = {co.clip_loss: (X, X, 1.0), co.supcon: (X, IDS)}.get(loss, (X, X))
+    arguments = (VIEWS,) if loss in OF_VIEWS else arguments
     with pytest.raises(ValueError, match=rf"^{option} must be one of .*, got 'wrong'\.$"):
         loss(*arguments, **{option: "wrong"})
 
 
 def test_every_refusal_of_checks_is_above():
     """Counts the `raise` statements, so that a new check can't come without its sentence here."""
-    assert inspect.getsource(checks).count("    raise ") == 27
+    assert inspect.getsource(checks).count("    raise ") == 29
 
 
 # the first dual tensor makes PyTorch script some of its own functions

@@ -22,6 +22,13 @@ MODULES = {
     "dcl": (co.nn.DCL, {"temperature": 0.3}),
     "dclw": (co.nn.DCLW, {"temperature": 0.3, "sigma": 0.2}),
     "supcon": (co.nn.SupCon, {"temperature": 0.3, "variant": "in", "empty": "drop"}),
+    "mv_infonce": (co.nn.MVInfoNCE, {"temperature": 0.3, "include_same_view": False}),
+    "mv_dhel": (co.nn.MVDHEL, {"temperature": 0.3}),
+    "dhel": (co.nn.DHEL, {"temperature": 0.3, "reduction": "sum"}),
+    "pvc": (co.nn.PVC, {"temperature": 0.3, "aggregate": "arithmetic"}),
+    "pairwise_views": (co.nn.PairwiseViews, {"loss": "dcl", "temperature": 0.3}),
+    "uniformity": (co.nn.Uniformity, {"t": 0.5}),
+    "joint_entropy": (co.nn.JointEntropy, {"t": 0.5, "normalize": True}),
 }
 ROWS = [pytest.param(row, id=row.name) for row in LOSSES]
 
@@ -36,12 +43,13 @@ def test_module_is_its_function(loss, backend):
     assert kind(backend=backend)(*arguments).equal(loss.fused(*arguments, backend=backend))
 
 
-@pytest.mark.parametrize("loss", ROWS)
+# one scalar per batch, there is nothing to reduce
+@pytest.mark.parametrize("loss", [row for row in ROWS if row.id != "uniformity"])
 def test_call_overrides_the_options_of_the_module(loss):
     kind, options = MODULES[loss.name]
     arguments = loss.inputs(12, 5, torch.float32, torch.Generator().manual_seed(0))
     module = kind(**options)
-    assert module(*arguments, reduction="none").shape[0] in (12, 24)
+    assert module(*arguments, reduction="none").shape[-1] in (12, 24)
     assert module(*arguments).shape == ()
     assert "none" not in repr(module)
 
@@ -54,6 +62,11 @@ def test_module_prints_its_options_and_has_no_state(loss):
     assert repr(kind()) == f"{kind.__name__}()"
     assert not module.state_dict()
     assert not list(module.parameters())
+
+
+def test_module_of_alignment_is_its_function():
+    x, y = torch.randn(2, 7, 4)
+    assert torch.equal(co.nn.Alignment(alpha=1.0)(x, y), co.alignment(x, y, alpha=1.0))
 
 
 def test_every_loss_has_a_module():
@@ -127,7 +140,9 @@ def test_public_name_exists_and_is_documented(name):
         assert not missing, f"parameters without a description: {missing}"
 
 
-@pytest.mark.parametrize("kind", [*(kind for kind, _ in MODULES.values()), LogitScale], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [*(kind for kind, _ in MODULES.values()), co.nn.Alignment, LogitScale], ids=lambda kind: kind.__name__
+)
 def test_module_has_an_example(kind):
     assert "Examples" in inspect.getdoc(kind)
 

@@ -5,7 +5,9 @@ The forms are the fast ones: the temperature multiplies the N x D factor, not th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -54,6 +56,59 @@ def supcon(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tenso
     return torch.where(count > 0, lse - mean_positive, 0.0).mean()
 
 
+def mv_infonce(views: Tensor, temperature: float = 0.1) -> Tensor:
+    n = views.shape[1]
+    z = views.flatten(0, 1)
+    denominator = ((z / temperature) @ z.T).fill_diagonal_(-torch.inf).logsumexp(1)
+    # the sum of A is over both orders of a pair
+    numerator = _positives(views, temperature).logsumexp(0) + math.log(2)
+    return (denominator.view(-1, n).logsumexp(0) - numerator).mean()
+
+
+def mv_dhel(views: Tensor, temperature: float = 0.1) -> Tensor:
+    logits = (views / temperature) @ views.mT
+    logits.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    return (logits.logsumexp(2).sum(0) - _positives(views, temperature).logsumexp(0)).mean()
+
+
+def dhel(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
+    return mv_dhel(torch.stack([z1, z2]), temperature)
+
+
+def pvc(views: Tensor, temperature: float = 0.1) -> Tensor:
+    v, n, _ = views.shape
+    z = views.flatten(0, 1)
+    instance = torch.arange(n, device=z.device).repeat(v)
+    logits = (z / temperature) @ z.T
+    negative = logits.masked_fill_(instance[:, None] == instance, -torch.inf).logsumexp(1).view(v, n)
+    pairs = zip(combinations(range(v), 2), _positives(views, temperature), strict=True)
+    return torch.stack([F.softplus(negative[anchor] - s).mean() for pair, s in pairs for anchor in pair]).mean()
+
+
+def _positives(views: Tensor, temperature: float) -> Tensor:
+    """Logits of the pairs of views of each instance."""
+    return torch.stack([(a * b).sum(1) for a, b in combinations(views.unbind(), 2)]) / temperature
+
+
+def pairwise_views(views: Tensor) -> Tensor:
+    return torch.stack([nt_xent(a, b) for a, b in combinations(views.unbind(), 2)]).mean()
+
+
+def uniformity(x: Tensor, t: float = 2.0) -> Tensor:
+    n = len(x)
+    potential = _squared_distances(x).mul(-t).fill_diagonal_(-torch.inf).exp()
+    return (potential.sum() / (n * (n - 1))).log()
+
+
+def joint_entropy(x: Tensor, t: float = 1.0) -> Tensor:
+    return _squared_distances(x).mul(-t).exp().mean(1).log().mean()
+
+
+def _squared_distances(x: Tensor) -> Tensor:
+    squared = x.square().sum(1)
+    return squared[:, None] + squared - 2 * x @ x.T
+
+
 FORMS: dict[str, Callable[..., Tensor]] = {
     "info_nce": info_nce,
     "clip_loss": clip_loss,
@@ -61,6 +116,13 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "dcl": dcl,
     "dclw": dclw,
     "supcon": supcon,
+    "mv_infonce": mv_infonce,
+    "mv_dhel": mv_dhel,
+    "dhel": dhel,
+    "pvc": pvc,
+    "pairwise_views": pairwise_views,
+    "uniformity": uniformity,
+    "joint_entropy": joint_entropy,
 }
 
 

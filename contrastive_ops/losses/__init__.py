@@ -2,8 +2,26 @@
 
 from contrastive_ops.losses.clip import clip_loss
 from contrastive_ops.losses.info_nce import info_nce
+from contrastive_ops.losses.multi_view import dhel, mv_dhel, mv_infonce, pairwise_views, pvc
 from contrastive_ops.losses.supcon import supcon
 from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.losses.two_views import dcl, dclw, nt_xent
+from contrastive_ops.losses.uniformity import alignment, joint_entropy, uniformity
 
-__all__ = ["LossStats", "clip_loss", "dcl", "dclw", "info_nce", "nt_xent", "supcon"]
+__all__ = [
+    "LossStats",
+    "alignment",
+    "clip_loss",
+    "dcl",
+    "dclw",
+    "dhel",
+    "info_nce",
+    "joint_entropy",
+    "mv_dhel",
+    "mv_infonce",
+    "nt_xent",
+    "pairwise_views",
+    "pvc",
+    "supcon",
+    "uniformity",
+]

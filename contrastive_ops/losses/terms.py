@@ -34,6 +34,17 @@ def inverse_norm(x: Tensor) -> Tensor:
     return squared.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
 
 
+def ones(x: Tensor) -> Tensor:
+    """The scale of the rows of x that leaves them as they are."""
+    return torch.ones(x.shape[:-1], dtype=statistics_dtype(x), device=x.device)
+
+
+def logsumexp(x: Tensor, dim: int) -> Tensor:
+    """torch.logsumexp, with zero gradient where all entries are -inf and that one has NaN."""
+    empty = (x == -torch.inf).all(dim, keepdim=True)
+    return torch.where(empty.squeeze(dim), -torch.inf, x.masked_fill(empty, 0.0).logsumexp(dim))
+
+
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i> in the dtype of the statistics."""
     dtype = statistics_dtype(x)

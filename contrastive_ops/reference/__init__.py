@@ -1,19 +1,37 @@
 """The dense, naive twin of every op and every loss: the specification in code."""
 
 from contrastive_ops.reference.losses import clip_loss, dcl, dclw, info_nce, nt_xent, supcon
+from contrastive_ops.reference.multi_view import (
+    alignment,
+    dhel,
+    joint_entropy,
+    mv_dhel,
+    mv_infonce,
+    pairwise_views,
+    pvc,
+    uniformity,
+)
 from contrastive_ops.reference.similarity_logsumexp import logits_at, logsumexp, similarity_logits
 from contrastive_ops.reference.volume_logsumexp import volume_logits, volumes
 
 __all__ = [
+    "alignment",
     "clip_loss",
     "dcl",
     "dclw",
+    "dhel",
     "info_nce",
+    "joint_entropy",
     "logits_at",
     "logsumexp",
+    "mv_dhel",
+    "mv_infonce",
     "nt_xent",
+    "pairwise_views",
+    "pvc",
     "similarity_logits",
     "supcon",
+    "uniformity",
     "volume_logits",
     "volumes",
 ]
