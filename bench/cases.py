@@ -27,7 +27,9 @@ SELF_SIMILAR = {
     "uniformity": (1, 1),
     "joint_entropy": (1, 1),
 }
-TWO_SIDED = ("info_nce", "clip_loss")
+TWO_SIDED = ("info_nce", "clip_loss", "gram_loss", "triangle_loss")
+# products per pair of the losses that compare an anchor with several vectors; the catalogue's inputs have two
+PRODUCTS = {"gram_loss": 2, "triangle_loss": 2}
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,11 @@ class Case:
 
         Forward is one product of tiles, backward the same product again and one for each gradient. Self-similarity
         computes a tile above the diagonal once for both of its sides: half of the products that give similarities.
+        A volume takes as many products as there are modalities beside the anchor.
         """
         if self.plane is None:
             return None
-        product = 2 * self.plane[0] * self.plane[1] * self.d
+        product = 2 * self.plane[0] * self.plane[1] * self.d * PRODUCTS.get(self.loss, 1)
         similarities = product // 2 if self.loss in SELF_SIMILAR else product
         gradients = product if self.loss in SELF_SIMILAR else 2 * product
         return {
@@ -93,6 +96,8 @@ DEFAULT = (
     Case("pairwise_views", 1024, 256, "float32", "four views of 1024 images, six calls of NT-Xent"),
     Case("uniformity", 4096, 128, "float32", "SimCLR's projection head, 4096 views"),
     Case("joint_entropy", 4096, 128, "float32", "two codes of 64 features, concatenated"),
+    Case("gram_loss", 2048, 512, "float32", "GRAM's 512 features of three modalities"),
+    Case("triangle_loss", 2048, 512, "float32", "TRIANGLE's 512 features of three modalities"),
 )
 OTHER_LOSSES = (4096, 256)  # size of a loss that has no case above
 QUICK = (256, 64)

@@ -31,6 +31,7 @@ class Loss:
     formula: str
     paper: str
     variants: tuple[dict[str, Any], ...] = field(default=({},))
+    op: str | None = "similarity_logsumexp"  # the streaming reduction below it; None for plain PyTorch
 
 
 def unit(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -40,6 +41,13 @@ def unit(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> Tens
 
 def pair(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return unit(n, d, dtype, generator), unit(n, d, dtype, generator)
+
+
+def triple(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """An anchor and two modalities at about 45 degrees to it: unrelated ones have equal volumes but for noise."""
+    anchor, *noise = (torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(3))
+    related = (anchor, *(anchor + difference for difference in noise))
+    return tuple(F.normalize(x, dim=1).to(dtype).requires_grad_() for x in related)
 
 
 def pair_and_scale(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,6 +180,26 @@ LOSSES: tuple[Loss, ...] = (
         alone,
         "mean over the rows of the log of their mean exp(-t distance^2)",
         "arXiv:2402.11928",
+    ),
+    Loss(
+        "gram_loss",
+        losses.gram_loss,
+        reference.gram_loss,
+        triple,
+        "softmax over the volumes of anchors with tuples, in both directions",
+        "arXiv:2412.11959",
+        ({}, {"label_smoothing": 0.0}, {"detach_others": True}),
+        op="volume_logsumexp",
+    ),
+    Loss(
+        "triangle_loss",
+        losses.triangle_loss,
+        reference.triangle_loss,
+        triple,
+        "softmax over the areas of triangles of three modalities, in both directions",
+        "arXiv:2509.24734",
+        ({}, {"squared": True}),
+        op=None,
     ),
 )
 

@@ -193,3 +193,31 @@ def no_forward_mode(op: str, *tensors: Tensor | None) -> None:
                 f"{op} has no forward-mode derivative, got a dual tensor (torch.func.jvp, forward_ad); "
                 'use reverse mode, or backend="reference".'
             )
+
+
+def vectors(name: str, value: Any) -> None:
+    """Sets of vectors of any batch shape: (..., K, D) with K >= 1 and D >= 1."""
+    tensor(name, value)
+    if value.dim() < 2 or 0 in value.shape[-2:]:
+        raise ValueError(
+            f"{name} must have shape (..., K, D) with K >= 1 and D >= 1, got {shape(value)}; "
+            "stack the K vectors of a set along dimension -2."
+        )
+    features(name, value.reshape(-1, value.shape[-1]))
+
+
+def modalities(count: int) -> None:
+    if not 1 <= count <= 4:
+        raise ValueError(
+            f"others must be 1 to 4 tensors beside the anchor, got {count}; pass each modality as an argument."
+        )
+
+
+def neighbours(name: str, value: Any, size: int, *, of: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= size:
+        raise ValueError(f"{name} must be an integer in [1, {size}], the number of {of}, got {value!r}.")
+
+
+def enough_to_draw(name: str, size: int) -> None:
+    if size < 2:
+        raise ValueError(f"{name} must have at least 2 rows, got {size}; with one tuple there is no negative to draw.")

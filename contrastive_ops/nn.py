@@ -196,6 +196,30 @@ class Alignment(_Loss):
     function = staticmethod(losses.alignment)
 
 
+class GramLoss(_Loss):
+    """Module of `gram_loss`: ``GramLoss(temperature=0.07)(anchor, *others)``.
+
+    Examples
+    --------
+    >>> GramLoss(temperature=1.0, label_smoothing=0.0)(torch.eye(3), torch.eye(3))
+    tensor(0.5514)
+    """
+
+    function = staticmethod(losses.gram_loss)
+
+
+class TriangleLoss(_Loss):
+    """Module of `triangle_loss`: ``TriangleLoss(temperature=0.07)(anchor, x, y)``.
+
+    Examples
+    --------
+    >>> TriangleLoss(temperature=1.0)(torch.eye(3), torch.eye(3), -torch.eye(3))
+    tensor(0.6181)
+    """
+
+    function = staticmethod(losses.triangle_loss)
+
+
 class LogitScale(torch.nn.Module):
     """The learnable logit scale of the CLIP family; calling it gives the multiplier ``exp(logit_scale)``.
 

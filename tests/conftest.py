@@ -14,19 +14,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from contrastive_ops import backends
+from contrastive_ops.catalogue import Loss
 
 BACKENDS = ("tiled", "cpu")
 _ran: set[str] = set()
 
 
-def refusal(name: str) -> str | None:
-    return backends.why_not(name, "similarity_logsumexp", torch.empty(1, 1))
+def refusal(name: str, loss: Loss | None = None) -> str | None:
+    if loss is not None and loss.op is None:
+        return None if name == "tiled" else f"{loss.name} is plain PyTorch, its backend is tiled."
+    return backends.why_not(name, "similarity_logsumexp" if loss is None else loss.op, torch.empty(1, 1))
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn; one that can't run here skips with its own sentence."""
-    sentence = refusal(request.param)
+    """Each backend in turn; one that can't run here, or not the test's `loss`, skips with its own sentence."""
+    sentence = refusal(request.param, request.node.callspec.params.get("loss"))
     if sentence is not None:
         pytest.skip(f"{request.param}: {sentence}")
     _ran.add(request.param)

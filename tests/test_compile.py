@@ -160,6 +160,8 @@ SIDE_INPUTS = {
                  "sample_weight": torch.linspace(0.5, 1.0, 14), "target": torch.arange(14).flip(0)},
     "clip_loss": {"ids": torch.arange(14) % 5, "label_smoothing": 0.1, "sample_weight": torch.linspace(0.5, 1.0, 14)},
     "supcon": {"empty": "drop"},
+    "gram_loss": {"sample_weight": torch.linspace(0.5, 1.0, 14)},
+    "triangle_loss": {"sample_weight": torch.linspace(0.5, 1.0, 14)},
 }  # fmt: skip
 
 
@@ -284,14 +286,14 @@ def test_autocast_accepts_the_features_it_produces(backend):
     assert (layer.weight.grad != 0).any()
 
 
-@pytest.mark.parametrize("loss", [pytest.param(row, id=row.name) for row in LOSSES])
+@pytest.mark.parametrize("loss", [pytest.param(row, id=row.name) for row in LOSSES if row.op is not None])
 def test_differentiating_twice_is_refused(loss, backend):
     arguments = loss.inputs(8, 4, torch.float64, torch.Generator().manual_seed(0))
     x = arguments[0]
     value = loss.fused(*arguments, backend=backend)
     (grad,) = torch.autograd.grad(value, x, create_graph=True)
     sentence = (
-        "similarity_logsumexp is differentiable once, got a second differentiation (create_graph=True); "
+        f"{loss.op} is differentiable once, got a second differentiation (create_graph=True); "
         'call it with backend="reference", which autograd differentiates to any order.'
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):

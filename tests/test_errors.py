@@ -343,6 +343,64 @@ REFUSALS = {
     "alignment-dtype": (
         lambda: co.alignment(X, X.double()), TypeError,
         "y must have the dtype of x, float32, got float64; call y.to(x.dtype)."),
+    # volumes
+    "vectors-1d": (
+        lambda: co.gramian_volume(X[0]), ValueError,
+        "vectors must have shape (..., K, D) with K >= 1 and D >= 1, got (3,); "
+        "stack the K vectors of a set along dimension -2."),
+    "vectors-none": (
+        lambda: co.gramian_volume(X[:0]), ValueError,
+        "vectors must have shape (..., K, D) with K >= 1 and D >= 1, got (0, 3); "
+        "stack the K vectors of a set along dimension -2."),
+    "vectors-list": (
+        lambda: co.gramian_volume([[1.0]]), TypeError,
+        "vectors must be a torch.Tensor, got list; call torch.as_tensor(vectors)."),
+    "vectors-integer": (
+        lambda: co.gramian_volume(X.long()), TypeError,
+        "vectors must be one of float32, bfloat16, float16, float64, got int64; call vectors.float()."),
+    "others-none": (
+        lambda: co.gram_loss(X), ValueError,
+        "others must be 1 to 4 tensors beside the anchor, got 0; pass each modality as an argument."),
+    "others-five": (
+        lambda: co.sample_gram_negatives(X, X, X, X, X, X), ValueError,
+        "others must be 1 to 4 tensors beside the anchor, got 5; pass each modality as an argument."),
+    "others-list": (
+        lambda: co.gram_loss(X, [X, X]), TypeError,
+        "others[0] must be a torch.Tensor, got list; call torch.as_tensor(others[0])."),
+    "others-rows": (
+        lambda: co.gram_loss(X, X, Y), ValueError,
+        "others[1] must have the shape of anchor, (4, 3), got (5, 3); "
+        "row i of others[1] is the positive of row i of anchor."),
+    "others-dtype": (
+        lambda: co.gram_loss(X, X.double()), TypeError,
+        "others[0] must have the dtype of anchor, float32, got float64; call others[0].to(anchor.dtype)."),
+    "others-triangle": (
+        lambda: co.triangle_loss(X, X, X[:, :2]), ValueError,
+        "y must have the feature size of anchor, D = 3, got 2; project both to one size."),
+    "detach_others": (
+        lambda: co.gram_loss(X, X, detach_others="no"), ValueError,
+        "detach_others must be one of True, False, got 'no'."),
+    "squared": (
+        lambda: co.triangle_loss(X, X, X, squared=2), ValueError,
+        "squared must be one of True, False, got 2."),
+    "temperature-gram": (
+        lambda: co.gram_loss(X, X, temperature=torch.ones(4)), ValueError,
+        "temperature must be a float or a tensor of one element, got shape (4,)."),
+    "weights-triangle": (
+        lambda: co.triangle_loss(X, X, X, sample_weight=torch.ones(3)), ValueError,
+        "sample_weight must have shape (4,), got (3,); give one value per row of anchor."),
+    "retrieve-tuples": (
+        lambda: co.gram_retrieve(X, X, 1), ValueError,
+        "tuples must have shape (M, P, D), got (4, 3); flatten or unsqueeze it to 3 dimensions."),
+    "retrieve-k": (
+        lambda: co.gram_retrieve(X, X[:, None], 5), ValueError,
+        "k must be an integer in [1, 4], the number of tuples, got 5."),
+    "retrieve-k-zero": (
+        lambda: co.gram_retrieve(X, X[:, None], 0), ValueError,
+        "k must be an integer in [1, 4], the number of tuples, got 0."),
+    "draw-one": (
+        lambda: co.sample_gram_negatives(X[:1], X[:1]), ValueError,
+        "anchor must have at least 2 rows, got 1; with one tuple there is no negative to draw."),
     # backends
     "backend-op": (
         lambda: op(X, backend="triton2"), ValueError,
@@ -389,14 +447,14 @@ def test_refusal(name):
     assert type(info.value) is kind
 
 
-LOSSES = [co.info_nce, co.clip_loss, co.nt_xent, co.dcl, co.dclw, co.supcon, co.dhel]
+LOSSES = [co.info_nce, co.clip_loss, co.nt_xent, co.dcl, co.dclw, co.supcon, co.dhel, co.gram_loss, co.triangle_loss]
 OF_VIEWS = [co.mv_infonce, co.mv_dhel, co.pvc, co.pairwise_views]
 
 
 @pytest.mark.parametrize("loss", LOSSES + OF_VIEWS)
 @pytest.mark.parametrize("option", ["reduction", "normalize", "backend"])
 def test_every_loss_checks_the_common_options(option, loss):
-    arguments = {co.clip_loss: (X, X, 1.0), co.supcon: (X, IDS)}.get(loss, (X, X))
+    arguments = {co.clip_loss: (X, X, 1.0), co.supcon: (X, IDS), co.triangle_loss: (X, X, X)}.get(loss, (X, X))
     arguments = (VIEWS,) if loss in OF_VIEWS else arguments
     with pytest.raises(ValueError, match=rf"^{option} must be one of .*, got 'wrong'\.$"):
         loss(*arguments, **{option: "wrong"})
@@ -404,7 +462,7 @@ def test_every_loss_checks_the_common_options(option, loss):
 
 def test_every_refusal_of_checks_is_above():
     """Counts the `raise` statements, so that a new check can't come without its sentence here."""
-    assert inspect.getsource(checks).count("    raise ") == 29
+    assert inspect.getsource(checks).count("    raise ") == 33
 
 
 # the first dual tensor makes PyTorch script some of its own functions

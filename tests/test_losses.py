@@ -45,6 +45,8 @@ LOGITS = 20.0
 @pytest.mark.parametrize(("n", "d"), [(3, 2), (40, 17), (129, 96)])
 @pytest.mark.parametrize(("loss", "variant"), VARIANTS)
 def test_value_and_gradients(loss, variant, n, d, backend, dtype):
+    if loss.op == "volume_logsumexp":
+        d = max(d, 4)  # the volumes of more vectors than features are 0: all that is left to compare is rounding
     options = {**variant, **temperature_of(loss, dtype), "reduction": "none"}
     arguments = arguments_of(loss, n, d, dtype)
     judge(loss.fused, loss.naive, arguments, options, fused_options={"backend": backend}, logits=LOGITS)
@@ -185,8 +187,16 @@ def test_gradient_of_a_learnable_scale_has_its_shape_and_dtype(loss, shape, back
         assert scale.grad.abs().item() > 1e-3
 
 
+SYMMETRIC = ("clip_loss", "gram_loss", "triangle_loss")
+
+
 def dense_logits(loss: Loss, arguments, temperature: float):
     """Float64: the logits of the rows (and columns), which pairs take part, and which of them are positive."""
+    if loss.name in ("gram_loss", "triangle_loss"):
+        matrix = reference.gram_volumes if loss.name == "gram_loss" else reference.triangle_areas
+        logits = -matrix(*(F.normalize(a.double(), dim=1).detach() for a in arguments)) / temperature
+        eye = torch.eye(len(logits), dtype=torch.bool)
+        return logits, ~torch.zeros_like(eye), eye
     x = F.normalize(arguments[0].double(), dim=1).detach()
     if loss.name in ("info_nce", "clip_loss"):
         logits = x @ F.normalize(arguments[1].double(), dim=1).detach().T / temperature
@@ -218,12 +228,12 @@ def test_stats(loss, backend):
 
     logits, part, positive = dense_logits(loss, arguments, temperature)
     lse, correct = [], []
-    for s, p, q in ((logits, part, positive), (logits.T, part.T, positive.T))[: 2 if loss.name == "clip_loss" else 1]:
+    for s, p, q in ((logits, part, positive), (logits.T, part.T, positive.T))[: 2 if loss.name in SYMMETRIC else 1]:
         lse.append(s.masked_fill(~p, -torch.inf).logsumexp(1))
         best = s.masked_fill(~p, -torch.inf).argmax(1)
         correct.append(q.gather(1, best[:, None]).squeeze(1).double())
     similarity = (temperature * logits).masked_fill(~positive, 0.0).sum(1) / positive.sum(1).clamp(min=1)
-    assert_accurate(stats.lse, torch.stack(lse) if loss.name == "clip_loss" else lse[0], what="lse")
+    assert_accurate(stats.lse, torch.stack(lse) if loss.name in SYMMETRIC else lse[0], what="lse")
     assert_accurate(stats.positive_similarity, similarity, what="positive_similarity")
     assert stats.accuracy.shape == ()
     assert stats.accuracy.item() == pytest.approx(torch.stack(correct).mean().item(), abs=1e-6)
@@ -527,7 +537,13 @@ def test_dclw_is_dcl_where_all_positives_are_equally_hard(backend):
     )
 
 
-@pytest.mark.parametrize(("loss", "variant"), [case for case in VARIANTS if "dhel" not in case.id])
+# a feature that is 1 everywhere shifts dot products; it changes volumes, and areas not at all
+SHIFTED = [
+    case for case in VARIANTS if case.values[0].op == "similarity_logsumexp" and "dhel" not in case.values[0].name
+]
+
+
+@pytest.mark.parametrize(("loss", "variant"), SHIFTED)
 def test_a_shift_of_the_logits_of_a_row_changes_nothing(loss, variant, backend):
     """The rows of the gradient w.r.t. the logits sum to 0: a feature that is 1 everywhere adds a constant to them.
 

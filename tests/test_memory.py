@@ -64,7 +64,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, an
 # The cpu engine may keep up to 64 MB of dot products from forward to backward, whatever N is, and tiled has a dozen
 # tiles of 4 MB at a time; half of one matrix is still far from the several that the dense loss holds. NT-Xent stacks
 # its views: N / 2 samples are N rows, and those two matrices are four views for MV-InfoNCE.
-@pytest.mark.parametrize(("name", "n"), [("clip_loss", N), ("nt_xent", N // 2), ("mv_infonce", N // 2)])
+@pytest.mark.parametrize(
+    ("name", "n"), [("clip_loss", N), ("gram_loss", N), ("nt_xent", N // 2), ("mv_infonce", N // 2)]
+)
 def test_extra_memory_is_far_below_one_matrix(name, n, backend):
     assert extra_bytes(backend, name, n) < MATRIX / 2
 

@@ -29,6 +29,8 @@ MODULES = {
     "pairwise_views": (co.nn.PairwiseViews, {"loss": "dcl", "temperature": 0.3}),
     "uniformity": (co.nn.Uniformity, {"t": 0.5}),
     "joint_entropy": (co.nn.JointEntropy, {"t": 0.5, "normalize": True}),
+    "gram_loss": (co.nn.GramLoss, {"temperature": 0.3, "detach_others": True, "label_smoothing": 0.0}),
+    "triangle_loss": (co.nn.TriangleLoss, {"temperature": 0.3, "squared": True}),
 }
 ROWS = [pytest.param(row, id=row.name) for row in LOSSES]
 

@@ -109,6 +109,30 @@ def _squared_distances(x: Tensor) -> Tensor:
     return squared[:, None] + squared - 2 * x @ x.T
 
 
+def gram_loss(anchor: Tensor, x: Tensor, y: Tensor, temperature: float = 0.07) -> Tensor:
+    """The official form: an N x N x 3 x 3 tensor of Gram matrices, and their determinants."""
+    ax, ay = anchor @ x.T, anchor @ y.T
+    aa = anchor.square().sum(1)[:, None].expand_as(ax)
+    xx, xy, yy = ((p * q).sum(1).expand_as(ax) for p, q in ((x, x), (x, y), (y, y)))
+    rows = ((aa, ax, ay), (ax, xx, xy), (ay, xy, yy))
+    gram = torch.stack([torch.stack(row, -1) for row in rows], -2)
+    return _smoothed(-torch.linalg.det(gram.float()).abs().sqrt() / temperature)
+
+
+def triangle_loss(anchor: Tensor, x: Tensor, y: Tensor, temperature: float = 0.07) -> Tensor:
+    """Two products in place of the official N x N x D differences, which would be the slower form."""
+    aa, xx, yy, xy = ((p * q).sum(1) for p, q in ((anchor, anchor), (x, x), (y, y), (x, y)))
+    ax, ay = anchor @ x.T, anchor @ y.T
+    uu, ww, uw = aa[:, None] + xx - 2 * ax, aa[:, None] + yy - 2 * ay, aa[:, None] - ax - ay + xy
+    return _smoothed((uu * ww - uw.square()).abs().sqrt() / (-2 * temperature))
+
+
+def _smoothed(logits: Tensor) -> Tensor:
+    target = torch.arange(len(logits), device=logits.device)
+    rows, cols = (F.cross_entropy(z, target, label_smoothing=0.1) for z in (logits, logits.T))
+    return (rows + cols) / 2
+
+
 FORMS: dict[str, Callable[..., Tensor]] = {
     "info_nce": info_nce,
     "clip_loss": clip_loss,
@@ -123,6 +147,8 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "pairwise_views": pairwise_views,
     "uniformity": uniformity,
     "joint_entropy": joint_entropy,
+    "gram_loss": gram_loss,
+    "triangle_loss": triangle_loss,
 }
 
 

@@ -31,7 +31,7 @@ FORMS: dict[str, Callable[..., Tensor]] = {"info_nce": info_nce, "clip_loss": cl
 
 def why_not(loss: str) -> str | None:
     if loss not in FORMS:
-        return f"F.linear_cross_entropy has no mask, {loss} leaves pairs out."
+        return f"F.linear_cross_entropy takes products and no mask, {loss} is no such form."
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return f"torch {torch.__version__} has no chunked F.linear_cross_entropy; it came with torch 2.13."
     return None

@@ -1,12 +1,16 @@
 """The losses: each a page of ordinary PyTorch over the streaming reductions."""
 
 from contrastive_ops.losses.clip import clip_loss
+from contrastive_ops.losses.gram import gram_loss
+from contrastive_ops.losses.gram_pairs import gram_retrieve, sample_gram_negatives
 from contrastive_ops.losses.info_nce import info_nce
 from contrastive_ops.losses.multi_view import dhel, mv_dhel, mv_infonce, pairwise_views, pvc
 from contrastive_ops.losses.supcon import supcon
 from contrastive_ops.losses.terms import LossStats
+from contrastive_ops.losses.triangle import triangle_loss
 from contrastive_ops.losses.two_views import dcl, dclw, nt_xent
 from contrastive_ops.losses.uniformity import alignment, joint_entropy, uniformity
+from contrastive_ops.losses.volume import gramian_volume
 
 __all__ = [
     "LossStats",
@@ -15,6 +19,9 @@ __all__ = [
     "dcl",
     "dclw",
     "dhel",
+    "gram_loss",
+    "gram_retrieve",
+    "gramian_volume",
     "info_nce",
     "joint_entropy",
     "mv_dhel",
@@ -22,6 +29,8 @@ __all__ = [
     "nt_xent",
     "pairwise_views",
     "pvc",
+    "sample_gram_negatives",
     "supcon",
+    "triangle_loss",
     "uniformity",
 ]

@@ -1,5 +1,6 @@
 """The dense, naive twin of every op and every loss: the specification in code."""
 
+from contrastive_ops.reference.gram import gram_loss, gram_volumes, triangle_areas, triangle_loss
 from contrastive_ops.reference.losses import clip_loss, dcl, dclw, info_nce, nt_xent, supcon
 from contrastive_ops.reference.multi_view import (
     alignment,
@@ -20,6 +21,8 @@ __all__ = [
     "dcl",
     "dclw",
     "dhel",
+    "gram_loss",
+    "gram_volumes",
     "info_nce",
     "joint_entropy",
     "logits_at",
@@ -31,6 +34,8 @@ __all__ = [
     "pvc",
     "similarity_logits",
     "supcon",
+    "triangle_areas",
+    "triangle_loss",
     "uniformity",
     "volume_logits",
     "volumes",
