@@ -145,8 +145,8 @@ def _chunk(
     The height over a side is the distance between a and the side's `foot`, its point that is nearest to 0, across the
     side's direction; below its rounding errors it is 0, with zero gradient.
     """
-    lengths = a.square().sum(1)[:, None] - _product(a, direction.T).square() + foot.square().sum(1)
-    height = lengths - 2 * _product(a, foot.T)
+    lengths = a.square().sum(1)[:, None] + foot.square().sum(1)
+    height = lengths - _product(a, direction.T).square() - 2 * _product(a, foot.T)
     nothing = height <= 8 * torch.finfo(a.dtype).eps * lengths
     if squared:
         area = _of_parallelogram(length, True) * height.masked_fill(nothing, 0.0)
