@@ -84,11 +84,11 @@ def gram_loss(
     Notes
     -----
     Extra memory is O(N D P^2). With `normalize` the unit vectors are float32 (float64), and so are the products of half
-    precision inputs; without it the op gets the vectors in their dtype. Positives, which are small volumes, are computed by residuals; the square of a
-    negative's distance from a span has an absolute error of about 1e-7. For N = 1 there are no negatives: the loss is
-    0 with zero gradient. A volume is even in each vector, so an opposite is as good a match as a duplicate; a zero
-    vector, and more than D vectors, have volume 0, the best match there is, with zero gradient. Gradients reach all
-    modalities, `temperature` and `sample_weight`; `detach_others` takes two sweeps.
+    precision inputs; without it the op gets the vectors in their dtype. Positives, which are small volumes, are
+    computed by residuals; the square of a negative's distance from a span has an absolute error of about 1e-7. For N =
+    1 there are no negatives: the loss is 0 with zero gradient. A volume is even in each vector, so an opposite is as
+    good a match as a duplicate; a zero vector, and more than D vectors, have volume 0, the best match there is, with
+    zero gradient. Gradients reach all modalities, `temperature` and `sample_weight`; `detach_others` takes two sweeps.
 
     References
     ----------
