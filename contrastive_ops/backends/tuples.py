@@ -55,7 +55,7 @@ def packed(basis: Basis, anchor: Tensor) -> tuple[Tensor, Tensor]:
     """What the sweep reads: the lower triangles of L^-1 [P (P + 1) / 2, M], row after row, and |a_i|^2 [N]."""
     dtype = statistics_dtype(anchor)
     row, col = torch.tril_indices(*basis.inverse.shape[1:], device=anchor.device)
-    squares = [part.double().square().sum(-1) for part in anchor.split(ROWS)]
+    squares = [part.to(dtype).square().sum(-1, dtype=torch.float64) for part in anchor.split(ROWS)]
     return basis.inverse[:, row, col].T.to(dtype).contiguous(), torch.cat(squares).to(dtype)
 
 
@@ -77,7 +77,7 @@ def gradients(
     """The gradients of the op from those of the sweep.
 
     The sweep gives the moments T_jt = sum_i q_ij y_ijt a_i, which move the span; only their part outside of it does:
-    dM = L^-T (T - (T Q^T) Q + dL/dv v Q).
+    dM = L^-T (T + (dL/dv v I - T Q^T) Q).
     """
     grad_anchor, moments, grad_row_scale, grad_weight = sweep
     dtype = grad_row_scale.dtype
@@ -88,8 +88,8 @@ def gradients(
         inverse = basis.inverse.to(dtype)
         with torch.autocast(tuples.device.type, enabled=False):  # it would round the operands
             q = inverse @ tuples.to(dtype)
-            outside = moments - (moments @ q.mT) @ q
-            grad = inverse.mT @ (outside + (grad_volume * volume)[:, None, None] * q)
+            along = torch.diag_embed((grad_volume * volume)[:, None].expand(inverse.shape[:2])) - moments @ q.mT
+            grad = inverse.mT @ torch.baddbmm(moments, along, q)
         grad_tuples = grad.to(tuples.dtype)
     if needs[3]:
         grad_col_scale = grad_weight * volume
