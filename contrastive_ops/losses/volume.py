@@ -40,7 +40,7 @@ def gramian_volume(vectors: Tensor) -> Tensor:
 
     Notes
     -----
-    Plain PyTorch, differentiable to any order; extra memory is O(K) times that of `vectors`. Vectors that are linearly
+    Plain PyTorch, differentiable to any order; extra memory is that of `vectors`. Vectors that are linearly
     dependent to within rounding (duplicates, a zero vector, K > D) have volume 0, the minimum, and zero gradient.
 
     References
@@ -54,15 +54,46 @@ def gramian_volume(vectors: Tensor) -> Tensor:
     tensor(6.)
     """
     checks.vectors("vectors", vectors)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _volume(vectors)
+    return _Volume.apply(vectors)
+
+
+def _volume(vectors: Tensor) -> Tensor:
     norms, _ = orthogonalised(vectors)
     return reduce(mul, norms)
+
+
+class _Volume(torch.autograd.Function):
+    """`_volume` with its gradient in closed form: with X = R^T Q it is V R^-1 Q, where autograd would keep every step."""
+
+    @staticmethod
+    def forward(ctx, vectors):
+        norms, directions = orthogonalised(vectors)
+        volume = reduce(mul, norms)
+        ctx.save_for_backward(vectors, volume, torch.stack(directions, -2))
+        return volume
+
+    @staticmethod
+    def backward(ctx, grad):
+        vectors, volume, q = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: every step, after all
+            (result,) = torch.autograd.grad(_volume(vectors), vectors, grad, create_graph=True)
+            return result
+        with torch.autocast(grad.device.type, enabled=False):  # it would round the operands
+            r = q @ vectors.to(q.dtype).mT
+            # where a residual is 0, so is the volume, and with it the gradient
+            diagonal = r.diagonal(dim1=-2, dim2=-1)
+            diagonal.masked_fill_(diagonal == 0, 1.0)
+            scale = torch.diag_embed((grad * volume)[..., None].expand(diagonal.shape))
+            return (torch.linalg.solve_triangular(r, scale, upper=True) @ q).to(vectors.dtype)
 
 
 def orthogonalised(vectors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Norms and directions of the residuals e_1 .. e_K; both are 0, with zero gradient, where a vector adds nothing.
 
     The second projection takes off what rounding left in the first: without it, directions of almost parallel vectors
-    are not orthogonal. All is element-wise, so that autocast has no product to round.
+    are not orthogonal.
     """
     dtype = statistics_dtype(vectors)
     norms: list[Tensor] = []
@@ -71,7 +102,7 @@ def orthogonalised(vectors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         rest = vector
         for _ in range(2):
             for q in directions:
-                rest = rest - (rest * q).sum(-1, keepdim=True) * q
+                rest = torch.addcmul(rest, terms.row_dot(rest, q).unsqueeze(-1), q, value=-1)
         squared = rest.square().sum(-1)
         # rounding leaves about an eps of the vector per projection
         nothing = squared <= (8 * torch.finfo(dtype).eps) ** 2 * vector.square().sum(-1)
