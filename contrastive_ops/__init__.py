@@ -11,7 +11,6 @@ from contrastive_ops.losses import (
     dhel,
     gram_loss,
     gram_retrieve,
-    gramian_volume,
     info_nce,
     joint_entropy,
     mv_dhel,
@@ -24,7 +23,7 @@ from contrastive_ops.losses import (
     triangle_loss,
     uniformity,
 )
-from contrastive_ops.ops import SimilarityLSE, VolumeLSE, similarity_logsumexp, volume_logsumexp
+from contrastive_ops.ops import SimilarityLSE, VolumeLSE, gramian_volume, similarity_logsumexp, volume_logsumexp
 
 __all__ = [
     "LossStats",

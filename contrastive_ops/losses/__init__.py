@@ -10,7 +10,6 @@ from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.losses.triangle import triangle_loss
 from contrastive_ops.losses.two_views import dcl, dclw, nt_xent
 from contrastive_ops.losses.uniformity import alignment, joint_entropy, uniformity
-from contrastive_ops.losses.volume import gramian_volume
 
 __all__ = [
     "LossStats",
@@ -21,7 +20,6 @@ __all__ = [
     "dhel",
     "gram_loss",
     "gram_retrieve",
-    "gramian_volume",
     "info_nce",
     "joint_entropy",
     "mv_dhel",

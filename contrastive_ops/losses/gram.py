@@ -11,7 +11,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.losses import terms, volume
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import volume_logsumexp
+from contrastive_ops.ops import gramian_volume, volume_logsumexp
 
 
 class Direction(NamedTuple):
@@ -133,13 +133,15 @@ def _directions(
     cols: bool = True,
 ) -> tuple[Direction, ...]:
     """The rows, the columns, or both, from one sweep; the positives by residuals."""
+    vectors = volume.stacked((anchor, *others))
     if normalize:
         # not as scales: the gradient of a volume is radial but for a small part, which is all that is left of it here.
         # Projecting the whole float32 gradient keeps that part; the sum of two that are rounded apart loses it.
-        anchor, others = volume.unit(anchor), tuple(volume.unit(x) for x in others)
+        vectors = volume.unit(vectors)
+    first, rest = vectors.split([1, len(others)], 1)
     negatives = volume_logsumexp(
-        anchor,
-        volume.stacked(others),
+        first.squeeze(1),
+        rest,
         row_scale=logit_scale,
         exclude=torch.arange(anchor.shape[0], device=anchor.device),
         rows=rows,
@@ -147,7 +149,7 @@ def _directions(
         totals=totals,
         backend=backend,
     )
-    positive = -logit_scale * volume.gramian_volume(volume.stacked((anchor, *others)))
+    positive = -logit_scale * gramian_volume(vectors)
     of_rows = Direction(negatives.row_lse, negatives.row_max, negatives.row_total, positive)
     of_cols = Direction(negatives.col_lse, negatives.col_max, negatives.col_total, positive)
     return (of_rows,) * rows + (of_cols,) * cols

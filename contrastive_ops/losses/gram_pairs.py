@@ -8,7 +8,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.losses import terms, volume
-from contrastive_ops.ops import volume_logsumexp
+from contrastive_ops.ops import gramian_volume, volume_logsumexp
 
 # ALBEF and GRAM add it to every probability, so that a far negative is drawn now and then
 FLOOR = 1e-4
@@ -79,7 +79,7 @@ def gram_retrieve(anchor: Tensor, tuples: Tensor, k: int, *, normalize: bool = T
         part = slice(top, top + size)
         candidates = tuples[index[part]]
         matched = torch.cat([anchor[part, None, None].expand(-1, k, -1, -1), candidates], 2)
-        exact = volume.gramian_volume(matched)
+        exact = gramian_volume(matched)
         if normalize:
             exact = exact * volume.inverse_norms(matched)
         best[part], place = exact.sort(stable=True)
@@ -154,7 +154,7 @@ def sample_gram_negatives(
     tuples, matched = volume.stacked(others), volume.stacked((anchor, *others))
     every = torch.arange(n, device=device)
     negatives = volume_logsumexp(anchor, tuples, row_scale=logit_scale, exclude=every, cols=True, backend=backend)
-    positive = -logit_scale * volume.gramian_volume(matched)
+    positive = -logit_scale * gramian_volume(matched)
     row_lse, col_lse = (torch.logaddexp(lse, positive) for lse in (negatives.row_lse, negatives.col_lse))
 
     rows = logit_scale * anchor.to(positive.dtype)
