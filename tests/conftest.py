@@ -29,7 +29,8 @@ def refusal(name: str, loss: Loss | None = None) -> str | None:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend in turn; one that can't run here, or not the test's `loss`, skips with its own sentence."""
-    sentence = refusal(request.param, request.node.callspec.params.get("loss"))
+    loss = request.node.callspec.params.get("loss")
+    sentence = refusal(request.param, loss if isinstance(loss, Loss) else None)
     if sentence is not None:
         pytest.skip(f"{request.param}: {sentence}")
     _ran.add(request.param)

@@ -1,4 +1,7 @@
-"""The naive twins of the volume and area losses: a determinant and the sides of a triangle for each of N x M pairs."""
+"""The naive twins of the volume and area losses: a determinant and the sides of a triangle for each of N x M pairs.
+
+Differentiable to any order but for the areas: torch.cdist has one derivative.
+"""
 
 from __future__ import annotations
 
