@@ -143,7 +143,9 @@ def _row(case: Case, name: str, settings: Settings, mode: str, **values: Any) ->
     if name == "ours":
         try:
             features = torch.empty(1, case.d, dtype=getattr(torch, case.dtype))
-            backend = contrastive_ops.explain(features, backend=settings.backend).chosen
+            op = LOSSES[case.loss].op
+            chosen = None if op is None else contrastive_ops.explain(features, op=op, backend=settings.backend).chosen
+            backend = chosen or "tiled"  # without an op: plain PyTorch
         except RuntimeError:  # a named backend that can't run; the row's status has the sentence
             backend = settings.backend
     return Row(case.loss, contenders.label(name), backend, mode, case.n, case.d, case.dtype, **values)
