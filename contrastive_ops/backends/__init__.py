@@ -9,10 +9,10 @@ from types import ModuleType
 from torch import Tensor
 
 from contrastive_ops import checks
-from contrastive_ops.backends import cpu, reference, tiled
+from contrastive_ops.backends import cpu, reference, tiled, triton
 
-_MODULES: dict[str, ModuleType] = {"cpu": cpu, "tiled": tiled, "reference": reference}
-AUTO = ("cpu", "tiled")  # in the order of preference; the reference runs only when named
+_MODULES: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "tiled": tiled, "reference": reference}
+AUTO = ("triton", "cpu", "tiled")  # in the order of preference; the reference runs only when named
 NAMES = ("auto", *_MODULES)
 
 

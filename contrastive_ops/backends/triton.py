@@ -1,0 +1,57 @@
+"""Triton kernels (kernels/): NVIDIA and AMD GPUs, and CPU tensors in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_ops import checks
+
+OPS = ("similarity_logsumexp",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(op: str, x: Tensor) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton can't be imported ({error}); pip install triton."
+    if x.dtype not in DTYPES:
+        return f"triton takes {checks.names(DTYPES)}, got {checks.names([x.dtype])}."
+    if x.device.type == "cpu" and interpreting():
+        if x.dtype == torch.bfloat16:
+            return "triton's interpreter computes bfloat16 wrongly; it takes float32 and float16."
+        return None
+    if x.device.type != "cuda":
+        return f"triton runs GPU tensors, got a tensor on {x.device.type} (CPU tensors: set TRITON_INTERPRET=1)."
+    return None
+
+
+def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
+    """Nothing is kept from forward to backward."""
+    return 0
+
+
+def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    from contrastive_ops.kernels import similarity_logsumexp as kernels
+
+    *inputs, _keep = arguments
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        *statistics, excluded = kernels.forward(*inputs)
+    return (*statistics, inputs[0].new_empty(0, dtype=torch.float32), excluded)
+
+
+def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from contrastive_ops.kernels import similarity_logsumexp as kernels
+
+    incoming, statistics, inputs = arguments[:3], arguments[3:7], arguments[8:]  # without the dots
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return kernels.backward(*incoming, *statistics, *inputs)
