@@ -63,9 +63,10 @@ def dot_products(
 @triton.jit
 def vector_or(vector, index, size, otherwise):
     """The values of a vector of the statistics' dtype, or `otherwise` where there is none."""
-    if vector is None:
-        return tl.full(index.shape, otherwise, tl.float32)
-    return tl.load(vector + index, mask=index < size, other=otherwise)
+    values = tl.zeros_like(index).to(tl.float32) + otherwise
+    if vector is not None:
+        values = tl.load(vector + index, mask=index < size, other=otherwise)
+    return values
 
 
 @triton.jit
@@ -197,9 +198,9 @@ def forward_kernel(
     first_col = strip * cols_per_strip
     last_col = tl.minimum(first_col + cols_per_strip, m)
     TO_COLS: tl.constexpr = COLS or MIRRORED
-    own_row_max = row_max + strip.to(tl.int64) * n
-    own_row_sum = row_sum + strip.to(tl.int64) * n
     if ROWS:
+        own_row_max = row_max + strip.to(tl.int64) * n
+        own_row_sum = row_sum + strip.to(tl.int64) * n
         for row in range(first_row, last_row, BLOCK_M):
             rows = row + tl.arange(0, BLOCK_M)
             tl.store(own_row_max + rows, tl.full((BLOCK_M,), -float("inf"), tl.float32), mask=rows < n)
@@ -257,11 +258,12 @@ def merge_kernel(
         best, total = fold(best, total, part_best, tl.load(part_sum + index, mask=index < size, other=0.0))
         part_max += size
         part_sum += size
-    for _ in range(mirrors):
-        part_best = tl.load(mirror_max + index, mask=index < size, other=-float("inf"))
-        best, total = fold(best, total, part_best, tl.load(mirror_sum + index, mask=index < size, other=0.0))
-        mirror_max += size
-        mirror_sum += size
+    if mirror_max is not None:
+        for _ in range(mirrors):
+            part_best = tl.load(mirror_max + index, mask=index < size, other=-float("inf"))
+            best, total = fold(best, total, part_best, tl.load(mirror_sum + index, mask=index < size, other=0.0))
+            mirror_max += size
+            mirror_sum += size
     tl.store(out_max + index, best, mask=index < size)
     tl.store(out_log_sum + index, tl.log(total), mask=index < size)
 
