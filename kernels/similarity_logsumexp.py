@@ -35,11 +35,12 @@ class Tiling(NamedTuple):
     stages: int
 
 
-# by bytes of an element. Square: in self-similarity a tile is on the diagonal, or it is not
-TILINGS = {2: Tiling(128, 128, 64, 8, 3), 4: Tiling(64, 64, 32, 4, 3)}
+# By bytes of an element; tests/ahead_of_time.py compiles every entry. Square: in self-similarity a tile is on the
+# diagonal, or it is not. 128 x 128 spills registers with every option given, and so do 4 warps.
+TILINGS = {2: Tiling(64, 64, 64, 8, 3), 4: Tiling(64, 64, 32, 8, 2)}
 GROUPS = 16  # of rows, and strips of columns: 256 programs for some 132 multiprocessors, and partials of 16 (N + M)
 WORKSPACE = 4096  # rows and columns of a block of backward: 32 MB of bfloat16 coefficients
-MERGE = 1024
+MERGE = 1024  # rows of a program that merges partials
 
 
 @triton.jit
@@ -109,9 +110,7 @@ def masked(logits, exclude, row_ids, col_ids, rows, cols, n, m, MIRRORED: tl.con
 
 
 @triton.jit
-def anything_in(
-    exclude, row_ids, col_ids, rows, cols, n, m, MIRRORED: tl.constexpr, RESTRICT: tl.constexpr
-):
+def anything_in(exclude, row_ids, col_ids, rows, cols, n, m, MIRRORED: tl.constexpr, RESTRICT: tl.constexpr):
     """Whether a tile has a pair that takes part or an excluded one, by the ranges of its ids."""
     anything = True
     if RESTRICT:

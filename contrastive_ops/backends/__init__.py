@@ -11,8 +11,9 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.backends import cpu, reference, tiled, triton
 
-_MODULES: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "tiled": tiled, "reference": reference}
-AUTO = ("triton", "cpu", "tiled")  # in the order of preference; the reference runs only when named
+_MODULES: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "tiled": tiled, "reference": reference}
+# in the order of preference; the others run only when named: triton until it has run on a GPU, the reference always
+AUTO = ("cpu", "tiled")
 NAMES = ("auto", *_MODULES)
 
 
@@ -100,6 +101,7 @@ def explain(x: Tensor, *, op: str = "similarity_logsumexp", backend: str = "auto
     >>> print(explain(torch.zeros(4, 8), backend="tiled"))  # doctest: +ELLIPSIS
     similarity_logsumexp on float32 tensors on cpu takes backend "tiled"
       cpu        ...
+      triton     ...
       tiled      chosen
       reference  can run, only when named
     """

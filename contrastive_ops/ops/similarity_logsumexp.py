@@ -72,7 +72,7 @@ def similarity_logsumexp(
         skip whole tiles.
     rows, cols : bool
         The directions to reduce; both cost one sweep. Self-similarity has `rows` only, the columns are the same.
-    backend : "auto", "cpu", "tiled", "reference"
+    backend : "auto", "cpu", "triton", "tiled", "reference"
         "auto" takes the first that can run the input, a named one runs or raises.
 
     Returns
