@@ -37,7 +37,7 @@ class Tiling(NamedTuple):
 
 # By bytes of an element; tests/ahead_of_time.py compiles every entry. Square: in self-similarity a tile is on the
 # diagonal, or it is not. 128 x 128 spills registers with every option given, and so do 4 warps.
-TILINGS = {2: Tiling(64, 64, 64, 8, 3), 4: Tiling(64, 64, 32, 8, 2)}
+TILINGS = {2: Tiling(64, 64, 64, 8, 3), 4: Tiling(64, 64, 16, 8, 2)}
 GROUPS = 16  # of rows, and strips of columns: 256 programs for some 132 multiprocessors, and partials of 16 (N + M)
 WORKSPACE = 4096  # rows and columns of a block of backward: 32 MB of bfloat16 coefficients
 MERGE = 1024  # rows of a program that merges partials
@@ -102,10 +102,7 @@ def masked(logits, exclude, row_ids, col_ids, rows, cols, n, m, MIRRORED: tl.con
         row_id = tl.load(row_ids + rows, mask=rows < n, other=0)
         col_id = tl.load(col_ids + cols, mask=cols < m, other=0)
         equal = row_id[:, None] == col_id[None, :]
-        if RESTRICT:
-            logits = tl.where(equal, logits, -float("inf"))
-        else:
-            logits = tl.where(equal, -float("inf"), logits)
+        logits = tl.where(equal == RESTRICT, logits, -float("inf"))
     return logits
 
 
@@ -347,6 +344,8 @@ class Problem:
         if y is None:
             y, col_scale, col_bias, col_ids = x, row_scale, row_bias, row_ids
         self.x, self.y = x.contiguous(), y.contiguous()
+        if exclude is not None:  # half the registers of int64; an index beyond the columns names none
+            exclude = exclude.where((exclude >= 0) & (exclude < y.shape[0]), -1).to(torch.int32)
         vectors = (row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids)
         self.vectors = [None if vector is None else vector.contiguous() for vector in vectors]
         self.row_scale, self.col_scale, self.exclude = self.vectors[0], self.vectors[1], self.vectors[4]
@@ -397,9 +396,10 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         n, m, problem.features, rows_per_group, cols_per_strip, ROWS=rows, COLS=cols, **problem.options,
     )  # fmt: skip
     mirror = (*col_part, groups) if problem.mirrored else (None, None, 0)
-    row = _merge(problem, *row_part, strips, *mirror, n) if rows else (problem.empty(0), problem.empty(0))
-    col = _merge(problem, *col_part, groups, None, None, 0, m) if cols else (problem.empty(0), problem.empty(0))
-    return row[0], col[0], row[1], col[1], excluded
+    nothing = (problem.empty(0), problem.empty(0))
+    of_rows = _merge(problem, *row_part, strips, *mirror, n) if rows else nothing
+    of_cols = _merge(problem, *col_part, groups, None, None, 0, m) if cols else nothing
+    return of_rows[0], of_cols[0], of_rows[1], of_cols[1], excluded
 
 
 def _share(size: int, block: int) -> int:
@@ -487,7 +487,9 @@ def _operand(problem: Problem, *grads: Tensor) -> tuple[torch.dtype, Tensor | No
     dtype = problem.x.dtype
     if dtype != torch.float16:
         return dtype, None
-    bound = sum(grad.abs().max() if grad.numel() else grad.new_zeros(()) for grad in grads)
+    bound = problem.full((), 0.0)
+    for grad in grads:
+        bound = bound + grad.abs().max() if grad.numel() else bound
     for scale in (problem.row_scale, problem.col_scale):
         if scale is not None and scale.numel():
             bound = bound * scale.abs().max()
