@@ -35,9 +35,12 @@ class Tiling(NamedTuple):
     stages: int
 
 
-# By bytes of an element; tests/ahead_of_time.py compiles every entry. Square: in self-similarity a tile is on the
-# diagonal, or it is not. 128 x 128 spills registers with every option given, and so do 4 warps.
-TILINGS = {2: Tiling(64, 64, 64, 8, 3), 4: Tiling(64, 64, 16, 8, 2)}
+# By class of device, then by bytes of an element; tests/ahead_of_time.py compiles every entry. Square: in
+# self-similarity a tile is on the diagonal, or it is not. 128 x 128 spills registers with every option given.
+TILINGS = {
+    "any": {2: Tiling(64, 64, 64, 8, 3), 4: Tiling(64, 64, 16, 8, 2)},
+    "sm_90": {2: Tiling(64, 64, 64, 8, 3), 4: Tiling(64, 64, 32, 16, 2)},
+}
 GROUPS = 16  # of rows, and strips of columns: 256 programs for some 132 multiprocessors, and partials of 16 (N + M)
 WORKSPACE = 4096  # rows and columns of a block of backward: 32 MB of bfloat16 coefficients
 MERGE = 1024  # rows of a program that merges partials
@@ -351,7 +354,7 @@ class Problem:
         self.row_scale, self.col_scale, self.exclude = self.vectors[0], self.vectors[1], self.vectors[4]
         self.n, self.features = x.shape
         self.m = y.shape[0]
-        self.tiling = TILINGS[x.element_size()]
+        self.tiling = TILINGS[device_class(x)][x.element_size()]
         self.options = {
             "MIRRORED": self.mirrored,
             "RESTRICT": restrict,
@@ -368,6 +371,14 @@ class Problem:
 
     def empty(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=torch.float32)
+
+
+def device_class(x: Tensor) -> str:
+    """The key of TILINGS for the device of a tensor."""
+    if x.device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return f"sm_{major}{minor}" if f"sm_{major}{minor}" in TILINGS else "any"
+    return "any"
 
 
 def _precision(x: Tensor) -> str:

@@ -98,11 +98,13 @@ def main() -> None:
     warp = 64 if kind == "hip" else 32
     target = GPUTarget(kind, int(architecture) if kind == "cuda" else architecture, warp)
     triton.runtime.driver.set_active(Device(target))
+    name = f"sm_{architecture}"
+    kernels.device_class = lambda _: name if name in kernels.TILINGS else "any"
     for dtype, mirrored, options in itertools.product(
         (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True)
     ):
-        for name, compiled in compiled_kernels(dtype, mirrored, options):
-            what = {"kernel": name, "dtype": str(dtype)[6:], "mirrored": mirrored, "options": options}
+        for kernel, compiled in compiled_kernels(dtype, mirrored, options):
+            what = {"kernel": kernel, "dtype": str(dtype)[6:], "mirrored": mirrored, "options": options}
             print(json.dumps(what | resources(compiled)), flush=True)
     part, vector = torch.zeros(kernels.GROUPS, 512), torch.zeros(512)
     merge = kernels.merge_kernel.warmup(part, part, 16, part, part, 16, vector, vector, 512, BLOCK=1024, grid=(1,))
