@@ -21,8 +21,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from contrastive_ops.kernels import similarity_logsumexp as kernels
+from contrastive_ops.backends.triton import kernels as load
 
+kernels = load()
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

@@ -45,8 +45,7 @@ def test_shapes(shape, name):
 @runs
 @pytest.mark.parametrize("name", ["everything-restrict", "self-everything", "self-ids-restrict-sorted"])
 def test_many_tiles(name, monkeypatch):
-    from contrastive_ops.kernels import similarity_logsumexp as kernels
-
+    kernels = backends.triton.kernels()
     monkeypatch.setattr(kernels, "GROUPS", 3)
     monkeypatch.setattr(kernels, "WORKSPACE", 192)
     monkeypatch.setattr(kernels, "MERGE", 64)
@@ -114,8 +113,7 @@ def test_a_fault_is_seen(monkeypatch):
     """The comparison catches what a kernel may get wrong: here, one group's partials that nobody merges."""
     if SENTENCE is not None:
         pytest.skip(f"triton: {SENTENCE}")
-    from contrastive_ops.kernels import similarity_logsumexp as kernels
-
+    kernels = backends.triton.kernels()
     merge = kernels._merge
     monkeypatch.setattr(kernels, "_merge", lambda problem, a, b, parts, *rest: merge(problem, a, b, parts - 1, *rest))
     with pytest.raises(AssertionError):

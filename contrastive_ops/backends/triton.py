@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,18 +44,27 @@ def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
     return 0
 
 
-def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    from contrastive_ops.kernels import similarity_logsumexp as kernels
+def kernels() -> ModuleType:
+    """The module of the kernels: contrastive_ops.kernels.similarity_logsumexp, imported at first use, as is Triton.
 
+    Its folder has no __init__.py, so an editable install doesn't find it as part of this package: there it lies beside.
+    """
+    package = "contrastive_ops.kernels"
+    beside = Path(__file__).parents[2] / "kernels"
+    if package not in sys.modules and beside.is_dir():
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [str(beside)]
+    return importlib.import_module(f"{package}.similarity_logsumexp")
+
+
+def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, _keep = arguments
     with torch.autocast(inputs[0].device.type, enabled=False):
-        *statistics, excluded = kernels.forward(*inputs)
+        *statistics, excluded = kernels().forward(*inputs)
     return (*statistics, inputs[0].new_empty(0, dtype=torch.float32), excluded)
 
 
 def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from contrastive_ops.kernels import similarity_logsumexp as kernels
-
     incoming, statistics, inputs = arguments[:3], arguments[3:7], arguments[8:]  # without the dots
     with torch.autocast(inputs[0].device.type, enabled=False):
-        return kernels.backward(*incoming, *statistics, *inputs)
+        return kernels().backward(*incoming, *statistics, *inputs)
