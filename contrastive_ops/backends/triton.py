@@ -50,10 +50,10 @@ def kernels() -> ModuleType:
     Its folder has no __init__.py, so an editable install doesn't find it as part of this package: there it lies beside.
     """
     package = "contrastive_ops.kernels"
-    beside = Path(__file__).parents[2] / "kernels"
-    if package not in sys.modules and beside.is_dir():
+    inside, beside = (Path(__file__).parents[up] / "kernels" / "similarity_logsumexp.py" for up in (1, 2))
+    if package not in sys.modules and not inside.is_file() and beside.is_file():
         sys.modules[package] = ModuleType(package)
-        sys.modules[package].__path__ = [str(beside)]
+        sys.modules[package].__path__ = [str(beside.parent)]
     return importlib.import_module(f"{package}.similarity_logsumexp")
 
 
