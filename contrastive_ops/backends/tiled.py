@@ -169,9 +169,8 @@ class SpanTiles(Tiles):
         if grad_x is not None:
             with self.exact():
                 b = torch.einsum("jst,sij->tij", self.inverse[j], y)
-            grad_x[i] += self.product(q * b, self.cols(j).transpose(0, 1)).sum(0) - q.sum(1, keepdim=True) * self.rows(
-                i
-            )
+            along = self.product(q * b, self.cols(j).transpose(0, 1)).sum(0)
+            grad_x[i] += along - q.sum(1, keepdim=True) * self.rows(i)
         if grad_y is not None:
             grad_y[j] += self.product((q * y).mT, self.rows(i)).transpose(0, 1)
 

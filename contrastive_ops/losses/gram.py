@@ -83,10 +83,10 @@ def gram_loss(
 
     Notes
     -----
-    Extra memory is O(N D P^2). With `normalize` the unit vectors are float32 (float64), and so are the products of half
-    precision inputs; without it the op gets the vectors in their dtype. Positives, which are small volumes, are
-    computed by residuals; the square of a negative's distance from a span has an absolute error of about 1e-7. For N =
-    1 there are no negatives: the loss is 0 with zero gradient. A volume is even in each vector, so an opposite is as
+    Extra memory is O(N D P). With `normalize` the unit vectors are float32 (float64), and so are the products of half
+    precision inputs; without it the op gets the vectors in their dtype. Positives, which are small volumes, are those
+    of `gramian_volume`; the square of a negative's distance from a span has an absolute error of about 1e-7. For N = 1
+    there are no negatives: the loss is 0 with zero gradient. A volume is even in each vector, so an opposite is as
     good a match as a duplicate; a zero vector, and more than D vectors, have volume 0, the best match there is, with
     zero gradient. Gradients reach all modalities, `temperature` and `sample_weight`; `detach_others` takes two sweeps.
 
@@ -132,7 +132,7 @@ def _directions(
     rows: bool = True,
     cols: bool = True,
 ) -> tuple[Direction, ...]:
-    """The rows, the columns, or both, from one sweep; the positives by residuals."""
+    """The rows, the columns, or both, from one sweep; the positives exactly, apart from it."""
     vectors = volume.stacked((anchor, *others))
     if normalize:
         # not as scales: the gradient of a volume is radial but for a small part, which is all that is left of it here.

@@ -80,7 +80,7 @@ class _Volume(torch.autograd.Function):
             identity = torch.eye(vectors.shape[-2], dtype=dtype, device=vectors.device)
             inverse = torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True).mT
         else:
-            basis = tuples.factor(vectors.flatten(0, -3) if vectors.dim() > 2 else vectors.unsqueeze(0))
+            basis = tuples.factor(vectors.reshape(-1, *vectors.shape[-2:]))
             volume = basis.volume.view(vectors.shape[:-2]).to(dtype)
             inverse = basis.inverse.view(*vectors.shape[:-2], *basis.inverse.shape[1:]).to(dtype)
         ctx.save_for_backward(vectors, volume, inverse)
