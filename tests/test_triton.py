@@ -45,8 +45,8 @@ def test_shapes(shape, name):
 @runs
 @pytest.mark.parametrize("name", ["everything-restrict", "self-everything", "self-ids-restrict-sorted"])
 def test_many_tiles(name, monkeypatch):
-    kernels = backends.triton.kernels()
-    monkeypatch.setattr(kernels, "GROUPS", 3)
+    kernels = backends.triton.kernels("sweep")
+    monkeypatch.setattr(kernels, "PROGRAMS", 9)
     monkeypatch.setattr(kernels, "WORKSPACE", 192)
     monkeypatch.setattr(kernels, "MERGE", 64)
     op_tests.test_shapes((500, 420, 20), name, "triton", torch.float32)
@@ -113,7 +113,7 @@ def test_a_fault_is_seen(monkeypatch):
     """The comparison catches what a kernel may get wrong: here, one group's partials that nobody merges."""
     if SENTENCE is not None:
         pytest.skip(f"triton: {SENTENCE}")
-    kernels = backends.triton.kernels()
+    kernels = backends.triton.kernels("sweep")
     merge = kernels._merge
     monkeypatch.setattr(kernels, "_merge", lambda problem, a, b, parts, *rest: merge(problem, a, b, parts - 1, *rest))
     with pytest.raises(AssertionError):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from contrastive_ops import checks
 
-OPS = ("similarity_logsumexp",)
+OPS = ("similarity_logsumexp", "volume_logsumexp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,27 +44,40 @@ def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
     return 0
 
 
-def kernels() -> ModuleType:
-    """The module of the kernels: contrastive_ops.kernels.similarity_logsumexp, imported at first use, as is Triton.
+def kernels(name: str) -> ModuleType:
+    """A module of the kernels, contrastive_ops.kernels.<name>, imported at first use, as is Triton.
 
-    Its folder has no __init__.py, so an editable install doesn't find it as part of this package: there it lies beside.
+    Their folder has no __init__.py, so an editable install doesn't find it as part of this package: there it lies beside.
     """
     package = "contrastive_ops.kernels"
-    inside, beside = (Path(__file__).parents[up] / "kernels" / "similarity_logsumexp.py" for up in (1, 2))
+    inside, beside = (Path(__file__).parents[up] / "kernels" / "sweep.py" for up in (1, 2))
     if package not in sys.modules and not inside.is_file() and beside.is_file():
         sys.modules[package] = ModuleType(package)
         sys.modules[package].__path__ = [str(beside.parent)]
-    return importlib.import_module(f"{package}.similarity_logsumexp")
+    return importlib.import_module(f"{package}.{name}")
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, _keep = arguments
     with torch.autocast(inputs[0].device.type, enabled=False):
-        *statistics, excluded = kernels().forward(*inputs)
+        *statistics, excluded = kernels("similarity_logsumexp").forward(*inputs)
     return (*statistics, inputs[0].new_empty(0, dtype=torch.float32), excluded)
 
 
 def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
     incoming, statistics, inputs = arguments[:3], arguments[3:7], arguments[8:]  # without the dots
     with torch.autocast(inputs[0].device.type, enabled=False):
-        return kernels().backward(*incoming, *statistics, *inputs)
+        return kernels("similarity_logsumexp").backward(*incoming, *statistics, *inputs)
+
+
+def volume_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, _keep = arguments
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        *statistics, row_total, col_total = kernels("volume_logsumexp").forward(*inputs)
+    return (*statistics, inputs[0].new_empty(0, dtype=torch.float32), row_total, col_total)
+
+
+def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    incoming, statistics, inputs = arguments[:4], arguments[4:8], arguments[9:]  # without the dots
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return kernels("volume_logsumexp").backward(*incoming, *statistics, *inputs)
