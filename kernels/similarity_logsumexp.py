@@ -35,7 +35,7 @@ class Tiling(NamedTuple):
     stages: int
 
 
-# By class of device, then by bytes of an element; tests/ahead_of_time.py compiles every entry. Square: in
+# By class of device, then by bytes of an element; bench/resources.py compiles every entry. Square: in
 # self-similarity a tile is on the diagonal, or it is not. 128 x 128 spills registers with every option given.
 TILINGS = {
     "any": {2: Tiling(64, 64, 64, 8, 3), 4: Tiling(64, 64, 16, 8, 2)},
