@@ -88,6 +88,10 @@ def _up(size: int, granularity: int) -> int:
     return -(-size // granularity) * granularity
 
 
+# of the products; tf32 is float32 where the user allows it
+DTYPES = ("float32", "tf32", "bfloat16", "float16")
+
+
 class Build(NamedTuple):
     """A kernel as it is launched, and how to compile it."""
 
@@ -103,7 +107,8 @@ def similarity_builds() -> Iterator[Build]:
     kernels = backend.kernels()
     size, features = 512, 512
     vector, part = torch.zeros(size), torch.zeros(kernels.GROUPS, size)
-    for dtype, mirrored, options in itertools.product(backend.DTYPES, (False, True), (False, True)):
+    for name, mirrored, options in itertools.product(DTYPES, (False, True), (False, True)):
+        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
         x = torch.zeros(size, features, dtype=dtype)
         scale, integer = (vector, torch.zeros(size, dtype=torch.int64)) if options else (None, None)
         of_cols = (None, None, None) if mirrored else (scale, scale, integer)
@@ -118,9 +123,16 @@ def similarity_builds() -> Iterator[Build]:
             problem.x, problem.y, *problem.vectors, *[vector] * 7, unit, x, part, part, part, part,
             size, size, features, 0, 0, size, size,
         )  # fmt: skip
-        what = (_name(dtype), ("self" if mirrored else "x, y") + (", options" if options else ""))
+        precision = "tf32" if name == "tf32" else problem.options["PRECISION"]
+        what = (name, ("self" if mirrored else "x, y") + (", options" if options else ""))
         tile = " x ".join(map(str, problem.tiling[:3]))
-        flags: dict[str, Any] = {"ROWS": True, "COLS": not mirrored, **problem.options, "grid": (1, 1)}
+        flags: dict[str, Any] = {
+            "ROWS": True,
+            "COLS": not mirrored,
+            **problem.options,
+            "PRECISION": precision,
+            "grid": (1, 1),
+        }
         yield Build("forward", *what, tile, _warmup(kernels.forward_kernel, forward, flags))
         flags = {**flags, "COLS": True, "SUMS": options}
         yield Build("backward", *what, tile, _warmup(kernels.backward_kernel, backward, flags))
@@ -130,10 +142,6 @@ def similarity_builds() -> Iterator[Build]:
 
 
 BUILDERS: tuple[Callable[[], Iterator[Build]], ...] = (similarity_builds,)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _warmup(kernel: Any, arguments: Sequence[Any], flags: dict[str, Any]) -> Callable[[], Any]:

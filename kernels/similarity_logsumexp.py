@@ -38,7 +38,7 @@ class Tiling(NamedTuple):
 # By class of device, then by bytes of an element; bench/resources.py compiles every entry. Square: in
 # self-similarity a tile is on the diagonal, or it is not. 128 x 128 spills registers with every option given.
 TILINGS = {
-    "any": {2: Tiling(64, 64, 64, 8, 3), 4: Tiling(64, 64, 16, 8, 2)},
+    "any": {2: Tiling(64, 64, 64, 8, 3), 4: Tiling(64, 64, 16, 8, 3)},
     "sm_90": {2: Tiling(64, 64, 64, 8, 3), 4: Tiling(64, 64, 32, 16, 2)},
 }
 GROUPS = 16  # of rows, and strips of columns: 256 programs for some 132 multiprocessors, and partials of 16 (N + M)
