@@ -15,6 +15,7 @@ if not torch.cuda.is_available():  # before any kernel is defined
 
 # --import-mode=importlib leaves this folder off the path; the helpers (tolerance, problems) are imported by name
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
 from contrastive_ops import backends
 from contrastive_ops.catalogue import Loss

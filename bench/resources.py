@@ -1,0 +1,304 @@
+"""What the Triton kernels take of a GPU, found by compiling them without one: bench/RESOURCES.md.
+
+python -m bench.resources [--target cuda:90 ...] [--write]
+
+A target is compiled in a process of its own, in which a stand-in for the driver names it: a process has one driver, and
+in that of the tests Triton interprets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from contrastive_ops.backends import triton as backend
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "bench" / "RESOURCES.md"
+COMMAND = "python -m bench.resources --write"
+
+
+class Limits(NamedTuple):
+    """What a target has. A multiprocessor of AMD is a compute unit."""
+
+    name: str
+    program_shared: int  # bytes that one program may have; the compiler does not check
+    shared: int  # bytes of a multiprocessor
+    reserved: int = 0  # bytes that the system takes of each program
+    registers: int = 255  # of a thread
+    warps: int = 64
+    programs: int = 32
+
+
+TARGETS = {
+    "cuda:80": Limits("sm_80 (A100)", 166912, 164 << 10, 1 << 10),
+    "cuda:90": Limits("sm_90 (H100)", 232448, 228 << 10, 1 << 10),
+    "cuda:100": Limits("sm_100 (B200)", 232448, 228 << 10, 1 << 10),
+    "hip:gfx942": Limits("gfx942 (MI300)", 65536, 64 << 10, registers=512, warps=32, programs=16),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    kernel: str
+    dtype: str
+    variant: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int  # of a thread
+    spills: int  # bytes (AMD: registers) of a thread
+    shared: int  # bytes of a program
+    matrix: int  # instructions of the matrix unit in the code
+    tensor_memory: int = 0  # columns of a program, sm_100
+
+
+def programs(target: str, row: Row) -> int:
+    """Programs that a multiprocessor holds at once, by registers, threads, shared and tensor memory."""
+    limits = TARGETS[target]
+    fit = [limits.programs, limits.warps // row.warps]
+    if row.shared:
+        fit.append(limits.shared // (_up(row.shared, 128) + limits.reserved))
+    # of each of the four parts of a multiprocessor, a warp belongs to one
+    if target.startswith("hip:"):  # a lane's share of the file has 512 registers, ordinary ones and accumulators
+        warps_of_part = min(8, 512 // _up(row.registers, 8))
+    else:
+        warps_of_part = (65536 // 4) // _up(32 * row.registers, 256)
+    fit.append(4 * warps_of_part // row.warps)
+    if row.tensor_memory:
+        fit.append(512 // row.tensor_memory)
+    return min(fit)
+
+
+def _up(size: int, granularity: int) -> int:
+    return -(-size // granularity) * granularity
+
+
+# of the products; tf32 is float32 where the user allows it
+DTYPES = ("float32", "tf32", "bfloat16", "float16")
+
+
+class Build(NamedTuple):
+    """A kernel as it is launched, and how to compile it."""
+
+    kernel: str
+    dtype: str
+    variant: str
+    tile: str
+    compile: Callable[[], Any]
+
+
+def similarity_builds() -> Iterator[Build]:
+    """All options of the op and none, for rows and columns and for self-similarity."""
+    kernels = backend.kernels()
+    size, features = 512, 512
+    vector, part = torch.zeros(size), torch.zeros(kernels.GROUPS, size)
+    for name, mirrored, options in itertools.product(DTYPES, (False, True), (False, True)):
+        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
+        x = torch.zeros(size, features, dtype=dtype)
+        scale, integer = (vector, torch.zeros(size, dtype=torch.int64)) if options else (None, None)
+        of_cols = (None, None, None) if mirrored else (scale, scale, integer)
+        problem = kernels.Problem(
+            x, None if mirrored else x, scale, of_cols[0], scale, of_cols[1], integer, integer, of_cols[2], options
+        )
+        forward = (
+            problem.x, problem.y, *problem.vectors, part, part, part, part, vector, size, size, features, 64, 64
+        )  # fmt: skip
+        unit = vector if dtype == torch.float16 else None
+        backward = (
+            problem.x, problem.y, *problem.vectors, *[vector] * 7, unit, x, part, part, part, part,
+            size, size, features, 0, 0, size, size,
+        )  # fmt: skip
+        precision = "tf32" if name == "tf32" else problem.options["PRECISION"]
+        what = (name, ("self" if mirrored else "x, y") + (", options" if options else ""))
+        tile = " x ".join(map(str, problem.tiling[:3]))
+        flags: dict[str, Any] = {
+            "ROWS": True,
+            "COLS": not mirrored,
+            **problem.options,
+            "PRECISION": precision,
+            "grid": (1, 1),
+        }
+        yield Build("forward", *what, tile, _warmup(kernels.forward_kernel, forward, flags))
+        flags = {**flags, "COLS": True, "SUMS": options}
+        yield Build("backward", *what, tile, _warmup(kernels.backward_kernel, backward, flags))
+    merge = (part, part, kernels.GROUPS, part, part, kernels.GROUPS, vector, vector, size)
+    flags = {"BLOCK": kernels.MERGE, "grid": (1,)}
+    yield Build("merge", "float32", "self", str(kernels.MERGE), _warmup(kernels.merge_kernel, merge, flags))
+
+
+BUILDERS: tuple[Callable[[], Iterator[Build]], ...] = (similarity_builds,)
+
+
+def _warmup(kernel: Any, arguments: Sequence[Any], flags: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: kernel.warmup(*arguments, **flags)
+
+
+class Driver:
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+def compile_here(target: str) -> Iterator[Row]:
+    """Every kernel, with this process's Triton set to the target."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kind, _, architecture = target.partition(":")
+    gpu = GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget(kind, architecture, 64)
+    triton.runtime.driver.set_active(Driver(gpu))
+    kernels, name = backend.kernels(), f"sm_{architecture}"
+    kernels.device_class = lambda _: name if name in kernels.TILINGS else "any"  # type: ignore[attr-defined]
+    for build in (build for builder in BUILDERS for build in builder()):
+        compiled = build.compile()
+        metadata = compiled.metadata
+        yield Row(
+            kernel=build.kernel,
+            dtype=build.dtype,
+            variant=build.variant,
+            tile=build.tile,
+            warps=metadata.num_warps,
+            stages=metadata.num_stages,
+            shared=metadata.shared,
+            tensor_memory=getattr(metadata, "tmem_size", None) or 0,
+            **_of_code(compiled),
+        )
+
+
+def _of_code(compiled: Any) -> dict[str, int]:
+    """Registers, spills, and instructions of the matrix unit."""
+    import triton
+
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        return {
+            "registers": _number(r"\.vgpr_count:?\s+(\d+)", code),
+            "spills": _number(r"\.vgpr_spill_count:?\s+(\d+)", code),
+            "matrix": code.count("v_mfma"),
+        }
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", file.name], text=True)
+        code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True, stderr=subprocess.DEVNULL)
+    return {
+        "registers": _number(r"REG:(\d+)", usage),
+        "spills": _number(r"STACK:(\d+)", usage),
+        "matrix": len(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)),
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern} in what the compiler wrote"
+    return int(found[1])
+
+
+def compile_for(target: str) -> list[Row]:
+    """Every kernel, in a process of its own."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.resources", "--json", "--target", target],
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"Compiling for {target} failed:\n{result.stderr[-3000:]}")
+    return [Row(**json.loads(line)) for line in result.stdout.splitlines()]
+
+
+def head() -> str:
+    return f"""# What the Triton kernels take of a GPU
+
+Compiled by Triton {importlib.metadata.version("triton")} without a GPU; nothing here was measured on one.
+`{COMMAND}` writes this page, and a test compiles again and compares.
+
+- tile: rows x columns x features of one step; of `merge`, rows.
+- registers: of a thread, 255 at most; on gfx942 ordinary ones and accumulators, 512 at most.
+- spills: bytes of a thread's stack (gfx942: registers). Zero, or a test fails.
+- shared: bytes of a program, within the limit of a program or a test fails.
+- matrix: instructions of the matrix unit in the code (HMMA, HGMMA, UTCHMMA, v_mfma).
+- programs: how many a multiprocessor holds at once, by registers, threads and memory: an upper bound.
+"""
+
+
+def section(target: str, rows: Sequence[Row]) -> str:
+    columns = ("kernel", "dtype", "variant", "tile", "warps", "stages", "registers", "spills", "shared", "matrix")
+    lines = [f"| {' | '.join((*columns, 'programs'))} |", f"|{' --- |' * 4}{' ---: |' * 7}"]
+    for row in rows:
+        values = [*(getattr(row, column) for column in columns), programs(target, row)]
+        lines.append(f"| {' | '.join(map(str, values))} |")
+    limits = TARGETS[target]
+    return "\n".join([f"## {target}: {limits.name}, {limits.program_shared} bytes for a program", "", *lines, ""])
+
+
+def committed(target: str) -> tuple[str, str]:
+    """Triton's version on the committed page, and the section of a target; empty where there is none."""
+    text = PAGE.read_text() if PAGE.exists() else ""
+    version = re.search(r"Triton (\d\S*)", text)
+    found = re.search(rf"^## {re.escape(target)}:.*?(?=\n## |\Z)", text, re.DOTALL | re.MULTILINE)
+    return version[1] if version else "", found[0] if found else ""
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.resources", description="Compile the Triton kernels without a GPU; what each takes."
+    )
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--write", action="store_true", help=f"all targets into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--json", action="store_true", help="one object per kernel; of one target, in this process")
+    options = parser.parse_args(argv)
+    if options.write and options.target != list(TARGETS):
+        parser.error("--write is of all targets: leave out --target.")
+    if options.json:
+        if len(options.target) != 1:
+            parser.error("--json needs one --target.")
+        for row in compile_here(options.target[0]):
+            print(json.dumps(asdict(row)), flush=True)
+        return
+    with ThreadPoolExecutor(2) as pool:
+        sections = [section(*pair) for pair in zip(options.target, pool.map(compile_for, options.target), strict=True)]
+    page = "\n".join([head(), *sections])
+    if options.write:
+        PAGE.write_text(page)
+    else:
+        print(page, end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
