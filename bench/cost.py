@@ -3,21 +3,28 @@
 python -m bench.cost [--write]
 
 A scheme is a list of phases, one after the other. A phase takes as long as what it needs most of: floating-point
-operations, bytes of HBM, bytes of L2, or exponentials. What ours does is read from the kernels' own constants.
+operations, bytes of HBM, bytes of L2, or exponentials. How ours cuts a problem is asked of the kernels' own code.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
 
-from bench import resources
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from contrastive_ops.backends import triton as backend
 
 PAGE = Path(__file__).parents[1] / "bench" / "COST.md"
@@ -27,10 +34,10 @@ FEATURES = (128, 512, 768, 1024)
 HALF, SINGLE = 2, 4  # bytes of an element
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity, a key
 class Device:
     name: str
-    target: str  # of bench/RESOURCES.md
+    capability: tuple[int, int]
     peak: dict[int, float]  # FLOP/s by bytes of an element: bfloat16, TF32
     attained: float  # share of the peak that the vendor's large products reach; no kernel is taken to reach more
     hbm: float  # bytes/s
@@ -45,8 +52,8 @@ class Device:
         return 16 * self.multiprocessors * self.clock
 
 
-A100 = Device("A100", "cuda:80", {HALF: 312e12, SINGLE: 156e12}, 0.80, 2.0e12, 5.4e12, 40e6, 108, 1.41e9)
-H100 = Device("H100", "cuda:90", {HALF: 989e12, SINGLE: 494e12}, 0.75, 3.35e12, 7.0e12, 50e6, 132, 1.755e9)
+A100 = Device("A100", (8, 0), {HALF: 312e12, SINGLE: 156e12}, 0.80, 2.0e12, 5.4e12, 40e6, 108, 1.41e9)
+H100 = Device("H100", (9, 0), {HALF: 989e12, SINGLE: 494e12}, 0.75, 3.35e12, 7.0e12, 50e6, 132, 1.755e9)
 DEVICES = (A100, H100)
 TARGETS = (((H100, 768), 66e-3), ((A100, 512), 95e-3))  # seconds, of the bound
 LAUNCH = 6e-6  # seconds of the host for one kernel, launched from Python
@@ -62,7 +69,8 @@ class Phase:
     hbm: float = 0.0
     l2: float = 0.0
     exponentials: float = 0.0
-    programs: int = 0  # of one launch, of equal length; 0 where the grid is not known or does not matter
+    programs: int = 0  # of one launch; 0 where the grid is not known or does not matter
+    length: float = 1.0  # mean of the programs, as a share of the longest
     launches: int = 1
 
     def bounds(self, device: Device) -> dict[str, float]:
@@ -77,11 +85,15 @@ class Phase:
     def bound(self, device: Device) -> float:
         return max(self.bounds(device).values())
 
+    def at_work(self, device: Device) -> float:
+        """Share of the multiprocessors' time, the others wait for the last programs."""
+        return self.length * balance(self.programs, device)
+
     def estimate(self, device: Device) -> float:
         """With the share of the peak that products attain, and the multiprocessors that wait for the last program."""
         seconds = self.bounds(device)
         seconds["products"] /= device.attained
-        return max(seconds.values()) / balance(self.programs, device)
+        return max(seconds.values()) / self.at_work(device)
 
 
 def balance(programs: int, device: Device) -> float:
@@ -102,14 +114,14 @@ def total(phases: Sequence[Phase], what: str) -> float:
     return sum(getattr(phase, what) for phase in phases)
 
 
-Phases = Callable[[int, Device], list[Phase]]  # by features and device
+Phases = Callable[[int, Device], Sequence[Phase]]  # by features and device
 
 
 @dataclass(frozen=True)
 class Scheme:
     name: str
     phases: Phases
-    workspace: Callable[[int], float]  # bytes beyond inputs and gradients, by features
+    workspace: Callable[[int, Device], float]  # bytes beyond inputs and gradients, by features and device
     runs: Callable[[int, Device], bool] = lambda d, device: True
 
 
@@ -127,100 +139,192 @@ def product_programs(m: int, d: int, k: int, device: Device) -> int:
 
 # ours
 
-
-def kernels() -> Any:
-    return backend.kernels()
+SWEEP = backend.kernels("sweep")
 
 
-def tiling(device: Device) -> Any:
-    table = kernels().TILINGS
-    return table.get(f"sm_{device.target.partition(':')[2]}", table["any"])[HALF]
+class Case(NamedTuple):
+    """What is asked of the ops. The pairs have a learned scale, and every row leaves out its positive by index."""
+
+    mirrored: bool = False  # self-similarity
+    frozen: bool = False  # y needs no gradient
+    members: int = 0  # vectors of a tuple, of volumes
+
+    @property
+    def matrices(self) -> int:
+        return max(self.members, 1)
+
+    @property
+    def vectors(self) -> int:
+        """For every row, those that need a gradient: x_i and y_i, or x_i and a tuple."""
+        return 1 if self.mirrored or self.frozen else 1 + self.matrices
 
 
-def our_forward(d: int, device: Device) -> Phase:
-    tile, groups = tiling(device), kernels().GROUPS
-    x = N * d * HALF
-    # the programs of a group go through its rows together, once for every tile of columns of their strips
-    sweeps = 1 if x < device.cache / 2 else N / groups / tile.block_n
+CLIP = Case()
+
+
+class Plan(NamedTuple):
+    """How the kernels cut a problem."""
+
+    forward: Any  # a tiling, as are the next two
+    block: Any
+    rows: Any  # None where the device has no rows_kernel for the dtype
+    device_class: str
+    programs: int
+    groups: int
+    strips: int
+
+
+@contextlib.contextmanager
+def pretending(device: Device) -> Iterator[None]:
+    """Tensors that hold nothing, on a device that is not there."""
+    properties = SimpleNamespace(multi_processor_count=device.multiprocessors)
+    with (
+        FakeTensorMode(),
+        mock.patch.object(torch.version, "hip", None),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=device.capability),
+    ):
+        yield
+
+
+def problem(case: Case, d: int, device: str) -> Any:
+    """As the kernels take it."""
+    x = torch.empty(N, d, dtype=torch.bfloat16, device=device)
+    y = x.new_empty(N, case.members, d) if case.members else x
+    scale, index = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.int32)
+    of_cols = (scale, index) if case.mirrored else (scale if case.members else None, None)
+    vectors = SWEEP.Vectors(scale, of_cols[0], None, None, index, of_cols[1], None, None)
+    return SWEEP.Problem(x, y, vectors, SWEEP.Span(None, None), mirrored=case.mirrored)
+
+
+@functools.cache
+def plan(case: Case, device: Device) -> Plan:
+    with pretending(device):
+        of = problem(case, FEATURES[0], "cuda")
+        asked = SWEEP.device_class(of.x), SWEEP._programs(of.x), *SWEEP._groups(of)
+    return Plan(of.forward_tiling, of.block_tiling, of.tilings.rows, *asked)
+
+
+def our_forward(case: Case, d: int, device: Device) -> Phase:
+    p, x = plan(case, device), N * d * HALF
+    tile = p.forward
+    group, strip = SWEEP._share(N, tile.block_m, p.groups), SWEEP._share(N, tile.block_n, p.strips)
+    groups, strips = math.ceil(N / group), math.ceil(N / strip)
+    longest = (group // tile.block_m) * (strip // tile.block_n)
+    programs, tiles = groups * strips, math.ceil(N / tile.block_m) * math.ceil(N / tile.block_n)
+    if case.mirrored:  # on the diagonal and above
+        programs, tiles = groups * (groups + 1) // 2, (tiles + math.ceil(N / tile.block_m)) // 2
+    pairs = tiles * tile.block_m * tile.block_n
+    edges = pairs * (1 / tile.block_m + 1 / tile.block_n)  # rows and columns of all tiles
+    # all groups go through their rows at the same time, once for every tile of columns of their strips
+    waves = math.ceil(programs / device.multiprocessors)
+    sweeps = 1.0 if x < device.cache / 2 else waves * strip / tile.block_n * pairs / N**2
+    positives = 0 if case.members else 2 * x  # read once more for their logits
+    statistics = 2 * (groups + strips) * N * SINGLE  # partial maxima and sums
     return Phase(
         "forward",
-        flops=2 * N * N * d,
-        hbm=sweeps * x + x,
-        l2=tiles_read(d, tile.block_m, tile.block_n),
-        exponentials=N * N,
-        programs=groups * groups,
-        launches=3,
+        flops=2 * case.matrices * pairs * d,
+        hbm=(sweeps + case.matrices) * x + positives + 2 * statistics,
+        l2=edges * (case.matrices * d * HALF + 4 * SINGLE),  # a maximum and a sum are read and written
+        exponentials=pairs,
+        programs=programs,
+        length=tiles / (programs * longest),
+        launches=1 + (positives > 0) + (1 if case.mirrored else 2),  # merges
     )
 
 
-def workspace_backward(d: int, device: Device) -> list[Phase]:
-    """Coefficients of a block, two products of the vendor, their sums, and those of the scales' gradients."""
-    tile, side = tiling(device), kernels().WORKSPACE
-    blocks = math.ceil(N / side) ** 2
-    coefficients = N * N * HALF
-    features = blocks * 2 * side * d * HALF
-    results = blocks * 2 * side * d * SINGLE
-    return [
-        Phase(
-            "coefficients",
-            flops=2 * N * N * d,
-            hbm=coefficients + features,
-            l2=tiles_read(d, tile.block_m, tile.block_n) + coefficients,
-            exponentials=2 * N * N,
-            programs=math.ceil(side / tile.block_m) * math.ceil(side / tile.block_n),
-            launches=blocks,
-        ),
-        Phase(
-            "products",
-            flops=4 * N * N * d,
-            hbm=2 * coefficients + features + results,
-            programs=product_programs(side, d, side, device),
-            launches=2 * blocks,
-        ),
-        Phase("sums", hbm=3 * results, launches=10 * blocks),
-    ]
+def by_blocks(case: Case, d: int, device: Device, side: int = SWEEP.WORKSPACE) -> list[Phase]:
+    """Of each block the coefficients, two products of the vendor onto the gradients, and the sums for the scale."""
+    tile = plan(case, device).block
+    columns = side // case.matrices // tile.block_n * tile.block_n
+    blocks = Counter(
+        (min(side, N - row), min(columns, N - col), case.mirrored and row != col)
+        for row in range(0, N, side)
+        for col in range(row if case.mirrored else 0, N, columns)
+    )
+    phases = []
+    for (rows, cols, mirror), count in blocks.items():
+        pairs = count * rows * cols
+        coefficients = case.matrices * pairs * HALF
+        grid = math.ceil(rows / tile.block_m), math.ceil(cols / tile.block_n)
+        phases.append(
+            Phase(
+                "coefficients",
+                flops=2 * case.matrices * pairs * d,
+                hbm=coefficients + count * (rows + case.matrices * cols) * d * HALF,
+                l2=case.matrices * pairs * d * HALF * (1 / tile.block_m + 1 / tile.block_n) + coefficients,
+                exponentials=pairs,
+                programs=grid[0] * grid[1],
+                launches=count,
+            )
+        )
+        products = [("dX", rows, cols)]
+        if mirror:
+            products.append(("dX", cols, rows))
+        if case.vectors > 1:
+            products.append(("dY", cols, rows))
+        phases += [
+            Phase(
+                f"product, {name}",
+                flops=2 * case.matrices * pairs * d,
+                hbm=coefficients + case.matrices * count * d * (k * HALF + 2 * m * SINGLE),  # reads and writes the sums
+                programs=product_programs(m, d, k, device),
+                launches=case.matrices * count,
+            )
+            for name, m, k in products
+        ]
+        of_rows, of_cols = (2, 1) if case.members else (1, int(mirror))  # vectors: of volumes also what x_i itself has
+        partials = of_rows * grid[1] * rows + of_cols * grid[0] * cols
+        phases.append(Phase("sums", hbm=2 * count * partials * SINGLE, launches=2 * count * (of_rows + of_cols)))
+    # float32 gradients begin at 0, and end in 16 bits
+    phases.append(Phase("gradients", hbm=case.vectors * N * d * (2 * SINGLE + HALF), launches=2 * case.vectors))
+    return phases
 
 
-def owner_backward(d: int, device: Device) -> list[Phase]:
+def by_rows(case: Case, d: int, device: Device) -> list[Phase]:
     """A program owns rows, goes through all columns, and keeps the gradient of its rows in registers; both sides."""
-    rows = tiling(device).block_m
+    p, x = plan(case, device), N * d * HALF
+    tiles = math.ceil(N / p.rows.block_m)
+    strips = math.ceil(N / SWEEP._share(N, p.rows.block_n, math.ceil(p.programs / tiles)))
+    programs = tiles * strips
+    sweeps = 1 if x < device.cache / 2 else math.ceil(programs / device.multiprocessors)
     side = Phase(
-        "owner",
-        flops=4 * N * N * d,
-        hbm=3 * N * d * HALF,
-        l2=N * N * d * HALF / rows,
-        exponentials=2 * N * N,
-        programs=math.ceil(N / rows),
+        "rows",
+        flops=4 * N * N * row_lanes(d),
+        hbm=(2 + sweeps) * x,
+        l2=N * N * d * HALF / p.rows.block_m,
+        exponentials=N * N,
+        programs=programs,
     )
-    return [side, side]
+    return [side] * case.vectors
 
 
-def workspace_bytes(d: int) -> float:
-    """The workspace, gradients in float32 and a product, and the partials of forward: a maximum and a sum."""
-    side = kernels().WORKSPACE
-    return side * side * HALF + (2 * N + side) * d * SINGLE + 4 * kernels().GROUPS * N * SINGLE
+def row_lanes(d: int) -> int:
+    return max(16, 1 << (d - 1).bit_length())
 
 
-def owner_bytes(d: int) -> float:
-    return 4 * kernels().GROUPS * N * SINGLE
+def takes_rows(case: Case, d: int, device: Device) -> bool:
+    return not case.members and plan(case, device).rows is not None and d <= SWEEP.ROWS_FEATURES
 
 
-def ours(d: int, device: Device) -> list[Phase]:
-    return [our_forward(d, device), *workspace_backward(d, device)]
+def ours(d: int, device: Device, case: Case = CLIP) -> list[Phase]:
+    backward = by_rows if takes_rows(case, d, device) else by_blocks
+    return [our_forward(case, d, device), *backward(case, d, device)]
 
 
-def ours_owner(d: int, device: Device) -> list[Phase]:
-    return [our_forward(d, device), *owner_backward(d, device)]
-
-
-OWNER_FEATURES = 128  # at most
+def our_workspace(d: int, device: Device) -> float:
+    """Of forward the partial maxima and sums; of backward by blocks the coefficients and the gradients in float32."""
+    p = plan(CLIP, device)
+    statistics = 2 * (p.groups + p.strips) * N * SINGLE
+    blocks = SWEEP.WORKSPACE**2 * HALF + CLIP.vectors * N * d * SINGLE
+    return statistics if takes_rows(CLIP, d, device) else max(statistics, blocks)
 
 
 # peers: traffic that is not known is left out, in their favour
 
 
 def memeff(d: int, device: Device) -> list[Phase]:
-    """Tiles of 128 forward; backward as our owner form, rows by the accumulator of a power of two of lanes."""
+    """Tiles of 128 forward; backward as ours by rows, rows by the accumulator of a power of two of lanes."""
     lanes = 1 << (d - 1).bit_length()
     rows = 64 if lanes <= 512 else 32
     side = Phase(
@@ -299,18 +403,17 @@ def eager(d: int, device: Device) -> list[Phase]:
 
 
 SCHEMES = (
-    Scheme("ours, workspace", ours, workspace_bytes),
-    Scheme("ours, owner", ours_owner, owner_bytes, lambda d, device: d <= OWNER_FEATURES),
-    Scheme("memeff", memeff, lambda d: 4 * N * SINGLE),
-    Scheme("Inf-CL", inf_cl, lambda d: 14 * N * d * SINGLE),
-    Scheme("Liger, chunks x 2", liger_chunked, lambda d: liger_chunk(d) * N * HALF + 2 * N * d * HALF),
+    Scheme("ours", ours, our_workspace),
+    Scheme("memeff", memeff, lambda d, device: 4 * N * SINGLE),
+    Scheme("Inf-CL", inf_cl, lambda d, device: 14 * N * d * SINGLE),
+    Scheme("Liger, chunks x 2", liger_chunked, lambda d, device: liger_chunk(d) * N * HALF + 2 * N * d * HALF),
     Scheme(
         "Liger, sm_90 x 2",
         liger_fused,
-        lambda d: 1024 * N * HALF + 2 * N * d * HALF,
-        lambda d, device: device.target == "cuda:90",
+        lambda d, device: 1024 * N * HALF + 2 * N * d * HALF,
+        lambda d, device: device is H100,
     ),
-    Scheme("eager", eager, lambda d: 4 * N * N * SINGLE),
+    Scheme("eager", eager, lambda d, device: 4 * N * N * SINGLE),
 )
 
 
@@ -371,7 +474,7 @@ def schemes_table() -> str:
             phases = scheme.phases(d, on[-1])
             flops = total(phases, "flops")
             counts = [f"{flops / 1e12:.1f}", f"{flops / (N * N * d):.3g}", size(total(phases, "hbm"))]
-            rows.append([str(d), scheme.name, *counts, size(scheme.workspace(d)), *times(scheme.phases, d, on)])
+            rows.append([str(d), scheme.name, *counts, size(scheme.workspace(d, on[-1])), *times(scheme.phases, d, on)])
     return table(("D", "scheme", "TFLOP", "per N²D", "HBM", "workspace", *TIMES), rows, 2)
 
 
@@ -380,40 +483,81 @@ def phases_table() -> str:
     for (device, d), _ in TARGETS:
         for phase in ours(d, device):
             seconds = phase.bounds(device)
-            of_grid = [str(phase.programs), f"{balance(phase.programs, device):.0%}"] if phase.programs else ["", ""]
+            of_grid = [str(phase.programs), f"{phase.at_work(device):.0%}"] if phase.programs else ["", ""]
             limit = max(seconds, key=lambda what: seconds[what])
             of_time = [ms(phase.bound(device)), ms(phase.estimate(device))]
-            rows.append([f"{device.name}, D = {d}", phase.name, held(phase.name, device), *of_grid, limit, *of_time])
-    columns = ("", "phase", "programs held", "programs", "at work", "limit", "bound, ms", "estimate, ms")
+            rows.append([f"{device.name}, D = {d}", phase.name, str(phase.launches), *of_grid, limit, *of_time])
+    columns = ("", "phase", "launches", "programs", "at work", "limit", "bound, ms", "estimate, ms")
     return table(columns, rows, 2)
-
-
-def held(phase: str, device: Device) -> str:
-    """Programs that a multiprocessor holds, of the compiled bfloat16 kernel: fewest and most over the options."""
-    kernel = {"forward": "forward", "coefficients": "backward"}.get(phase)
-    _, section = resources.committed(device.target)
-    lines = ([cell.strip() for cell in line.split("|")] for line in section.splitlines())
-    found = [int(cells[-2]) for cells in lines if cells[1:3] == [kernel, "bfloat16"]]
-    return "" if not found else " to ".join(map(str, sorted({min(found), max(found)})))
 
 
 def forms_table() -> str:
     rows = []
     file = 65536 * SINGLE  # bytes of the registers of a multiprocessor
     for d in (64, 128, 256, 512):
-        for name, form in (("workspace", workspace_backward), ("owner", owner_backward)):
-            phases = form(d, H100)
+        for name, form in (("blocks", by_blocks), ("rows", by_rows)):
+            phases = form(CLIP, d, H100)
             counts = [
                 f"{total(phases, 'flops') / 1e12:.1f}",
                 size(total(phases, "hbm")),
                 size(total(phases, "l2")),
                 f"{total(phases, 'exponentials') / N**2:.0f}",
                 f"{total(phases, 'launches'):.0f}",
-                f"{tiling(H100).block_m * d * SINGLE / file:.0%}" if name == "owner" else "",
+                f"{plan(CLIP, H100).rows.block_m * row_lanes(d) * SINGLE / file:.0%}" if name == "rows" else "",
             ]
-            rows.append([str(d), name, *counts, *times(form, d)])
+            taken = "taken" if (name == "rows") == takes_rows(CLIP, d, H100) else ""
+            rows.append([str(d), name, taken, *counts, *times(functools.partial(form, CLIP), d)])
     counted = ("TFLOP", "HBM", "L2", "exp per pair", "launches", "registers")
-    return table(("D", "form", *counted, *TIMES), rows, 2)
+    return table(("D", "form", "", *counted, *TIMES), rows, 3)
+
+
+SIDES = (SWEEP.WORKSPACE, 5632, 8192)
+BLOCK_FEATURES = (512, 768, 1024)
+
+
+def with_side(d: int, device: Device, side: int) -> str:
+    """The estimate of all, and the share of the multiprocessors in dX of a whole block."""
+    product = product_programs(side, d, side, device)
+    phases = [our_forward(CLIP, d, device), *by_blocks(CLIP, d, device, side)]
+    return f"{ms(estimate(phases, device))} ({balance(product, device):.0%})"
+
+
+def fitting_side(d: int, device: Device) -> int:
+    """Of at most as many rows and columns as the kernels' own, those of the least estimate."""
+    sides = range(SWEEP.WORKSPACE // 2, SWEEP.WORKSPACE + 1, VENDOR_TILE)
+    return min(sides, key=lambda side: estimate(by_blocks(CLIP, d, device, side), device))
+
+
+def workspace_table() -> str:
+    on = [*itertools.product(DEVICES, BLOCK_FEATURES)]
+    rows = [
+        [f"{side}", size(side**2 * HALF), *(with_side(d, device, side) for device, d in on)] for side in sorted(SIDES)
+    ]
+    fitting = [(device, d, fitting_side(d, device)) for device, d in on]
+    rows.append(["as fits", "", *(f"{side}: {with_side(d, device, side)}" for device, d, side in fitting)])
+    return table(("rows and columns", "workspace", *(f"{device.name}, D = {d}" for device, d in on)), rows, 1)
+
+
+CASES = (
+    ("clip's", CLIP),
+    ("y frozen", Case(frozen=True)),
+    ("self-similarity", Case(mirrored=True)),
+    *((f"volumes, P = {members}", Case(members=members)) for members in (1, 2, 3, 4)),
+)
+
+
+def cases_table() -> str:
+    rows = []
+    for name, case in CASES:
+        cells = []
+        for (device, d), _ in TARGETS:
+            phases = ours(d, device, case)
+            cells += [ms(bound(phases, device)), ms(estimate(phases, device))]
+        flops, tile = total(phases, "flops"), plan(case, device)
+        tiles = (f"{tiling.block_m} x {tiling.block_n}" for tiling in (tile.forward, tile.block))
+        rows.append([name, *tiles, f"{flops / (N * N * d):.3g}", *cells])
+    timed = (f"{device.name}, D = {d}, {kind}, ms" for (device, d), _ in TARGETS for kind in ("bound", "estimate"))
+    return table(("", "tile of forward", "of backward", "per N²D", *timed), rows, 3)
 
 
 def published_table() -> str:
@@ -454,8 +598,13 @@ def assumptions_table() -> str:
     return table(("", *(f"{device.name}-SXM" for device in DEVICES), "from"), rows, 1)
 
 
+def tiles_of(device: Device) -> str:
+    p = plan(CLIP, device)
+    forward, block, rows = (f"{tiling.block_m} x {tiling.block_n}" for tiling in (p.forward, p.block, p.rows))
+    return f"{device.name} {forward} forward in {p.groups} x {p.strips} programs, {block} by blocks, {rows} by rows"
+
+
 def page() -> str:
-    tiles = ", ".join(f"{device.name} {' x '.join(map(str, tiling(device)[:3]))}" for device in DEVICES)
     targets = "; ".join(
         f"{device.name}, D = {d}: {ms(bound(ours(d, device), device))} ms, target {ms(seconds)} ms"
         for (device, d), seconds in TARGETS
@@ -479,26 +628,47 @@ Symmetric InfoNCE (CLIP's loss) with a learned scale, forward + backward, N = {N
 
 {schemes_table()}
 
-Ours keeps float32 sums of the gradients in its workspace. Volumes of tuples of P vectors (`volume_logsumexp`) take P
-times the products. Peers as their code was read: memeff 0.3.1, inf-cl 1.2.1, Liger-Kernel 0.8.5, and for eager
-open_clip of June 2026.
+Ours goes by rows up to D = {SWEEP.ROWS_FEATURES}, by blocks above, and keeps float32 sums of the gradients there. Peers
+as their code was read: memeff 0.3.1, inf-cl 1.2.1, Liger-Kernel 0.8.5, and for eager open_clip of June 2026.
 
 ## Where ours spends it, modelled
 
-Tiles: {tiles}. {kernels().GROUPS} groups of rows, as many strips of columns, a workspace of {kernels().WORKSPACE}
-rows and columns. Programs held: by a multiprocessor at once, with all options and with none, from RESOURCES.md.
+Tiles: {"; ".join(map(tiles_of, DEVICES))}.
 
 {phases_table()}
 
 ## Two forms of backward, modelled
 
-The workspace form computes 6 N²D, and the coefficients of all pairs go through memory three times. The owner form
-computes 8 N²D, and nothing of the pairs goes through memory: a program goes through all columns and keeps the gradient
-of its rows in registers. The fewer the features, the cheaper its products beside that traffic, and the smaller the
-gradient. "Registers" is its share of a multiprocessor's file: at a half there is room for one program with small tiles,
-which no count here shows, but memeff's published time below does. Ours takes the owner form up to D = {OWNER_FEATURES}.
+By blocks computes 6 N²D, and the coefficients of all pairs go through memory three times. By rows computes 8 N²D, and
+nothing of the pairs goes through memory: a program goes through all columns and keeps the gradient of its rows in
+registers. The fewer the features, the cheaper its products beside that traffic, and the smaller the gradient.
+"Registers" is the gradient's share of a multiprocessor's file. With more features it leaves room for fewer programs, or
+for smaller tiles, which no count here shows: memeff goes by rows at D = 512, and its published time is far above the
+model. So ours goes by rows only where the gradient is small, up to D = {SWEEP.ROWS_FEATURES}.
 
 {forms_table()}
+
+## The workspace of the blocks, modelled
+
+Estimate of forward + backward in ms, and in brackets the share of the multiprocessors at work in a product of a block.
+A larger block gives the vendor's products more tiles, and fewer multiprocessors wait for the last; ours has
+{SWEEP.WORKSPACE}, for memory, and as {size(SWEEP.WORKSPACE**2 * HALF)} may stay in L2, which is not counted here. A
+smaller block whose tiles fill the device does as well: "as fits" is the best of at most {SWEEP.WORKSPACE} rows and
+columns, in steps of {VENDOR_TILE}.
+
+{workspace_table()}
+
+## Other cases, modelled
+
+{cases_table()}
+
+- y frozen: forward 2, the coefficients 2, one product 2. With 4, nothing could be computed twice: forward would have to
+  keep the pairs, {size(N * N * HALF)} in bfloat16. Only a loss of the rows alone could add up its gradient in forward,
+  and scale it where a maximum grows; the weights of the columns are not known before all rows are seen.
+- Self-similarity: forward and the coefficients visit the tiles or blocks on and above the diagonal, 1 each; a block
+  above it has two products, 2 in all. The diagonal's own blocks make it a little more than 4.
+- Volumes of tuples of P vectors (`volume_logsumexp`) take P times the products, in smaller tiles, and P matrices of
+  coefficients share the workspace: a block has {SWEEP.WORKSPACE} / P columns.
 
 ## Against what is known
 
@@ -514,7 +684,8 @@ The share of the peak in a vendor's product of 4096 x D x 4096 by NVIDIA's own m
 {assumptions_table()}
 
 A product of the vendor has tiles of {VENDOR_TILE} x {VENDOR_TILE}; where they are too few, programs share a tile, each
-with {SHORTEST_SPLIT} or more of the reduced dimension. The programs of one launch take equally long.
+with {SHORTEST_SPLIT} or more of the reduced dimension. Ours takes one exponential per pair in forward and in each
+launch of backward, as where maxima lie close together. A multiprocessor takes one program at a time.
 """
 
 
