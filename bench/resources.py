@@ -102,46 +102,111 @@ class Build(NamedTuple):
     compile: Callable[[], Any]
 
 
-def similarity_builds() -> Iterator[Build]:
-    """All options of the op and none, for rows and columns and for self-similarity."""
-    kernels = backend.kernels()
-    size, features = 512, 512
-    vector, part = torch.zeros(size), torch.zeros(kernels.GROUPS, size)
-    for name, mirrored, options in itertools.product(DTYPES, (False, True), (False, True)):
-        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
-        x = torch.zeros(size, features, dtype=dtype)
-        scale, integer = (vector, torch.zeros(size, dtype=torch.int64)) if options else (None, None)
-        of_cols = (None, None, None) if mirrored else (scale, scale, integer)
-        problem = kernels.Problem(
-            x, None if mirrored else x, scale, of_cols[0], scale, of_cols[1], integer, integer, of_cols[2], options
-        )
-        forward = (
-            problem.x, problem.y, *problem.vectors, part, part, part, part, vector, size, size, features, 64, 64
-        )  # fmt: skip
-        unit = vector if dtype == torch.float16 else None
-        backward = (
-            problem.x, problem.y, *problem.vectors, *[vector] * 7, unit, x, part, part, part, part,
-            size, size, features, 0, 0, size, size,
-        )  # fmt: skip
-        precision = "tf32" if name == "tf32" else problem.options["PRECISION"]
-        what = (name, ("self" if mirrored else "x, y") + (", options" if options else ""))
-        tile = " x ".join(map(str, problem.tiling[:3]))
-        flags: dict[str, Any] = {
-            "ROWS": True,
-            "COLS": not mirrored,
-            **problem.options,
-            "PRECISION": precision,
-            "grid": (1, 1),
-        }
-        yield Build("forward", *what, tile, _warmup(kernels.forward_kernel, forward, flags))
-        flags = {**flags, "COLS": True, "SUMS": options}
-        yield Build("backward", *what, tile, _warmup(kernels.backward_kernel, backward, flags))
-    merge = (part, part, kernels.GROUPS, part, part, kernels.GROUPS, vector, vector, size)
-    flags = {"BLOCK": kernels.MERGE, "grid": (1,)}
-    yield Build("merge", "float32", "self", str(kernels.MERGE), _warmup(kernels.merge_kernel, merge, flags))
+SIZE, FEATURES = 512, 512
 
 
-BUILDERS: tuple[Callable[[], Iterator[Build]], ...] = (similarity_builds,)
+def pair_builds() -> Iterator[Build]:
+    """similarity_logsumexp with the options of a CLIP loss, and with all there are, which take the most registers."""
+    for name, mirrored, options in itertools.product(DTYPES, (False, True), ("few", "all")):
+        if not (mirrored and options == "few"):
+            yield from _builds(name, f"{'self' if mirrored else 'x, y'}, {options}", _problem(name, mirrored, options))
+
+
+def volume_builds() -> Iterator[Build]:
+    """volume_logsumexp: the most vectors of each entry of the table of tilings."""
+    for name, members in itertools.product(DTYPES, (2, 4)):
+        yield from _builds(name, f"P = {members}", _volume_problem(name, members))
+
+
+def helper_builds() -> Iterator[Build]:
+    """What does O(N D) work or less."""
+    sweep = backend.kernels("sweep")
+    problem = _problem("bfloat16", False, "all")
+    vector, part = _vector(), _part(sweep, totals=False)
+    excluded = (problem.x, problem.y, problem.vectors, vector, SIZE, FEATURES)
+    flags = {"BLOCK_M": sweep.EXCLUDED, "BLOCK_D": 128, "grid": (1,)}
+    tile = f"{sweep.EXCLUDED} x 128"
+    yield Build("excluded", "bfloat16", "x, y, all", tile, _warmup(sweep.excluded_kernel, excluded, flags))
+    flags = {"BLOCK": sweep.MERGE, "grid": (1,)}
+    merge = _warmup(sweep.merge_kernel, (part, 16, part, 16, vector, vector, SIZE), flags)
+    yield Build("merge", "float32", "self", str(sweep.MERGE), merge)
+
+
+BUILDERS: tuple[Callable[[], Iterator[Build]], ...] = (pair_builds, volume_builds, helper_builds)
+
+
+def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
+    """The kernels of forward and backward, as sweep.py launches them."""
+    sweep, tile = backend.kernels("sweep"), backend.kernels("tile")
+    volumes, everything = problem.members > 0, "all" in variant
+    part, vector = _part(sweep, totals=volumes), _vector()
+    sizes = (SIZE, SIZE, FEATURES)
+    unit = vector if name == "float16" else None
+    incoming = tile.Incoming(
+        *[vector] * 4,
+        row_excluded=None if volumes else vector,
+        col_excluded=vector if problem.mirrored else None,
+        row_total=vector if volumes else None,
+        col_total=vector if volumes else None,
+    )
+    matrix = part.maximum
+    row_sums = sweep.Sums(matrix, matrix if everything else None, matrix if volumes else None)
+    col_sums = sweep.Sums(matrix if everything or volumes else None, matrix if everything else None)
+    inputs = (problem.x, problem.y, problem.vectors)
+
+    def build(kernel: str, tiling: Any, arguments: Sequence[Any], **flags: Any) -> Build:
+        flags = {**problem.options(tiling), **flags, "grid": (1, 1)}
+        if name == "tf32":
+            flags["PRECISION"] = "tf32"
+        shape = " x ".join(map(str, tiling[:3]))
+        return Build(kernel, name, variant, shape, _warmup(getattr(sweep, f"{kernel}_kernel"), arguments, flags))
+
+    yield build(
+        "forward", problem.forward_tiling, (*inputs, problem.span, part, part, *sizes, 64, 64),
+        MEMBERS=problem.members, MIRRORED=problem.mirrored,
+    )  # fmt: skip
+    yield build(
+        "block", problem.block_tiling,
+        (*inputs, problem.span, incoming, unit, problem.x, row_sums, col_sums, *sizes, 0, 0, SIZE, SIZE),
+        MEMBERS=problem.members,
+    )  # fmt: skip
+    if problem.tilings.rows is not None and not volumes:
+        for features in (128, sweep.ROWS_FEATURES):
+            tiling = problem.tilings.rows._replace(block_d=features)
+            yield build("rows", tiling, (*inputs, incoming, unit, problem.x, row_sums, *sizes, 64))
+
+
+def _problem(name: str, mirrored: bool, options: str) -> Any:
+    sweep, tile = backend.kernels("sweep"), backend.kernels("tile")
+    vector, index = _vector(), torch.zeros(SIZE, dtype=torch.int32)
+    x = torch.zeros(SIZE, FEATURES, dtype=_dtype(name))
+    col_exclude = index if mirrored else None
+    if options == "few":
+        vectors = tile.Vectors(vector, None, None, None, index, col_exclude, None, None)
+    else:
+        vectors = tile.Vectors(*[vector] * 4, index, col_exclude, index, index)
+    return sweep.Problem(x, x, vectors, tile.Span(None, None), mirrored=mirrored)
+
+
+def _volume_problem(name: str, members: int) -> Any:
+    sweep, tile = backend.kernels("sweep"), backend.kernels("tile")
+    vector, index = _vector(), torch.zeros(SIZE, dtype=torch.int32)
+    anchor = torch.zeros(SIZE, FEATURES, dtype=_dtype(name))
+    tuples = torch.zeros(SIZE, members, FEATURES, dtype=_dtype(name))
+    vectors = tile.Vectors(vector, vector, None, None, index, None, None, None)
+    return sweep.Problem(anchor, tuples, vectors, tile.Span(vector, vector))
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.float32 if name == "tf32" else getattr(torch, name)
+
+
+def _vector() -> torch.Tensor:
+    return torch.zeros(SIZE)
+
+
+def _part(sweep: Any, totals: bool) -> Any:
+    return sweep.Part(*[torch.zeros(16, SIZE) for _ in range(3 if totals else 2)])
 
 
 def _warmup(kernel: Any, arguments: Sequence[Any], flags: dict[str, Any]) -> Callable[[], Any]:
@@ -178,8 +243,8 @@ def compile_here(target: str) -> Iterator[Row]:
     kind, _, architecture = target.partition(":")
     gpu = GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget(kind, architecture, 64)
     triton.runtime.driver.set_active(Driver(gpu))
-    kernels, name = backend.kernels(), f"sm_{architecture}"
-    kernels.device_class = lambda _: name if name in kernels.TILINGS else "any"  # type: ignore[attr-defined]
+    sweep, name = backend.kernels("sweep"), "hip" if kind == "hip" else f"sm_{architecture}"
+    sweep.device_class = lambda _: name if name in sweep.TILINGS else "any"  # type: ignore[attr-defined]
     for build in (build for builder in BUILDERS for build in builder()):
         compiled = build.compile()
         metadata = compiled.metadata

@@ -47,7 +47,7 @@ def _ranks(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """row_max, col_max, row_log_sum, col_log_sum, excluded of (the options of the op, rows, cols)."""
+    """row_max, col_max, row_log_sum, col_log_sum, excluded of the arguments of the op."""
     *options, rows, cols = arguments
     results = sweep.forward(_problem(*options), rows, cols)
     return tuple(results[name] for name in ("row_max", "col_max", "row_log_sum", "col_log_sum", "excluded"))

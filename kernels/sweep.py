@@ -1,10 +1,9 @@
 """The Triton engine: sweeps over the tiles of the N x M plane that serve similarity_logsumexp and volume_logsumexp.
 
     forward, one program per (group of rows, strip of columns):
-        for each tile of columns of the strip, for each tile of rows of the group:
+        for each tile of rows of the group, for each tile of columns of the strip:
             s = logits of the tile, -inf where a pair does not take part
-            fold max and sum of e^s into the statistics of the columns, in registers
-            fold them into the statistics of the rows, in memory that no other program writes
+            fold max and sum of e^s over its rows and over its columns into statistics that no other program writes
         -> partials [strips, N] and [groups, M], merged by a second kernel in a fixed order
     backward by blocks of the plane:
         one program per tile: s again, g = dL/ds -> g a b into a workspace, and partial sums of g for scales and biases
@@ -133,20 +132,20 @@ def forward_kernel(
     COLS: tl.constexpr = col_part.maximum is not None
     row_begin = strip.to(tl.int64) * n  # of the statistics of this strip
     col_begin = group.to(tl.int64) * m
-    if ROWS:
-        for row in range(first_row, last_row, BLOCK_M):
-            empty_part(row_part, row_begin + row + tl.arange(0, BLOCK_M), row_begin + n, BLOCK_M)
-    for col in range(first_col, last_col, BLOCK_N):
-        cols = col + tl.arange(0, BLOCK_N)
-        if COLS:
-            empty_part(col_part, col_begin + cols, col_begin + m, BLOCK_N)
-        if ROWS or COLS:
-            tl.debug_barrier()
-        end = last_row
+    if COLS:
+        for col in range(first_col, last_col, BLOCK_N):
+            empty_part(col_part, col_begin + col + tl.arange(0, BLOCK_N), col_begin + m, BLOCK_N)
+    # columns inside: what is loaded for the tile that stays has few registers for rows, many for columns
+    for row in range(first_row, last_row, BLOCK_M):
+        rows = row + tl.arange(0, BLOCK_M)
+        if ROWS:
+            empty_part(row_part, row_begin + rows, row_begin + n, BLOCK_M)
+        tl.debug_barrier()
+        begin = first_col
         if MIRRORED:
-            end = tl.minimum(last_row, col + BLOCK_N)
-        for row in range(first_row, end, BLOCK_M):
-            rows = row + tl.arange(0, BLOCK_M)
+            begin = tl.maximum(first_col, row)
+        for col in range(begin, last_col, BLOCK_N):
+            cols = col + tl.arange(0, BLOCK_N)
             has = has_excluded(vectors, row, col, n, m, BLOCK_M, BLOCK_N)
             if is_needed(vectors, has, rows, cols, n, m, RESTRICT):
                 pairs, _ = pairs_of_tile(
@@ -160,9 +159,9 @@ def forward_kernel(
                 if ROWS:
                     fold_into(row_part, row_begin + rows, row_begin + n, tile_row_max, tile_row_sum, logits, 1)
                 if COLS:
-                    if MIRRORED:  # the diagonal has both sides already
-                        tile_col_max = tl.where(row < col, tile_col_max, -float("inf"))
-                        tile_col_sum = tl.where(row < col, tile_col_sum, 0.0)
+                    if MIRRORED:  # the tiles on the diagonal have both sides already
+                        tile_col_max = tl.where(row + BLOCK_M <= col, tile_col_max, -float("inf"))
+                        tile_col_sum = tl.where(row + BLOCK_M <= col, tile_col_sum, 0.0)
                     fold_into(col_part, col_begin + cols, col_begin + m, tile_col_max, tile_col_sum, logits, 0)
                 tl.debug_barrier()  # other threads may read these statistics for the next tile
 
@@ -308,7 +307,7 @@ def rows_kernel(
 class Tilings(NamedTuple):
     """The tiling of each kernel."""
 
-    forward: Tiling  # square: in self-similarity a tile is on the diagonal, or it is not
+    forward: Tiling  # tiles of columns divide those of rows: in self-similarity the diagonal is between tiles of rows
     block: Tiling
     block_many: Tiling  # with options that take registers for every column, see `Problem.many`
     volume: Tiling  # forward and block, P = 1 and 2
@@ -317,22 +316,32 @@ class Tilings(NamedTuple):
 
 
 _LARGE, _WIDE, _SMALL = Tiling(128, 128, 64, 8, 3), Tiling(128, 64, 64, 8, 3), Tiling(64, 64, 64, 8, 3)
-_ROWS = Tiling(64, 64, 0, 8, 2)
-_HALF = Tilings(_LARGE, _LARGE, _WIDE, _WIDE, Tiling(64, 32, 64, 8, 3), _ROWS)
+_HALF = Tilings(_LARGE, _LARGE, _WIDE, _WIDE, Tiling(64, 32, 64, 8, 3), Tiling(64, 32, 0, 8, 2))
 _FULL = Tilings(*[Tiling(64, 64, 16, 8, 3)] * 5, None)
+_LARGE_HIP = Tiling(128, 128, 64, 8, 2)
 # By class of device, then by bytes of an element. The largest that spill no registers: bench/RESOURCES.md has them all.
 TILINGS = {
     "any": {2: _HALF, 4: _FULL},
-    "sm_90": {2: _HALF, 4: Tilings(*[Tiling(64, 64, 32, 16, 2)] * 5, None)},
-    "sm_100": {2: Tilings(_SMALL, _SMALL, _SMALL, _SMALL, Tiling(64, 32, 64, 8, 2), _ROWS), 4: _FULL},
+    "sm_90": {2: _HALF._replace(rows=Tiling(64, 64, 0, 8, 2)), 4: Tilings(*[Tiling(64, 64, 32, 16, 2)] * 5, None)},
+    "sm_100": {
+        2: Tilings(_WIDE, _SMALL, _SMALL, _SMALL, Tiling(64, 32, 64, 8, 2), Tiling(64, 64, 0, 8, 2)),
+        4: Tilings(*[Tiling(64, 64, 32, 8, 2)] * 4, Tiling(64, 32, 16, 8, 3), None),
+    },
     "hip": {
-        2: Tilings(*[Tiling(128, 128, 64, 8, 2)] * 3, Tiling(128, 64, 64, 8, 2), Tiling(64, 32, 64, 4, 2), _ROWS),
+        2: Tilings(
+            _LARGE_HIP,
+            _LARGE_HIP,
+            _LARGE_HIP,
+            Tiling(128, 64, 64, 8, 2),
+            Tiling(64, 32, 64, 4, 2),
+            Tiling(64, 32, 0, 4, 2),
+        ),
         4: _FULL,
     },
 }
-ROWS_FEATURES = 128  # most features of rows_kernel
+ROWS_FEATURES = 256  # most features of rows_kernel; beyond, bench/COST.md has the blocks ahead or the registers full
 PROGRAMS = 256  # of a launch, about two for each multiprocessor of an H100, where the device doesn't say
-WORKSPACE = 4096  # rows and columns of a block: 32 MB of 16-bit coefficients, the class of an L2 cache
+WORKSPACE = 4096  # rows and columns of a block of pairs: 32 MB of 16-bit coefficients, the class of an L2 cache
 EXCLUDED = 32  # rows of a program that looks up the excluded logits
 MERGE = 1024  # rows of a program that merges partials
 
@@ -587,14 +596,14 @@ def _backward_by_blocks(
     need_cols = (need_col_scale, need_col_bias) if not mirrored else need_rows[:2]
     row_grads = [problem.full((n,), 0.0) if need else None for need in need_rows]
     col_grads = row_grads[:2] if mirrored else [problem.full((m,), 0.0) if need else None for need in need_cols]
-    columns = WORKSPACE // matrices // tiling.block_n * tiling.block_n
-    size = min(n, WORKSPACE) * min(m, columns) if need_x or need_y else 0
+    side = math.isqrt(WORKSPACE**2 // matrices) // tiling.block_m * tiling.block_m
+    size = min(n, side) * min(m, side) if need_x or need_y else 0
     workspace = problem.x.new_empty(matrices * size)
-    for first_row in range(0, n, WORKSPACE):
-        block_rows = min(WORKSPACE, n - first_row)
+    for first_row in range(0, n, side):
+        block_rows = min(side, n - first_row)
         row_range = slice(first_row, first_row + block_rows)
-        for first_col in range(first_row if mirrored else 0, m, columns):
-            block_cols = min(columns, m - first_col)
+        for first_col in range(first_row if mirrored else 0, m, side):
+            block_cols = min(side, m - first_col)
             col_range = slice(first_col, first_col + block_cols)
             grid = (triton.cdiv(block_rows, tiling.block_m), triton.cdiv(block_cols, tiling.block_n))
             row_sums = Sums(*(problem.empty(grid[1], block_rows) if need else None for need in need_rows))

@@ -1,4 +1,4 @@
-"""What happens on one tile of the N x M plane, for every kernel and both ops: pairs, logits, masks, statistics, gradients.
+"""What happens on one tile of the N x M plane, for all kernels: pairs, logits, masks, statistics, gradients.
 
     s_ij = a_i b_j pair_ij + c_i + d_j
     pair_ij = <x_i, y_j>, or for volumes minus the distance of x_i from the span of the vectors y_j1 .. y_jP
@@ -90,13 +90,13 @@ def pairs_of_tile(
                 x, y + t * features, MEMBERS * features, rows, cols, n, m, features,
                 PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            dots = dots + (of_member,)
+            dots = dots + (of_member,)  # noqa: RUF005, Triton has no *dots
             coordinate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for s in tl.static_range(t + 1):
                 entries = span.inverse + (t * (t + 1) // 2 + s) * tl.cast(m, tl.int64)
                 coordinate += tl.load(entries + cols, mask=cols < m, other=0.0)[None, :] * dots[s]
             outside -= coordinate * coordinate
-            coordinates = coordinates + (coordinate,)
+            coordinates = coordinates + (coordinate,)  # noqa: RUF005
         pairs = -tl.sqrt(tl.maximum(outside, 0.0, propagate_nan=tl.PropagateNan.ALL))
     return pairs, coordinates
 

@@ -28,7 +28,7 @@ def _problem(
 
 
 def forward(anchor: Tensor, tuples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """row_max, col_max, row_log_sum, col_log_sum, row_total, col_total of (the options of the op, rows, cols, totals)."""
+    """row_max, col_max, row_log_sum, col_log_sum, row_total, col_total of the arguments of the op."""
     *options, rows, cols, totals = arguments
     results = sweep.forward(_problem(anchor, tuples, tuple_basis.factor(tuples), *options), rows, cols, totals)
     names = ("row_max", "col_max", "row_log_sum", "col_log_sum", "row_total", "col_total")

@@ -13,6 +13,7 @@ import importlib.util
 
 import pytest
 import test_similarity_logsumexp as op_tests
+import test_volume_logsumexp as volume_tests
 import torch
 from problems import ALL_OPTIONS, problem
 from tolerance import evaluate
@@ -102,6 +103,66 @@ def test_layout_and_repetition_do_not_matter(name):
 
 
 @runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("members", volume_tests.MEMBERS)
+@pytest.mark.parametrize(
+    "flags",
+    [{"cols": True, "totals": True}, {"cols": False, "totals": False}, {"rows": False, "cols": True, "totals": True}],
+    ids=["everything", "rows", "cols"],
+)
+def test_volumes(flags, members, dtype):
+    volume_tests.test_options(flags, members, "triton", dtype)
+
+
+@runs
+@pytest.mark.parametrize("shape", volume_tests.SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def test_shapes_of_volumes(shape):
+    volume_tests.test_shapes(shape, "triton", torch.float32)
+
+
+@runs
+@pytest.mark.parametrize("kind", [{}, {"row_scale": 0.7}, {"col_scale": torch.tensor([0.4])}], ids=str)
+def test_scales_of_volumes(kind):
+    volume_tests.test_kinds_of_scales(kind, "triton")
+
+
+@runs
+@pytest.mark.parametrize(
+    "test",
+    [
+        volume_tests.test_every_subset_of_requires_grad_gives_the_same_gradients,
+        volume_tests.test_more_vectors_than_dimensions,
+        volume_tests.test_only_pair_excluded,
+    ],
+    ids=lambda test: test.__name__,
+)
+def test_properties_of_volumes(test):
+    test("triton")
+
+
+@runs
+def test_degenerate_tuples():
+    volume_tests.test_degenerate_tuples("triton", torch.float32)
+
+
+@runs
+@pytest.mark.parametrize("angle", [1e-1, 1e-3])
+def test_tuples_of_close_vectors(angle):
+    volume_tests.test_tuples_of_close_vectors(angle, "triton")
+
+
+@runs
+def test_layout_of_volumes_does_not_matter():
+    volume_tests.test_layout_does_not_matter("strided", "triton")
+
+
+@runs
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
+def test_empty_sides_of_volumes(n, m):
+    volume_tests.test_empty_sides(n, m, "triton", torch.float32)
+
+
+@runs
 def test_losses_run_on_it():
     x, y = torch.randn(2, 70, 12).requires_grad_()
     for loss in (co.info_nce, co.nt_xent, co.dcl):
@@ -115,7 +176,7 @@ def test_a_fault_is_seen(monkeypatch):
         pytest.skip(f"triton: {SENTENCE}")
     kernels = backends.triton.kernels("sweep")
     merge = kernels._merge
-    monkeypatch.setattr(kernels, "_merge", lambda problem, a, b, parts, *rest: merge(problem, a, b, parts - 1, *rest))
+    monkeypatch.setattr(kernels, "_merge", lambda part, parts, *rest: merge(part, parts - 1, *rest))
     with pytest.raises(AssertionError):
         op_tests.test_options("vectors", "triton", torch.float32)
 
@@ -131,8 +192,6 @@ def test_refusals(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with refuse:
         co.similarity_logsumexp(torch.ones(2, 2), backend="triton")
-    with pytest.raises(RuntimeError, match=r"triton has no volume_logsumexp"):
-        co.volume_logsumexp(torch.ones(2, 2), torch.ones(2, 1, 2), backend="triton")
 
 
 @pytest.mark.parametrize("target", resources.TARGETS)
