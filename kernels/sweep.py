@@ -422,7 +422,7 @@ def _programs(x: Tensor) -> int:
 
 def _precision(x: Tensor) -> str:
     """PyTorch's own setting for float32 matrix products: TF32 only where the user allows it."""
-    allowed = x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    allowed = x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed and x.dtype == torch.float32 else "ieee"
 
 
@@ -510,7 +510,8 @@ def backward(problem: Problem, basis: Tensor | None, incoming: Incoming, needs: 
     """Gradients where they are needed. `basis` is y again, or for volumes L^-1 y, whose products give dX."""
     incoming = Incoming(*(None if grad is None else grad.contiguous() for grad in incoming))
     unit = _unit(problem, incoming)
-    if problem.members == 0 and problem.tilings.rows is not None and problem.features <= ROWS_FEATURES:
+    by_rows = problem.members == 0 and problem.tilings.rows is not None and problem.features <= ROWS_FEATURES
+    if by_rows and problem.n > 0 and problem.m > 0:
         return _backward_by_rows(problem, incoming, unit, needs)
     return _backward_by_blocks(problem, basis, incoming, unit, needs)
 
@@ -631,7 +632,8 @@ def _backward_by_blocks(
         grad_x, grad_y = (None if grad is None else grad * unit for grad in (grad_x, grad_y))
     if grad_x is not None and members:
         grad_x = torch.addcmul(grad_x, row_grads[2][:, None], problem.x, value=-1)
-    return Gradients(grad_x, grad_y, row_grads[0], col_grads[0], row_grads[1], col_grads[1])
+    col_scale, col_bias = (None, None) if mirrored else col_grads  # in self-similarity those of the rows have them
+    return Gradients(grad_x, grad_y, row_grads[0], col_scale, row_grads[1], col_bias)
 
 
 def _add_sums(totals: list[Tensor | None], part: slice, sums: Sums) -> None:

@@ -21,7 +21,6 @@ from contrastive_ops import backends
 from contrastive_ops.catalogue import Loss
 
 BACKENDS = ("tiled", "cpu")
-_ran: set[str] = set()
 
 
 def refusal(name: str, loss: Loss | None = None) -> str | None:
@@ -37,7 +36,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     sentence = refusal(request.param, loss if isinstance(loss, Loss) else None)
     if sentence is not None:
         pytest.skip(f"{request.param}: {sentence}")
-    _ran.add(request.param)
+    request.node.user_properties.append(("backend", request.param))
     return request.param
 
 
@@ -91,8 +90,11 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     refusals = {name: refusal(name) for name in BACKENDS}
     skipped = [f"{name}: {sentence}" for name, sentence in refusals.items() if sentence is not None]
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [pair for report in reports for pair in getattr(report, "user_properties", ())]
+    ran = sorted({value for name, value in properties if name == "backend"})
     capability = os.environ.get("ATEN_CPU_CAPABILITY", torch.backends.cpu.get_cpu_capability())
     terminalreporter.write_line(
-        f"{len(_ran)} backends ran ({', '.join(sorted(_ran)) or 'none'}; ISA {capability}), {len(skipped)} skipped"
+        f"{len(ran)} backends ran ({', '.join(ran) or 'none'}; ISA {capability}), {len(skipped)} skipped"
         + "".join(f": {line}" for line in skipped)
     )
