@@ -49,7 +49,7 @@ def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
 def kernels(name: str) -> ModuleType:
     """A module of the kernels, contrastive_ops.kernels.<name>, imported at first use, as is Triton.
 
-    Their folder has no __init__.py, so an editable install doesn't find it as part of this package: there it lies beside.
+    Their folder has no __init__.py, so an editable install doesn't find it as part of this package: there it is beside.
     """
     package = "contrastive_ops.kernels"
     inside, beside = (Path(__file__).parents[up] / "kernels" / "sweep.py" for up in (1, 2))
