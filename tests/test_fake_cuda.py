@@ -150,3 +150,19 @@ def test_a_traced_loss_has_the_op_as_one_node(backend, mode):
         ours = [node for node in graph.graph.nodes if "similarity_logsumexp" in str(node.target)]
         assert len(ours) == 1
         assert ours[0].args[-1] == backend
+
+
+def test_launches_on_the_device_of_the_tensors(mode, monkeypatch):
+    """Triton launches on the current device, and an op that is written in Python has no device guard."""
+    current = [0]
+
+    def exchange(index):
+        current.append(index)
+        return current[-2]
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    x = torch.empty(4, 8, device="cuda:1")
+    with backends.triton._launching(x):
+        assert current == [0, 1]
+    assert current == [0, 1, 0]
