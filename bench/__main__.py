@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import cases, contenders, measure, report
+from bench.devices import DEVICES
 from contrastive_ops import backends
 
 
@@ -33,7 +34,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         help=f"of {', '.join(contenders.BUILT_IN)}, or paths of .py files like those in bench/contenders",
     )
-    parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="of ours")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where everything runs")
+    parser.add_argument(
+        "--backend", choices=backends.NAMES, default="auto", help='of ours; with --device cuda "auto" is triton'
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="K")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="rounds at least; quick cases get more")
     parser.add_argument("--quick", action="store_true", help="one small size per loss, a tenth of the time per case")
@@ -48,6 +52,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"loss must be one of {', '.join(cases.LOSSES)}, got {loss!r}.")
     if min(options.threads, options.repeats) < 1:
         parser.error("--threads and --repeats must be at least 1.")
+    reason = DEVICES[options.device].why_not()
+    if reason is not None:
+        parser.error(f"--device {options.device} {reason}")
     for name in options.contenders:
         try:
             contenders.load(name)
@@ -82,9 +89,10 @@ def main(argv: Sequence[str]) -> int:
         memory=not options.no_memory,
         backend=options.backend,
         threads=options.threads,
+        device=options.device,
     )
     chosen = cases.select(options.losses, options.size, options.dtype, options.quick)
-    header = report.header(shlex.join(["python", "-m", "bench", *argv]))
+    header = report.header(shlex.join(["python", "-m", "bench", *argv]), DEVICES[options.device])
     screen = report.screen()
     screen.write(report.describe(header))
     busy = report.disturbance(header)

@@ -5,17 +5,13 @@ A contender that is wrong or raises gets a row that says so, and no time.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -25,6 +21,7 @@ from torch import Tensor
 import contrastive_ops
 from bench import contenders
 from bench.cases import LOSSES, Case
+from bench.devices import DEVICES, Device
 from contrastive_ops import build
 
 MODES = ("forward", "backward", "both")
@@ -45,6 +42,15 @@ class Settings:
     memory: bool = True
     backend: str = "auto"  # of ours
     threads: int = 1
+    device: str = "cpu"
+
+    @property
+    def on(self) -> Device:
+        return DEVICES[self.device]
+
+    def backend_of(self, loss: str) -> str:
+        """What ours is called with; a loss without an op is plain PyTorch and knows no other."""
+        return self.on.backend if self.backend == "auto" and LOSSES[loss].op is not None else self.backend
 
 
 @dataclass
@@ -94,8 +100,9 @@ def measure(case: Case, names: Sequence[str], settings: Settings, tell: Callable
             failed[name] = f"n/a: {reason}"
             continue
         try:
-            function = contender.function(case.loss, settings.backend)
-            wrong = why_wrong(loss_and_gradients(function, _gate_inputs(case)), truth, TOLERANCE[case.dtype])
+            function = contender.function(case.loss, settings.backend_of(case.loss))
+            inputs = moved(_gate_inputs(case), settings.on)
+            wrong = why_wrong(loss_and_gradients(function, inputs), truth, TOLERANCE[case.dtype])
         except Exception as error:
             failed[name] = sentence(error)
             continue
@@ -106,9 +113,9 @@ def measure(case: Case, names: Sequence[str], settings: Settings, tell: Callable
     del truth
 
     tell(f"{case}: timing")
-    roof_before = roof(case, settings.seconds / 4)
-    times = time_interleaved(functions, case.inputs(), settings, failed)
-    roof_gflops, roof_name = max(roof_before, roof(case, settings.seconds / 4))
+    roof_before = roof(case, settings.seconds / 4, settings.on)
+    times = time_interleaved(functions, moved(case.inputs(), settings.on), settings, failed)
+    roof_gflops, roof_name = max(roof_before, roof(case, settings.seconds / 4, settings.on))
 
     rows = []
     for name in names:
@@ -142,12 +149,12 @@ def _row(case: Case, name: str, settings: Settings, mode: str, **values: Any) ->
     backend = None
     if name == "ours":
         try:
-            features = torch.empty(1, case.d, dtype=getattr(torch, case.dtype))
-            op = LOSSES[case.loss].op
-            chosen = None if op is None else contrastive_ops.explain(features, op=op, backend=settings.backend).chosen
+            features = torch.empty(1, case.d, dtype=getattr(torch, case.dtype), device=settings.on.place)
+            op, asked = LOSSES[case.loss].op, settings.backend_of(case.loss)
+            chosen = None if op is None else contrastive_ops.explain(features, op=op, backend=asked).chosen
             backend = chosen or "tiled"  # without an op: plain PyTorch
         except RuntimeError:  # a named backend that can't run; the row's status has the sentence
-            backend = settings.backend
+            backend = asked
     return Row(case.loss, contenders.label(name), backend, mode, case.n, case.d, case.dtype, **values)
 
 
@@ -173,7 +180,7 @@ def why_wrong(got: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) 
         name = "the loss" if i == 0 else f"gradient {i}"
         if value.shape != true.shape:
             return f"{name} has shape {tuple(value.shape)}, expected {tuple(true.shape)}"
-        error = float((value.double() - true).abs().max() / true.abs().max())
+        error = float((value.cpu().double() - true).abs().max() / true.abs().max())
         if not error <= tolerance:  # a NaN is wrong, too
             return f"{name} is off by {error:.1e} of its largest value, tolerance {tolerance:.0e}"
     return None
@@ -189,6 +196,11 @@ def _gate_inputs(case: Case) -> tuple[Any, ...]:
 
 def _in_float64(inputs: Sequence[Any]) -> list[Any]:
     return [x.detach().double().requires_grad_(x.requires_grad) if _is_float(x) else x for x in inputs]
+
+
+def moved(inputs: Sequence[Any], device: Device) -> list[Any]:
+    """The inputs on the device, leaves again."""
+    return [x.detach().to(device.place).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
 
 
 def _is_float(x: Any) -> bool:
@@ -220,7 +232,7 @@ def time_interleaved(
         first = i % max(len(order), 1)
         for name in order[first:] + order[:first]:
             try:
-                forward, backward = _time_once(running[name], inputs)
+                forward, backward = _time_once(running[name], inputs, settings.on)
             except Exception as error:
                 failed[name] = sentence(error)
                 del running[name], times[name]
@@ -233,13 +245,16 @@ def time_interleaved(
     return times
 
 
-def _time_once(function: LossFunction, inputs: Sequence[Any]) -> tuple[float, float]:
+def _time_once(function: LossFunction, inputs: Sequence[Any], device: Device) -> tuple[float, float]:
     learned = _learned(inputs)
+    device.synchronize()
     start = time.perf_counter()
     loss = function(*inputs)
+    device.synchronize()
     middle = time.perf_counter()
     # named, so that freeing the gradients is not timed
     gradients = torch.autograd.grad(loss, learned)
+    device.synchronize()
     end = time.perf_counter()
     del gradients
     return middle - start, end - middle
@@ -250,18 +265,20 @@ def quantiles(ms: Sequence[float]) -> dict[str, float]:
     return {"p20": p20, "p50": p50, "p80": p80, "min": min(ms)}
 
 
-def roof(case: Case, seconds: float) -> tuple[float, str]:
+def roof(case: Case, seconds: float, device: Device) -> tuple[float, str]:
     """GFLOP/s of the tile products alone, with nothing between them, and what computed them."""
     dtype = getattr(torch, case.dtype)
-    if build.extension is not None and case.plane is not None:
+    if device.extension and build.extension is not None and case.plane is not None:
         rows, cols = (torch.ones(size, case.d, dtype=dtype) for size in case.plane)
         return build.extension.tile_product_rate(rows, cols, seconds) / 1e9, "tile products"
-    size = 2048  # large enough for full speed
-    square = torch.ones(size, size, dtype=dtype)
+    size = device.roof_size
+    square = torch.ones(size, size, dtype=dtype, device=device.place)
     best, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < seconds or best == float("inf"):
+        device.synchronize()
         before = time.perf_counter()
         torch.mm(square, square)
+        device.synchronize()
         best = min(best, time.perf_counter() - before)
     return 2 * size**3 / best / 1e9, "torch.mm"
 
@@ -274,46 +291,13 @@ def peak_bytes(case: Case, name: str, settings: Settings) -> int:
 
 def _peak_bytes_here(case: Case, name: str, settings: Settings) -> int:
     torch.set_num_threads(settings.threads)
-    contender = contenders.load(name)
-    function = contender.function(case.loss, settings.backend)
+    contender, device = contenders.load(name), settings.on
+    function = contender.function(case.loss, settings.backend_of(case.loss))
     # libraries and threads start before the count
     torch.ones(1 << 17).exp()
     at_full_size = getattr(contender, "WARM_UP_AT_FULL_SIZE", False)
-    loss_and_gradients(function, case.inputs(None if at_full_size else min(case.n, WARM_UP_N)))
-    inputs = case.inputs()
-    gc.collect()
-    _return_freed_memory()
-    before, peak = _resident_bytes()
+    loss_and_gradients(function, moved(case.inputs(None if at_full_size else min(case.n, WARM_UP_N)), device))
+    inputs = moved(case.inputs(), device)
+    before, peak = device.memory()
     loss_and_gradients(function, inputs)
     return max(peak() - before, 0)
-
-
-def _return_freed_memory() -> None:
-    """What the allocator kept of freed memory would serve the contender unseen."""
-    if sys.platform == "linux":
-        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-        if malloc_trim is not None:
-            malloc_trim(0)
-
-
-def _resident_bytes() -> tuple[int, Callable[[], int]]:
-    """Memory now, and a function that tells the peak since now.
-
-    Where Linux can't forget the peak so far, and on other systems, that is the growth of the peak: less than the truth
-    when the inputs took more to make than they take.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status_bytes("VmRSS"), lambda: _status_bytes("VmHWM")
-    except OSError:
-        return _peak_since_start(), _peak_since_start
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def _peak_since_start() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -18,6 +18,7 @@ import torch
 
 import contrastive_ops
 from bench.cases import Case
+from bench.devices import Device
 from bench.measure import MODES, Row, without_folders
 from contrastive_ops.info import processor
 
@@ -26,7 +27,7 @@ MEASURED = ("contrastive_ops", "csrc", "kernels", "bench", "setup.py", "pyprojec
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
 
-def header(command: str) -> dict[str, Any]:
+def header(command: str, device: Device) -> dict[str, Any]:
     """The machine, the versions and the command: what a number is worth nothing without."""
     return {
         "machine": {
@@ -36,11 +37,13 @@ def header(command: str) -> dict[str, Any]:
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "load_average": os.getloadavg()[0],
+            **device.machine(),
         },
         "versions": {
             "torch": torch.__version__,
             "python": platform.python_version(),
             "contrastive_ops": contrastive_ops.__version__,
+            **device.versions(),
         },
         "commit": _git("rev-parse", "HEAD"),
         # files that are not measured, such as the JSON itself, make nothing dirty
@@ -54,9 +57,16 @@ def describe(header: dict[str, Any]) -> str:
     """The header in two lines."""
     machine, versions = header["machine"], header["versions"]
     commit = header["commit"][:10] + (", changed since" if header["dirty"] else "") if header["commit"] else "unknown"
+    gpu, triton = "", ""
+    if "gpu" in machine:
+        gpu = (
+            f"{machine['gpu']}, {machine['gpu_memory_bytes'] / 2**30:.0f} GiB, driver {machine['driver']}, "
+            f"float32 products in {machine['float32_products']} precision; "
+        )
+        triton = f", triton {versions['triton']}"
     return (
-        f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads on {machine['cores']} cores, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB; torch {versions['torch']}, Python {versions['python']}\n"
+        f"{gpu}{machine['cpu']} ({machine['capability']}), {machine['threads']} threads on {machine['cores']} cores, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; torch {versions['torch']}{triton}, Python {versions['python']}\n"
         f"contrastive_ops {versions['contrastive_ops']}, commit {commit}; {header['date'][:10]}; {header['command']}"
     )
 

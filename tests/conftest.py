@@ -12,6 +12,8 @@ import torch
 
 if not torch.cuda.is_available():  # before any kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# what cuBLAS needs to be deterministic, read when it starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # --import-mode=importlib leaves this folder off the path; the helpers (tolerance, problems) are imported by name
 sys.path.insert(0, str(Path(__file__).parent))
@@ -72,6 +74,7 @@ def _uninitialised_memory_is_nan() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "core: the part of the backend tests that runs again for every ISA variant")
+    config.addinivalue_line("markers", "gpu: what only a machine with a GPU can show")
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

@@ -7,8 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from bench import __main__ as command
+from bench import cases, devices, measure
+from contrastive_ops import backends
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,3 +158,69 @@ def test_bad_arguments_are_refused_before_measuring():
     done = run("clip_loss", "--size", "64")
     assert done.returncode == 2
     assert "a size must be samples x features such as 8192x512, got '64'" in done.stderr
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_a_sentence():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: see `python -m bench --device cuda`")
+    done = run("clip_loss", "--device", "cuda")
+    assert done.returncode == 2
+    assert "error: --device cuda needs a GPU that PyTorch can use, torch" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A GPU whose tensors are on the CPU, in Triton's interpreter: what was asked of torch.cuda, in order."""
+    sentence = backends.why_not("triton", "similarity_logsumexp", torch.empty(1, 1))
+    if sentence is not None:
+        pytest.skip(f"triton: {sentence}")
+    asked = []
+
+    def answer(name, value=None):
+        monkeypatch.setattr(torch.cuda, name, lambda: asked.append(name) or value)
+
+    answer("is_available", True)
+    answer("synchronize")
+    answer("reset_peak_memory_stats")
+    answer("memory_allocated", 1000)
+    answer("max_memory_allocated", 5000)
+    answer("get_device_name", "A GPU")
+    answer("get_device_properties", SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(devices, "_driver", lambda: "550.54")
+    monkeypatch.setitem(devices.DEVICES, "cuda", devices.CUDA(place="cpu", roof_size=64))
+    return asked
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # log(0) of an empty set, in the interpreter's numpy
+def test_cuda_is_measured_with_triton_and_synchronised(cuda, tmp_path, capsys):
+    # fmt: off
+    status = command.main(["clip_loss", "triangle_loss", "--device", "cuda", "--size", "64x16", "--quick",
+                           "--contenders", "ours", "eager", "linear_cross_entropy", "--threads", "1", "--repeats", "1",
+                           "--no-memory", "--json", str(tmp_path / "rows.json")])
+    # fmt: on
+    assert status == 0
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert written["machine"]["gpu"] == "A GPU"
+    assert written["machine"]["driver"] == "550.54"
+    assert written["machine"]["float32_products"] == "highest"
+    assert "triton" in written["versions"]
+    assert "A GPU, 80 GiB, driver 550.54, float32 products in highest precision; " in capsys.readouterr().out
+    rows = [row for row in written["rows"] if row["status"] == "ok"]
+    assert {(row["loss"], row["contender"]): row["backend"] for row in rows} == {
+        ("clip_loss", "ours"): "triton",
+        ("clip_loss", "eager"): None,
+        ("clip_loss", "linear_cross_entropy"): None,
+        ("triangle_loss", "ours"): "tiled",
+        ("triangle_loss", "eager"): None,
+    }
+    assert {row["roof"] for row in rows} == {"torch.mm"}
+    # before, between and after forward and backward of two rounds of five contenders
+    assert cuda.count("synchronize") > 3 * 2 * 5
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_cuda_memory_is_that_of_its_allocator(cuda):
+    case, settings = cases.Case("clip_loss", 64, 16, "float32"), measure.Settings(device="cuda")
+    assert measure._peak_bytes_here(case, "ours", settings) == 4000
+    assert cuda == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"]

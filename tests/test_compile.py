@@ -155,6 +155,23 @@ def test_compiled_loss(loss, variant):
         assert_close(evaluate(both, arguments, {}), evaluate(call, arguments, {}))
 
 
+@pytest.mark.parametrize(
+    "loss", [pytest.param(row, id=row.name) for row in LOSSES if row.name in ("clip_loss", "gram_loss")]
+)
+def test_compiled_loss_without_gradients(loss):
+    """Validation: nothing requires a gradient, or no_grad says so."""
+
+    def call(*arguments):
+        return loss.fused(*arguments)
+
+    both = compiled(call, "eager")
+    arguments = loss.inputs(14, 6, torch.float32, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(both(*arguments), call(*arguments))
+    arguments = tuple(argument.detach() for argument in arguments)
+    torch.testing.assert_close(both(*arguments), call(*arguments))
+
+
 SIDE_INPUTS = {
     "info_nce": {"query_ids": torch.arange(14) % 5, "key_ids": torch.arange(14) % 5, "label_smoothing": 0.1,
                  "sample_weight": torch.linspace(0.5, 1.0, 14), "target": torch.arange(14).flip(0)},

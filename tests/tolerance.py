@@ -113,14 +113,14 @@ def evaluate(
     positional = [prepared.pop(f"argument{i}") for i in range(len(arguments))]
     outputs = function(*positional, **prepared)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    results = {f"output{i}": output.detach() for i, output in enumerate(outputs)}
+    results = {f"output{i}": output.detach().cpu() for i, output in enumerate(outputs)}
     differentiable = [output for output in outputs if output.requires_grad]
     if leaves and differentiable:
         generator = torch.Generator().manual_seed(7)
         # both signs: a backward that takes the logarithm of its weights must fail
-        cotangents = [torch.randn(output.shape, generator=generator).to(output.dtype) for output in differentiable]
+        cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in differentiable]
         grads = torch.autograd.grad(differentiable, list(leaves.values()), cotangents, materialize_grads=True)
-        results |= {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        results |= {f"grad of {name}": grad.cpu() for name, grad in zip(leaves, grads, strict=True)}
     return results
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,27 +59,34 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
+@contextmanager
+def _launching(x: Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be that of the tensors; autocast would round operands."""
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
+
+
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, _keep = arguments
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with _launching(inputs[0]):
         *statistics, excluded = kernels("similarity_logsumexp").forward(*inputs)
     return (*statistics, inputs[0].new_empty(0, dtype=torch.float32), excluded)
 
 
 def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
     incoming, statistics, inputs = arguments[:3], arguments[3:7], arguments[8:]  # without the dots
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with _launching(inputs[0]):
         return kernels("similarity_logsumexp").backward(*incoming, *statistics, *inputs)
 
 
 def volume_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, _keep = arguments
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with _launching(inputs[0]):
         *statistics, row_total, col_total = kernels("volume_logsumexp").forward(*inputs)
     return (*statistics, inputs[0].new_empty(0, dtype=torch.float32), row_total, col_total)
 
 
 def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
     incoming, statistics, inputs = arguments[:4], arguments[4:8], arguments[9:]  # without the dots
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with _launching(inputs[0]):
         return kernels("volume_logsumexp").backward(*incoming, *statistics, *inputs)

@@ -63,13 +63,14 @@ def call(name: str, gradients: int, arguments: tuple[Any, ...], backend: str) ->
     tensors = arguments[:gradients]
     checks.no_forward_mode(name, *tensors)
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    transformed = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
         arguments = _aliased(arguments)
-    plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    function = _DifferentiableEager if plain else _Differentiable
-    *outputs, row_max, col_max, _row_log_sum, _col_log_sum, _dots = function.apply(
-        name, gradients, *arguments, keep, backend
-    )
+        # where nothing requires a gradient, Dynamo gives forward a ctx, though there is a setup_context
+        run = _Differentiable.apply if keep or transformed else _Differentiable.forward
+    else:
+        run = _Differentiable.apply if transformed else _DifferentiableEager.apply
+    *outputs, row_max, col_max, _row_log_sum, _col_log_sum, _dots = run(name, gradients, *arguments, keep, backend)
     return (*outputs, row_max, col_max)
 
 

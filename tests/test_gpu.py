@@ -1,0 +1,400 @@
+"""On a GPU: both ops and every loss, by Triton and by plain PyTorch, and what only a device has.
+
+    python -m pytest -m gpu
+
+Problems, truth and comparison are those of the other tests, on the CPU; a call moves its tensors to the device and its
+results back. A dry run at small sizes, in Triton's interpreter, keeps this file from rotting where there is no GPU; it
+is a part of the ordinary tests, and `CONTRASTIVE_OPS_TEST_DEVICE=cpu python -m pytest -m gpu` by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_compile as compile_tests
+import test_losses as loss_tests
+import test_similarity_logsumexp as op_tests
+import test_volume_logsumexp as volume_tests
+import torch
+from problems import ALL_OPTIONS, problem
+from tolerance import evaluate, judge
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import contrastive_ops as co
+from contrastive_ops import backends
+from contrastive_ops.catalogue import LOSSES
+
+DEVICE = os.environ.get("CONTRASTIVE_OPS_TEST_DEVICE", "cuda")
+DRY = DEVICE == "cpu"
+NO_GPU = (
+    None
+    if DRY or torch.cuda.is_available()
+    else ("no GPU that PyTorch can use; `python -m pytest -m gpu` is for a machine that has one")
+)
+FEW = DRY or NO_GPU is not None  # what skips need not be many
+MIB = 2**20
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = ("triton", "tiled")  # "auto" takes tiled on a GPU
+
+gpu = pytest.mark.gpu
+on_gpu = pytest.mark.usefixtures("device")
+real = pytest.mark.usefixtures("real_device")
+# what a GPU makes PyTorch warn of (TF32, for one) is shown; log(0) of an empty set is numpy's, in the interpreter
+pytestmark = pytest.mark.filterwarnings("default", "ignore::RuntimeWarning")
+# as they are before a test replaces them
+OP, VOLUME_OP = co.similarity_logsumexp, co.volume_logsumexp
+
+
+def each(everything: Sequence[Any], few: Sequence[Any]) -> Sequence[Any]:
+    """The parameters of a test; few of them without a GPU."""
+    return few if FEW else everything
+
+
+def moved(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its tensors moved to the device, and its results to the CPU."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        arguments, options = tree_map_only(Tensor, lambda tensor: tensor.to(DEVICE), (arguments, options))
+        return tree_map_only(Tensor, lambda tensor: tensor.cpu(), function(*arguments, **options))
+
+    return call
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops run on the device, or the test skips with the sentence that says why it can't."""
+    if NO_GPU is not None:
+        pytest.skip(NO_GPU)
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    x = torch.empty(1, 1, dtype=given.get("dtype", torch.float32), device=DEVICE)
+    sentence = backends.why_not(given.get("backend", "triton"), "similarity_logsumexp", x)
+    if sentence is not None:
+        pytest.skip(sentence)
+    monkeypatch.setattr(co, "similarity_logsumexp", moved(OP))
+    monkeypatch.setattr(co, "volume_logsumexp", moved(VOLUME_OP))
+
+
+@pytest.fixture
+def real_device(device: None) -> None:
+    if DRY:
+        pytest.skip("the CPU has nothing of this: for a GPU only")
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", each(list(ALL_OPTIONS), ["everything-restrict"]))
+def test_options(name, backend, dtype):
+    op_tests.test_options(name, backend, dtype)
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", each(["both", "everything", "self-everything"], ["both"]))
+@pytest.mark.parametrize("shape", each(op_tests.SHAPES, [(7, 2, 3)]))
+def test_shapes(shape, name, dtype):
+    op_tests.test_shapes(shape, name, "triton", dtype)
+
+
+# both forms of backward of 16-bit features, more than one step of the features, more than one block of the plane
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", each(["both", "everything", "self-everything", "self-ids-restrict-sorted"], ["both"]))
+@pytest.mark.parametrize("shape", each([(5000, 4500, d) for d in (64, 128, 192, 768)], [(70, 130, 192)]))
+def test_large(shape, name, dtype):
+    arguments, options = problem(name, *shape, dtype)
+    judge(op_tests.fused, moved(op_tests.naive), arguments, options, fused_options={"backend": "triton"}, roundings=1)
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", each(["both", "self-row_scale-0d"], ["self-row_scale-0d"]))
+@pytest.mark.parametrize("size", each(["scale 1e4", "magnitude 100", "negative scale"], ["scale 1e4"]))
+def test_huge_logits(size, name, dtype):
+    op_tests.test_huge_logits(size, name, "triton", dtype)
+
+
+PROPERTIES = [
+    op_tests.test_all_pairs_excluded,
+    op_tests.test_backward_can_run_twice,
+    op_tests.test_columns_are_the_rows_of_the_transposed_problem,
+    op_tests.test_duplicates,
+    op_tests.test_excluded_rows_have_minus_infinity_and_no_gradient,
+    op_tests.test_far_ids_are_told_apart,
+    op_tests.test_index_beyond_the_columns_excludes_nothing,
+    op_tests.test_maxima_carry_no_gradient,
+    op_tests.test_nan_in_an_excluded_pair_is_not_read,
+    op_tests.test_zero_strides,
+    volume_tests.test_more_vectors_than_dimensions,
+    volume_tests.test_only_pair_excluded,
+]
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("test", each(PROPERTIES, PROPERTIES[-1:]), ids=lambda test: test.__name__)
+def test_properties(test):
+    test("triton")
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_and_nan(dtype):
+    for n, m in ((0, 5), (5, 0), (0, 0)):
+        op_tests.test_empty_sides(n, m, "triton", dtype)
+        volume_tests.test_empty_sides(n, m, "triton", dtype)
+    op_tests.test_nan_reaches_the_rows_it_affects_and_no_others("triton", dtype)
+
+
+# a view that starts at an odd element has no aligned vector loads: Triton compiles another kernel for it
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", each([op_tests.transposed, op_tests.strided, op_tests.offset], [op_tests.offset]))
+@pytest.mark.parametrize("name", each(["everything", "self-everything"], ["everything"]))
+def test_layout_does_not_matter(name, layout, dtype):
+    def on_device(x: Tensor) -> Tensor:
+        with torch.device(DEVICE):
+            return layout(x.detach().to(DEVICE))
+
+    arguments, options = problem(name, 65, 70, 17, dtype)
+    expected = evaluate(op_tests.fused, arguments, options | {"backend": "triton"})
+    laid_out = [on_device(x) for x in arguments]
+    op_tests.assert_same(evaluate(op_tests.fused, laid_out, options | {"backend": "triton"}), expected)
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", each([(1100, 1030, 20), (5000, 4500, 256)], [(65, 70, 20)]))
+@pytest.mark.parametrize("name", each(["everything", "self-everything"], ["self-everything"]))
+def test_runs_are_bitwise_repeatable(name, shape, dtype):
+    arguments, options = problem(name, *shape, dtype)
+    first = evaluate(op_tests.fused, arguments, options | {"backend": "triton"})
+    for _ in range(each((1, 2, 3), (1,))[-1]):
+        op_tests.assert_same(evaluate(op_tests.fused, arguments, options | {"backend": "triton"}), first)
+
+
+# N, M, P, D
+VOLUMES = [
+    (*shape[:2], members, shape[3]) for shape in ((65, 129, 0, 17), (300, 257, 0, 100)) for members in (1, 2, 3, 4)
+]
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", each(VOLUMES, [(20, 30, 2, 9)]), ids=lambda sizes: "-".join(map(str, sizes)))
+def test_volumes(sizes, backend, dtype):
+    arguments, options = volume_tests.problem(*sizes, dtype)
+    judge(volume_tests.fused, volume_tests.naive, arguments, options, fused_options={"backend": backend})
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("members", each((1, 2, 3, 4), (1,)))
+def test_large_volumes(members, dtype):
+    n, m, d = each((4500, 2500, 192), (70, 40, 70))
+    arguments, options = volume_tests.problem(n, m, members, d, dtype)
+    judge(
+        volume_tests.fused,
+        moved(volume_tests.naive),
+        arguments,
+        options,
+        fused_options={"backend": "triton"},
+        roundings=1,
+    )
+
+
+VARIANTS = [
+    pytest.param(loss, variant, backend, id="-".join([loss.name, *map(str, variant.values()), backend]))
+    for loss in (LOSSES if not FEW else [row for row in LOSSES if row.name in ("clip_loss", "gram_loss")])
+    for variant in loss.variants[: None if not FEW else 1]
+    for backend in (BACKENDS if loss.op is not None else ("tiled",))
+]
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("loss", "variant", "backend"), VARIANTS)
+def test_losses(loss, variant, backend, dtype):
+    n, d = each((129, 96), (20, 10))
+    options = variant | (loss_tests.temperature_of(loss, dtype) if loss in loss_tests.SCALED else {})
+    options |= {"reduction": "none"} if loss.name != "uniformity" else {}
+    arguments = loss_tests.arguments_of(loss, n, d, dtype)
+    given = {"fused_options": {"backend": backend}, "logits": loss_tests.LOGITS}
+    judge(moved(loss.fused), loss.naive, arguments, options, **given)
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("name", each(["info_nce", "clip_loss", "nt_xent", "gram_loss"], ["clip_loss"]))
+@compile_tests.SCRIPTED
+@compile_tests.TRACED
+def test_compiled(name):
+    """One graph of forward and backward, for sizes that share no factor."""
+    loss = loss_tests.TABLE[name]
+
+    def call(*arguments: Tensor) -> Tensor:
+        return loss.fused(*arguments, backend="triton")
+
+    both = compile_tests.compiled(call, "aot_eager" if DRY else "inductor")
+    for n in (14, 33):
+        arguments = loss.inputs(n, 6, torch.float32, torch.Generator().manual_seed(n))
+        compile_tests.assert_close(evaluate(moved(both), arguments, {}), evaluate(moved(call), arguments, {}))
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("name", each(["everything", "self-everything"], ["self-everything"]))
+def test_opcheck(name):
+    arguments = compile_tests.forward_arguments(name, 9, 7, 5, torch.float32, "triton")
+    compile_tests.check(tree_map_only(Tensor, lambda tensor: tensor.to(DEVICE), arguments))
+
+
+@gpu
+@on_gpu
+def test_results_stay_on_the_device():
+    x, y = torch.randn(2, 20, 8, device=DEVICE).requires_grad_()
+    for value in OP(x, y, cols=True, exclude=torch.arange(20, device=DEVICE), backend="triton"):
+        assert value.device == x.device
+    for loss in (co.clip_loss(x, y, 5.0, backend="triton"), co.gram_loss(x, y, backend="triton")):
+        assert loss.device == x.device
+        assert all(grad.device == x.device for grad in torch.autograd.grad(loss, (x, y)))
+
+
+# Offsets beyond 32 bits: the last rows give what they give alone. Features of 4 GiB in 2 bytes each; the gradient twice
+# of that in float32, again in 2 bytes, and some slack.
+@gpu
+@on_gpu
+def test_more_than_2_to_the_31_elements():
+    n, d, last = each((2**31 // 512 + 1000, 512, 500), (500, 16, 30))
+    dtype = torch.float16 if DRY else torch.bfloat16
+    if not DRY:
+        free, _ = torch.cuda.mem_get_info()
+        if free < 24 * 1024 * MIB:
+            pytest.skip(f"the GPU has {free / 1024 / MIB:.0f} GiB free, this takes 24")
+    x = torch.randn(n, d, device=DEVICE, dtype=dtype).mul_(0.1).requires_grad_()
+    y = torch.randn(60, d, device=DEVICE, dtype=dtype)
+    tail = x.detach()[-last:].clone().requires_grad_()
+    (lse, grad), (expected_lse, expected_grad) = (
+        (rows.detach(), torch.autograd.grad(rows.sum(), features)[0])
+        for features, rows in ((f, OP(f, y, backend="triton").row_lse) for f in (x, tail))
+    )
+    torch.testing.assert_close(lse[-last:], expected_lse, rtol=1e-6, atol=1e-6)
+    assert (grad[-last:] - expected_grad).norm() < 1e-2 * expected_grad.norm()
+
+
+@gpu
+@real
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_peak_memory(dtype):
+    """Both gradients in float32, as much again while they are scaled or cast, one block of coefficients; no matrix."""
+    n, d = 32768, 512
+
+    def peak(n: int) -> int:
+        x, y = (torch.randn(n, d, device=DEVICE, dtype=dtype).requires_grad_() for _ in range(2))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = OP(x, y, row_scale=0.05, cols=True, backend="triton")
+        torch.autograd.grad(out.row_lse.sum() + out.col_lse.sum(), (x, y))
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(300)  # cuBLAS takes its workspace
+    coefficients = backends.triton.kernels("sweep").WORKSPACE ** 2 * dtype.itemsize
+    partials = 32 * MIB  # a maximum and a sum of every row and column, for each of some 20 groups and strips
+    bound = 4 * n * d * 4 + coefficients + partials
+    assert peak(n) < bound < n * n * 4 / 8
+
+
+@gpu
+@real
+def test_tf32_is_the_users_choice():
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this GPU has no TF32")
+    x, y = (torch.randn(300, 256, device=DEVICE) for _ in range(2))
+    truth = (x.double() @ y.double().T).logsumexp(1)
+    before = torch.get_float32_matmul_precision()
+    errors = []
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            errors.append((OP(x, y, backend="triton").row_lse - truth).abs().max().item())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact, rounded = errors
+    assert exact < 1e-4 < 1e-3 < rounded < 1.0
+
+
+@gpu
+@real
+def test_a_stream_that_is_not_the_default_one():
+    """What the stream has not yet computed would be read as zeros by a kernel of another one."""
+    source = torch.randn(2, 500, 64, device=DEVICE)
+    leaves = torch.zeros_like(source).requires_grad_()
+
+    def step(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        out = OP(x, y, cols=True, backend="triton")
+        return out.row_lse.detach(), *torch.autograd.grad(out.row_lse.sum() + out.col_lse.sum(), (x, y))
+
+    expected = step(*source.clone().requires_grad_().unbind())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # cycles, about a tenth of a second
+        with torch.no_grad():
+            leaves.copy_(source)
+        results = step(*leaves.unbind())
+    stream.synchronize()
+    for result, right in zip(results, expected, strict=True):
+        assert torch.equal(result, right)
+
+
+@gpu
+@real
+def test_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("this machine has one GPU")
+    x, y = torch.randn(2, 300, 64)
+    results = []
+    for where in ("cuda:0", "cuda:1"):
+        given = [tensor.to(where).requires_grad_() for tensor in (x, y)]
+        loss = co.clip_loss(*given, 5.0, backend="triton")
+        results.append([loss.detach().cpu(), *(grad.cpu() for grad in torch.autograd.grad(loss, given))])
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(second, first)
+
+
+@pytest.mark.skipif("CONTRASTIVE_OPS_TEST_DEVICE" in os.environ, reason="this process has a device of its own")
+def test_dry_run():
+    """The above in Triton's interpreter, in float16: it has no bfloat16, and float32 adds only time."""
+    sentence = backends.why_not("triton", "similarity_logsumexp", torch.empty(1, 1))
+    if sentence is not None:
+        pytest.skip(f"triton: {sentence}")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not float32", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"CONTRASTIVE_OPS_TEST_DEVICE": "cpu", "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    for number, sentence in re.findall(r"^SKIPPED \[(\d+)\] \S+ (.*)$", result.stdout, re.MULTILINE):
+        assert "bfloat16" in sentence or "for a GPU only" in sentence, (number, sentence)
