@@ -53,6 +53,18 @@ def test_many_tiles(name, monkeypatch):
     op_tests.test_shapes((500, 420, 20), name, "triton", torch.float32)
 
 
+# what only some devices have: tiles of columns half as wide as those of rows, also in self-similarity
+@runs
+@pytest.mark.parametrize("name", ["everything-restrict", "self-everything"])
+def test_oblong_tiles(name, monkeypatch):
+    sweep = backends.triton.kernels("sweep")
+    tilings = sweep.TILINGS["any"][4]
+    oblong = tilings._replace(forward=tilings.forward._replace(block_m=64, block_n=32))
+    monkeypatch.setitem(sweep.TILINGS["any"], 4, oblong)
+    monkeypatch.setattr(sweep, "PROGRAMS", 9)
+    op_tests.test_shapes((300, 270, 20), name, "triton", torch.float32)
+
+
 @runs
 @pytest.mark.parametrize("name", ["both", "self-row_scale-0d"])
 @pytest.mark.parametrize("size", ["scale 1e4", "magnitude 100", "negative scale"])
