@@ -13,6 +13,7 @@ between the threads of one program are beyond ttsem: no test here would miss a t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -22,33 +23,45 @@ from typing import Any, NamedTuple
 
 import problems
 import pytest
+import test_volume_logsumexp as volumes
 import torch
 from tolerance import judge
 from torch import Tensor
 from triton import knobs
+from ttsem import mlir
 
 from __main__ import KernelFault  # python -m has a ttsem.sanitize of its own, with other classes
 from contrastive_ops.ops.arguments import per_row
 
 SOURCES = Path(__file__).parents[1] / "kernels"
 PACKAGE = "contrastive_ops.kernels"
-SHAPE = (130, 150, 20)  # N, M, D: tails of every tile, and N < M
+# N, M, D: tails of every tile, and N < M; of volumes N > M, where some rows name no column to leave out
+SHAPES = {"similarity_logsumexp": (130, 150, 20), "volume_logsumexp": (100, 60, 20)}
+PROGRAMS = 9  # 3 groups of rows and 3 strips of columns
+WORKSPACE = 96  # of which a tuple of four vectors has a quarter: 24 columns, one tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def shrink(kernels: ModuleType) -> None:
+def shrink(sweep: ModuleType) -> None:
     """Several tiles in a group and a strip, several of these, several blocks of the workspace, several steps of D."""
-    small = {"GROUPS": 3, "WORKSPACE": 96, "MERGE": 64}
+    # PROGRAMS counts where the device doesn't say, and ttsem's device says
+    small = {"WORKSPACE": WORKSPACE, "MERGE": 64, "_programs": lambda _x: PROGRAMS}
     for name, value in small.items():
-        assert hasattr(kernels, name), f"{kernels.__name__} has no {name} any more"
-        setattr(kernels, name, value)
-    kernels.TILINGS = _with_small_tiles(kernels.TILINGS)
+        assert hasattr(sweep, name), f"{sweep.__name__} has no {name} any more"
+        setattr(sweep, name, value)
+    sweep.TILINGS = {
+        device: {size: _small(tilings) for size, tilings in of_device.items()}
+        for device, of_device in sweep.TILINGS.items()
+    }
 
 
-def _with_small_tiles(tilings: Any) -> Any:
-    if isinstance(tilings, dict):
-        return {key: _with_small_tiles(value) for key, value in tilings.items()}
-    return tilings._replace(block_m=32, block_n=32, block_d=16)
+def _small(tilings: Any) -> Any:
+    """Tiles of two widths: where they are square, nothing tells rows from columns. Those of forward have to be."""
+    sizes = {
+        name: {"block_m": 32, "block_n": 32 if name == "forward" else 16, "block_d": 16} for name in tilings._fields
+    }
+    given = {name: tiling for name, tiling in tilings._asdict().items() if tiling is not None}
+    return tilings._replace(**{name: tiling._replace(**sizes[name]) for name, tiling in given.items()})
 
 
 Load = Callable[..., ModuleType]
@@ -65,7 +78,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
         package.__path__ = [str(folder)]
         monkeypatch.setitem(sys.modules, PACKAGE, package)
         kernels = importlib.import_module(f"{PACKAGE}.{op}")
-        shrink(kernels)
+        shrink(kernels.sweep)
         return kernels
 
     return load_from
@@ -89,6 +102,15 @@ def _only_the_ir(monkeypatch: pytest.MonkeyPatch) -> None:
         return None
 
     monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", keep_the_ir)
+
+
+parsed = functools.lru_cache(32)(mlir.parse)
+
+
+@pytest.fixture(autouse=True)
+def _parse_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ttsem parses the IR of every launch, which takes as long as to execute it; the blocks of a backward share one."""
+    monkeypatch.setattr(mlir, "parse", parsed)
 
 
 class Launched(torch.autograd.Function):
@@ -131,6 +153,40 @@ def similarity_logsumexp(
     return problems.requested((row_lse, col_lse, row_max, col_max, excluded), rows, cols, indices[0] is not None)
 
 
+def volume_logsumexp(
+    anchor: Tensor,
+    tuples: Tensor,
+    *,
+    kernels: ModuleType,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    exclude: Tensor | None = None,
+    rows: bool = True,
+    cols: bool = False,
+    totals: bool = False,
+) -> tuple[Tensor, ...]:
+    row_lse, col_lse, row_total, col_total, row_max, col_max = Launched.apply(
+        kernels, 4, anchor, tuples, row_scale, col_scale, exclude, rows, cols, totals
+    )
+    return volumes.requested((row_lse, col_lse, row_max, col_max, row_total, col_total), rows, cols, totals)
+
+
+def volume_problem(name: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    members, _, kind = name.partition("-")
+    (anchor, tuples), options = volumes.problem(n, m, int(members), d, dtype)
+    if kind == "zeros":  # where a distance is 0 its gradient is, too
+        with torch.no_grad():
+            anchor[::7] = 0
+            tuples[::5, -1] = 0
+    if kind == "unscaled":
+        options |= {"row_scale": None, "col_scale": None, "exclude": None}
+    return (anchor, tuples), options | {
+        "rows": {"cols": False},
+        "cols": {"rows": False},
+        "no totals": {"totals": False},
+    }.get(kind, {})
+
+
 class Op(NamedTuple):
     names: tuple[str, ...]
     problem: Callable[..., tuple[tuple[Tensor, ...], dict[str, Any]]]  # of a name, a shape and a dtype
@@ -145,13 +201,23 @@ OPS = {
          "self-everything", "self-everything-restrict"),
         problems.problem, similarity_logsumexp, problems.naive,
     ),
+    "volume_logsumexp": Op(
+        ("1", "2", "4", "2-rows", "2-cols", "2-no totals"),
+        volume_problem, volume_logsumexp, volumes.naive,
+    ),
 }  # fmt: skip
-CASES = [(op, name, dtype) for op in OPS for name in OPS[op].names for dtype in DTYPES]
+CASES = [
+    *((op, name, dtype) for op in OPS for name in OPS[op].names for dtype in DTYPES),
+    ("volume_logsumexp", "3", torch.bfloat16),
+    ("volume_logsumexp", "2-unscaled", torch.float32),
+    ("volume_logsumexp", "2-zeros", torch.float32),
+    ("volume_logsumexp", "2-zeros", torch.float16),
+]
 
 
-def check(op: str, name: str, dtype: torch.dtype, kernels: ModuleType, shape: tuple[int, ...] = SHAPE) -> None:
-    problem, launched, naive = OPS[op][1:]
-    arguments, options = problem(name, *shape, dtype)
+def check(op: str, name: str, dtype: torch.dtype, kernels: ModuleType, shape: tuple[int, ...] | None = None) -> None:
+    _, problem, launched, naive = OPS[op]
+    arguments, options = problem(name, *(shape or SHAPES[op]), dtype)
     judge(launched, naive, arguments, options, fused_options={"kernels": kernels})
 
 
@@ -160,27 +226,51 @@ def test_kernels(op, name, dtype, load):
     check(op, name, dtype, load(op))
 
 
-# D of many steps, N > M
+# D of many steps, which no 16-bit gradient has in registers, and N > M
 @pytest.mark.parametrize("name", ["everything", "self-everything"])
 def test_many_features(name, load):
     check("similarity_logsumexp", name, torch.bfloat16, load("similarity_logsumexp"), (101, 70, 150))
 
 
-@pytest.mark.parametrize("wanted", ["argument0", "argument1", "row_scale", "col_bias"])
-def test_one_gradient(wanted, load):
-    arguments, options = problems.problem("everything", *SHAPE)
-    for name, value in {"argument0": arguments[0], "argument1": arguments[1], **options}.items():
-        if isinstance(value, Tensor) and value.requires_grad:
-            value.requires_grad_(name == wanted)
+@pytest.mark.parametrize(("name", "dtype"), [("everything", torch.float16), ("self-everything", torch.bfloat16)])
+def test_blocks_of_16_bits(name, dtype, load, monkeypatch):
     kernels = load("similarity_logsumexp")
-    judge(similarity_logsumexp, problems.naive, arguments, options, fused_options={"kernels": kernels})
+    monkeypatch.setattr(kernels.sweep, "ROWS_FEATURES", 0)
+    check("similarity_logsumexp", name, dtype, kernels)
+
+
+def test_one_strip(load):
+    """Ten tiles of rows fill the launch that has dX; dY has two tiles of rows, in several strips."""
+    check("similarity_logsumexp", "everything", torch.float16, load("similarity_logsumexp"), (300, 40, 20))
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "dtype", "wanted"),
+    [
+        ("similarity_logsumexp", "everything", torch.float32, "argument0"),
+        ("similarity_logsumexp", "everything", torch.float32, "col_bias"),
+        ("similarity_logsumexp", "everything", torch.float16, "argument1"),
+        ("similarity_logsumexp", "everything", torch.float16, "row_scale"),
+        ("volume_logsumexp", "2", torch.float16, "argument0"),
+        ("volume_logsumexp", "2", torch.float16, "argument1"),
+        ("volume_logsumexp", "2", torch.float32, "col_scale"),
+    ],
+)  # fmt: skip
+def test_one_gradient(op, name, dtype, wanted, load):
+    _, problem, launched, naive = OPS[op]
+    arguments, options = problem(name, *SHAPES[op], dtype)
+    for key, value in {"argument0": arguments[0], "argument1": arguments[1], **options}.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            value.requires_grad_(key == wanted)
+    judge(launched, naive, arguments, options, fused_options={"kernels": load(op)})
 
 
 class Fault(NamedTuple):
     """A change of a kernel's source, the case that shows it, and what catches it.
 
     "value" is the comparison with the float64 truth, "nan" the same where memory was read that nobody wrote or an empty
-    set went wrong; the rest are ttsem's reports of an access to a tensor.
+    set went wrong. The rest are ttsem's reports of an access to a tensor, or to one of a tuple of tensors: "poison" is
+    a store of two values to one place.
     """
 
     old: str
@@ -191,11 +281,13 @@ class Fault(NamedTuple):
     op: str = "similarity_logsumexp"
 
 
+VOLUME = "volume_logsumexp"
 FAULTS = {
+    # one tile
     "load without its mask": Fault(
         "tl.load(vector + index, mask=index < size, other=otherwise)",
         "tl.load(vector + index)",
-        "vectors", "oob_read of row_scale",
+        "vectors", "oob_read of vectors",
     ),
     "load with half of its mask": Fault(
         "mask=(rows[:, None] < n) & inside",
@@ -207,74 +299,37 @@ FAULTS = {
         "x + rows.to(tl.int64)[:, None] * n",
         "both", "oob_read of x",
     ),
-    "store without its mask": Fault(
-        "tl.store(out_max + index, best, mask=index < size)",
-        "tl.store(out_max + index, best)",
-        "both", "oob_write of out_max",
-    ),
-    "offset of the next tile": Fault(
-        "tile_row.to(tl.int64) * block_cols",
-        "(tile_row.to(tl.int64) + 1) * block_cols",
-        "vectors", "oob_write of col_scale_part",
-    ),
-    "tiles that store into their neighbours": Fault(
-        "coefficients.dtype.element_ty), mask=inside)",
-        "coefficients.dtype.element_ty))",
-        "both", "race of coefficients",
-    ),
-    "strips that share their partials": Fault(
-        "own_row_max = row_max + strip.to(tl.int64) * n",
-        "own_row_max = row_max",
-        "rows", "race of row_max",
-    ),
-    "groups that share their partials": Fault(
-        "col_sum + group.to(tl.int64) * m + cols",
-        "col_sum + cols",
-        "cols", "race of col_sum",
-    ),
-    "tiles that share their partial sums": Fault(
-        "row_scale_part + row_place",
-        "row_scale_part + local_rows",
-        "vectors", "race of row_scale_part",
-    ),
-    "statistics that start as they were": Fault(
-        'tl.store(own_row_max + rows, tl.full((BLOCK_M,), -float("inf"), tl.float32), mask=rows < n)',
-        "pass",
-        "rows", "nan",
-    ),
-    "partial sums that nobody writes": Fault(
-        "tl.store(col_bias_part + col_place, tl.sum(gradient, 0), mask=local_cols < block_cols)",
-        "pass",
-        "col_bias-vector", "nan",
-    ),
     "empty sets that are not told apart": Fault(
         'tl.where(maximum == -float("inf"), 0.0, maximum)',
         "maximum",
         "ids-restrict-sorted", "nan",
     ),
-    "one part that is not merged": Fault("range(parts)", "range(parts - 1)", "rows", "value"),
-    "mirror images that are not merged": Fault("range(mirrors)", "range(0)", "self", "value"),
-    "diagonal that counts twice": Fault(
-        "tl.where(row < col, tile_col",
-        "tl.where(row <= col, tile_col",
-        "self", "value",
-    ),
-    "diagonal that counts twice in the gradient": Fault(
-        "mirrored and first_row != first_col",
-        "mirrored",
-        "self", "value",
-    ),
-    "columns of the first block in all blocks": Fault("first_col + local_cols", "local_cols", "both", "value"),
-    "blocks that overwrite the gradient": Fault("grad_x[row_range] +=", "grad_x[row_range] =", "both", "value"),
     "no scale of the columns": Fault(
-        "[:, None] * vector_or(col_scale, cols, m, 1.0)[None, :]",
+        "[:, None] * vector_or(vectors.col_scale, cols, m, 1.0)[None, :]",
         "[:, None]",
         "vectors", "value",
     ),
-    "no scale of the columns in the gradient": Fault(
-        "gradient * (a[:, None] * b[None, :])",
-        "gradient * a[:, None]",
-        "vectors", "value",
+    "pairs left out that keep their gradient": Fault(
+        "gradient = own_gradients(gradient, vectors, incoming, rows, cols, n, m)",
+        "pass",
+        "exclude", "value", torch.float16,
+    ),
+    "the next row left out by a column": Fault(
+        "[None, :] == rows[:, None]", "[None, :] + 1 == rows[:, None]", "self-everything", "value"
+    ),
+    "ids without their mask": Fault(
+        "tl.load(vectors.col_ids + cols, mask=cols < m, other=0)",
+        "tl.load(vectors.col_ids + cols)",
+        "everything", "oob_read of vectors",
+    ),
+    # the ids lie in one tensor, those of the rows first: past their end are ids of columns, until the sides are swapped
+    "ids of a tile's rows without their mask": Fault(
+        "tl.load(vectors.row_ids + rows, mask=rows < n, other=large)",
+        "tl.load(vectors.row_ids + rows)",
+        "everything-restrict", "oob_read of vectors", torch.float16,
+    ),
+    "tiles with one id in common that are left out": Fault(
+        "(row_low <= col_high)", "(row_low < col_high)", "ids-restrict-sorted", "value"
     ),
     "products rounded to bfloat16": Fault(
         "dots, input_precision=PRECISION)",
@@ -282,6 +337,190 @@ FAULTS = {
         "both", "value", torch.bfloat16,
     ),
     "products in TF32": Fault("input_precision=PRECISION", 'input_precision="tf32"', "both", "value"),
+    # forward
+    "strips that share their partials": Fault(
+        "row_begin = strip.to(tl.int64) * n",
+        "row_begin = tl.cast(0, tl.int64)",
+        "rows", "race of row_part",
+    ),
+    "groups that share their partials": Fault(
+        "col_begin = group.to(tl.int64) * m",
+        "col_begin = tl.cast(0, tl.int64)",
+        "cols", "race of col_part",
+    ),
+    "statistics beyond the last row": Fault(
+        "tl.store(part.sum + index, new_sum, mask=inside)",
+        "tl.store(part.sum + index, new_sum)",
+        "rows", "oob_write of row_part",
+    ),
+    "statistics that start as they were": Fault(
+        'tl.store(part.maximum + index, tl.full((BLOCK,), -float("inf"), tl.float32), mask=inside)',
+        "pass",
+        "rows", "nan",
+    ),
+    "diagonal that counts twice": Fault(
+        "tl.where(row < col, tile_col",
+        "tl.where(row <= col, tile_col",
+        "self", "value",
+    ),
+    "tiles on the diagonal that are left out": Fault("col + BLOCK_N)\n", "col)\n", "self", "value"),
+    "store without its mask": Fault(
+        "tl.store(out_max + index, best, mask=index < size)",
+        "tl.store(out_max + index, best)",
+        "both", "oob_write of out_max",
+    ),
+    "one part that is not merged": Fault("range(parts)", "range(parts - 1)", "rows", "value"),
+    "mirror images that are not merged": Fault(
+        "fold_parts(mirror, mirrors, ", "fold_parts(mirror, 0, ", "self", "value"
+    ),
+    # the logits that were left out
+    "columns of rows that leave out none": Fault(
+        "inside = named[:, None] & (",
+        "inside = (rows[:, None] < n) & (",
+        "exclude", "oob_read of y",
+    ),
+    "scale of the column of rows that leave out none": Fault(
+        "tl.load(vectors.col_scale + index, mask=named, other=1.0)",
+        "tl.load(vectors.col_scale + index, mask=rows < n, other=1.0)",
+        "everything", "oob_read of vectors",
+    ),
+    "features beyond the last of the column left out": Fault(
+        "mask=inside, other=0.0)\n        dots +=",
+        "mask=named[:, None], other=0.0)\n        dots +=",
+        "exclude", "oob_read of y",
+    ),
+    # backward by blocks
+    "tiles that store into their neighbours": Fault(
+        "weighted.to(coefficients.dtype.element_ty), mask=inside)",
+        "weighted.to(coefficients.dtype.element_ty))",
+        "both", "race of coefficients",
+    ),
+    "offset of the next tile": Fault(
+        "tile_row.to(tl.int64) * block_cols",
+        "(tile_row.to(tl.int64) + 1) * block_cols",
+        "vectors", "oob_write of col_sums",
+    ),
+    "tiles that share their partial sums": Fault(
+        "row_sums.scale + row_place",
+        "row_sums.scale + local_rows",
+        "vectors", "race of row_sums",
+    ),
+    "partial sums that nobody writes": Fault(
+        "tl.store(col_sums.bias + col_place, tl.sum(gradient, 0), mask=local_cols < block_cols)",
+        "pass",
+        "col_bias-vector", "nan",
+    ),
+    "diagonal that counts twice in the gradient": Fault(
+        "mirrored and first_row != first_col",
+        "mirrored",
+        "self", "value",
+    ),
+    "columns of the first block in all blocks": Fault("first_col + local_cols", "local_cols", "both", "value"),
+    "blocks that overwrite the gradient": Fault(
+        "_accumulate(grad_x[row_range], coefficients[t], basis[col_range, t])",
+        "grad_x[row_range] = coefficients[t] @ basis[col_range, t]",
+        "both", "value",
+    ),
+    "no scale of the columns in the gradient": Fault(
+        "gradient * (a[:, None] * b[None, :])",
+        "gradient * a[:, None]",
+        "vectors", "value",
+    ),
+    # backward in registers
+    "columns whose features are not masked": Fault(
+        "mask=(cols[:, None] < m) & (feature[None, :] < features)",
+        "mask=cols[:, None] < m",
+        "both", "oob_read of y", torch.float16,
+    ),
+    "gradient stored beyond the features": Fault(
+        "total.to(grad.dtype.element_ty), mask=x_inside)",
+        "total.to(grad.dtype.element_ty), mask=rows[:, None] < n)",
+        "both", "poison", torch.float16,
+    ),
+    "strips that share their gradient": Fault(
+        "grad + of_strip * features + x_place",
+        "grad + x_place",
+        "both", "race of grad", torch.bfloat16,
+    ),
+    "strips that share their sums": Fault(
+        "sums.bias + of_strip + rows",
+        "sums.bias + rows",
+        "col_bias-vector", "race of sums", torch.bfloat16,
+    ),
+    "strips that go on into the next": Fault(
+        "for col in range(first_col, last_col, BLOCK_N):\n        cols = col + tl.arange(0, BLOCK_N)\n        has",
+        "for col in range(first_col, m, BLOCK_N):\n        cols = col + tl.arange(0, BLOCK_N)\n        has",
+        "rows", "value", torch.bfloat16,
+    ),
+    "gradient that stays divided by its unit": Fault("total *= tl.load(unit)", "pass", "both", "value", torch.float16),
+    "gradient that is not divided by its unit": Fault(
+        "weighted = weighted / tl.load(unit)", "pass", "both", "value", torch.float16
+    ),
+    "no scale of the rows in the gradient": Fault(
+        "total *= vector_or(vectors.row_scale, rows, n, 1.0)[:, None]",
+        "pass",
+        "vectors", "value", torch.bfloat16,
+    ),
+    "gradients of the rows in the columns' place": Fault(
+        "for value in (col, row)]",
+        "for value in (row, col)]",
+        "both", "oob_read of incoming", torch.float16,
+    ),
+    # volumes
+    "stride of single vectors": Fault("MEMBERS * features, rows", "features, rows", "2", "value", op=VOLUME),
+    "vectors of the next member": Fault("y + t * features", "y + (t + 1) * features", "1", "oob_read of y", op=VOLUME),
+    "entries of the wrong row of the inverse": Fault("(t * (t + 1) // 2 + s)", "s", "2", "value", op=VOLUME),
+    "squares without their mask": Fault(
+        "tl.load(span.square + rows, mask=rows < n, other=0.0)",
+        "tl.load(span.square + rows)",
+        "1", "oob_read of span", op=VOLUME,
+    ),
+    "inverses without their mask": Fault(
+        "tl.load(entries + cols, mask=cols < m, other=0.0)",
+        "tl.load(entries + cols)",
+        "1", "oob_read of span", op=VOLUME,
+    ),
+    "distances of 0 that have a gradient": Fault(
+        "-pairs <= smallest[:, None]", "-pairs < 0.0", "2-zeros", "nan", op=VOLUME
+    ),
+    "coordinates of the first member for all": Fault(
+        "q * coordinates[t]", "q * coordinates[0]", "2", "value", op=VOLUME
+    ),
+    "members that share their coefficients": Fault(
+        "coefficients + t * tl.cast(block_rows, tl.int64) * block_cols", "coefficients", "2", "nan", op=VOLUME
+    ),
+    "offset of the member after": Fault(
+        "coefficients + t * tl.cast", "coefficients + (t + 1) * tl.cast", "1", "oob_write of coefficients", op=VOLUME
+    ),
+    "member as large as a square block": Fault(
+        "t * tl.cast(block_rows, tl.int64) * block_cols",
+        "t * tl.cast(block_cols, tl.int64) * block_cols",
+        "2", "race of coefficients", op=VOLUME,
+    ),
+    "members that store into the tiles beside them": Fault(
+        "(q * coordinates[t]).to(coefficients.dtype.element_ty), mask=inside)",
+        "(q * coordinates[t]).to(coefficients.dtype.element_ty))",
+        "1", "oob_write of coefficients", torch.float16, VOLUME,
+    ),
+    "moments of the first member for all": Fault(
+        "grad_y[t, col_range]", "grad_y[0, col_range]", "2", "value", op=VOLUME
+    ),
+    "sums along the row that are divided by the unit": Fault(
+        "tl.sum(q, 1), mask",
+        "tl.sum(q / tl.load(unit), 1), mask",
+        "2", "value", torch.float16, VOLUME,
+    ),
+    "gradient of the anchor without its part along it": Fault(
+        "row_grads[2][:, None], problem.x, value=-1",
+        "row_grads[2][:, None], problem.x, value=0",
+        "2", "value", op=VOLUME,
+    ),
+    "totals that start as they were": Fault(
+        "tl.store(part.total + index, tl.zeros((BLOCK,), tl.float32), mask=inside)", "pass", "2", "nan", op=VOLUME
+    ),
+    "totals of pairs that take no part": Fault(
+        'tl.where(logits > -float("inf"), logits, 0.0)', "logits", "2", "value", op=VOLUME
+    ),
 }  # fmt: skip
 
 
@@ -303,5 +542,6 @@ def test_fault_is_caught(name, load, tmp_path):
 
 def what_caught(report: BaseException) -> str:
     if isinstance(report, KernelFault):
-        return f"{report.fault.kind} of {report.fault.buffer}"
+        kind, buffer = report.fault.kind, report.fault.buffer
+        return f"{kind} of {buffer.split('.')[0]}" if buffer else kind
     return "nan" if "candidate nan" in str(report) else "value"
