@@ -216,15 +216,16 @@ def our_forward(case: Case, d: int, device: Device) -> Phase:
         programs, tiles = groups * (groups + 1) // 2, (tiles + math.ceil(N / tile.block_m)) // 2
     pairs = tiles * tile.block_m * tile.block_n
     edges = pairs * (1 / tile.block_m + 1 / tile.block_n)  # rows and columns of all tiles
-    # all groups go through their rows at the same time, once for every tile of columns of their strips
+    # all strips go through their columns at the same time, once for every tile of rows of their groups
     waves = math.ceil(programs / device.multiprocessors)
-    sweeps = 1.0 if x < device.cache / 2 else waves * strip / tile.block_n * pairs / N**2
+    y = case.matrices * x
+    sweeps = 1.0 if y < device.cache / 2 else waves * group / tile.block_m * pairs / N**2
     positives = 0 if case.members else 2 * x  # read once more for their logits
     statistics = 2 * (groups + strips) * N * SINGLE  # partial maxima and sums
     return Phase(
         "forward",
         flops=2 * case.matrices * pairs * d,
-        hbm=(sweeps + case.matrices) * x + positives + 2 * statistics,
+        hbm=x + sweeps * y + positives + 2 * statistics,
         l2=edges * (case.matrices * d * HALF + 4 * SINGLE),  # a maximum and a sum are read and written
         exponentials=pairs,
         programs=programs,
@@ -236,11 +237,11 @@ def our_forward(case: Case, d: int, device: Device) -> Phase:
 def by_blocks(case: Case, d: int, device: Device, side: int = SWEEP.WORKSPACE) -> list[Phase]:
     """Of each block the coefficients, two products of the vendor onto the gradients, and the sums for the scale."""
     tile = plan(case, device).block
-    columns = side // case.matrices // tile.block_n * tile.block_n
+    side = math.isqrt(side**2 // case.matrices) // tile.block_m * tile.block_m
     blocks = Counter(
-        (min(side, N - row), min(columns, N - col), case.mirrored and row != col)
+        (min(side, N - row), min(side, N - col), case.mirrored and row != col)
         for row in range(0, N, side)
-        for col in range(row if case.mirrored else 0, N, columns)
+        for col in range(row if case.mirrored else 0, N, side)
     )
     phases = []
     for (rows, cols, mirror), count in blocks.items():

@@ -325,7 +325,14 @@ TILINGS = {
     "sm_90": {2: _HALF._replace(rows=Tiling(64, 64, 0, 8, 2)), 4: Tilings(*[Tiling(64, 64, 32, 16, 2)] * 5, None)},
     "sm_100": {
         2: Tilings(_WIDE, _SMALL, _SMALL, _SMALL, Tiling(64, 32, 64, 8, 2), Tiling(64, 64, 0, 8, 2)),
-        4: Tilings(*[Tiling(64, 64, 32, 8, 2)] * 4, Tiling(64, 32, 16, 8, 3), None),
+        4: Tilings(
+            Tiling(64, 64, 32, 8, 2),
+            Tiling(64, 64, 32, 8, 2),
+            Tiling(64, 32, 32, 8, 2),
+            Tiling(64, 64, 32, 8, 2),
+            Tiling(64, 32, 16, 8, 3),
+            None,
+        ),
     },
     "hip": {
         2: Tilings(

@@ -38,7 +38,7 @@ PACKAGE = "contrastive_ops.kernels"
 # N, M, D: tails of every tile, and N < M; of volumes N > M, where some rows name no column to leave out
 SHAPES = {"similarity_logsumexp": (130, 150, 20), "volume_logsumexp": (100, 60, 20)}
 PROGRAMS = 9  # 3 groups of rows and 3 strips of columns
-WORKSPACE = 96  # of which a tuple of four vectors has a quarter: 24 columns, one tile
+WORKSPACE = 96  # rows and columns; of tuples of four vectors 48, which have one tile of rows
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,12 +56,9 @@ def shrink(sweep: ModuleType) -> None:
 
 
 def _small(tilings: Any) -> Any:
-    """Tiles of two widths: where they are square, nothing tells rows from columns. Those of forward have to be."""
-    sizes = {
-        name: {"block_m": 32, "block_n": 32 if name == "forward" else 16, "block_d": 16} for name in tilings._fields
-    }
-    given = {name: tiling for name, tiling in tilings._asdict().items() if tiling is not None}
-    return tilings._replace(**{name: tiling._replace(**sizes[name]) for name, tiling in given.items()})
+    """Tiles of two widths: where they are square, nothing tells rows from columns."""
+    sizes = {"block_m": 32, "block_n": 16, "block_d": 16}
+    return type(tilings)(*(None if tiling is None else tiling._replace(**sizes) for tiling in tilings))
 
 
 Load = Callable[..., ModuleType]
@@ -359,11 +356,15 @@ FAULTS = {
         "rows", "nan",
     ),
     "diagonal that counts twice": Fault(
-        "tl.where(row < col, tile_col",
+        "tl.where(row + BLOCK_M <= col, tile_col",
         "tl.where(row <= col, tile_col",
         "self", "value",
     ),
-    "tiles on the diagonal that are left out": Fault("col + BLOCK_N)\n", "col)\n", "self", "value"),
+    "tiles on the diagonal that are left out": Fault(
+        "begin = tl.maximum(first_col, row)",
+        "begin = tl.maximum(first_col, row + BLOCK_M)",
+        "self", "value",
+    ),
     "store without its mask": Fault(
         "tl.store(out_max + index, best, mask=index < size)",
         "tl.store(out_max + index, best)",
