@@ -684,7 +684,7 @@ products, below, bears that out for D = 512 and 1024 of the A100, not for the H1
 - Self-similarity: forward and the coefficients visit the tiles or blocks on and above the diagonal, 1 each; a block
   above it has two products, 2 in all. With many blocks that is 4; the whole blocks on the diagonal add a little.
 - Volumes of tuples of P vectors (`volume_logsumexp`) take P times the products, in smaller tiles, and P matrices of
-  coefficients share the workspace: a block has {SWEEP.WORKSPACE} / P columns.
+  coefficients share the workspace: a block has {SWEEP.WORKSPACE} / sqrt(P) rows and columns.
 
 ## Against what is known
 

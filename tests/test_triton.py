@@ -217,7 +217,7 @@ def test_kernels_compile_for(target):
         assert row.spills == 0, row
         assert row.registers <= limits.registers, row
         assert row.shared <= limits.program_shared, row
-        assert row.matrix > 0 or row.dtype == "float32", row
+        assert row.matrix > 0 or row.dtype == "float32" or row.kernel in ("excluded", "merge"), row
         assert resources.programs(target, row) > 0, row
 
     installed, (version, table) = importlib.metadata.version("triton"), resources.committed(target)
