@@ -108,13 +108,15 @@ def fold_into(part, index, last, tile_max, tile_sum, logits, AXIS: tl.constexpr)
     inside = index < last
     old_max = tl.load(part.maximum + index, mask=inside, other=-float("inf"))
     old_sum = tl.load(part.sum + index, mask=inside, other=0.0)
+    if part.total is not None:
+        total = tl.load(part.total + index, mask=inside, other=0.0)
+        total += tl.sum(tl.where(logits > -float("inf"), logits, 0.0), AXIS)
     new_max, new_sum = fold(old_max, old_sum, tile_max, tile_sum)
+    tl.debug_barrier()  # several threads may read an element, of which one writes it
     tl.store(part.maximum + index, new_max, mask=inside)
     tl.store(part.sum + index, new_sum, mask=inside)
     if part.total is not None:
-        total = tl.sum(tl.where(logits > -float("inf"), logits, 0.0), AXIS)
-        old_total = tl.load(part.total + index, mask=inside, other=0.0)
-        tl.store(part.total + index, old_total + total, mask=inside)
+        tl.store(part.total + index, total, mask=inside)
 
 
 @triton.jit
