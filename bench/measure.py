@@ -148,9 +148,9 @@ def measure(case: Case, names: Sequence[str], settings: Settings, tell: Callable
 def _row(case: Case, name: str, settings: Settings, mode: str, **values: Any) -> Row:
     backend = None
     if name == "ours":
+        op, asked = LOSSES[case.loss].op, settings.backend_of(case.loss)
         try:
             features = torch.empty(1, case.d, dtype=getattr(torch, case.dtype), device=settings.on.place)
-            op, asked = LOSSES[case.loss].op, settings.backend_of(case.loss)
             chosen = None if op is None else contrastive_ops.explain(features, op=op, backend=asked).chosen
             backend = chosen or "tiled"  # without an op: plain PyTorch
         except RuntimeError:  # a named backend that can't run; the row's status has the sentence

@@ -12,8 +12,8 @@
         one program per (tile of rows, strip of columns), dX of its rows in registers:
             for each tile of columns: s again, g = dL/ds, dX += (g a b) Y
 
-No atomics: the results are bitwise repeatable. In self-similarity (no y) forward and the blocks visit the tiles on and
-above the diagonal; a tile above it also stands for its mirror image.
+No atomics: the results are bitwise repeatable where the vendor's products are. In self-similarity (no y) forward and
+the blocks visit the tiles on and above the diagonal; a tile above it also stands for its mirror image.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ class Sums(NamedTuple):
     scale: Tensor | None = None
     bias: Tensor | None = None
     along: Tensor | None = None  # of volumes: what x_i itself has of its gradient
+
+
+# |x|^2 - |y|^2 is off by about 4 units in the last place of |x|^2: there the distance is 0, at its minimum
+AT_MINIMUM = tl.constexpr(4 * torch.finfo(torch.float32).eps)
 
 
 @triton.jit
@@ -196,11 +200,14 @@ def merge_kernel(part, parts, mirror, mirrors, out_max, out_log_sum, size, BLOCK
 @triton.jit
 def block_kernel(
     x, y, vectors, span, incoming, unit, coefficients, row_sums, col_sums,
-    n, m, features, first_row, first_col, block_rows, block_cols,
+    n, m, features, first_row, first_col, block_rows, block_cols, stride,
     MEMBERS: tl.constexpr, RESTRICT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients of one tile of a block, [block_rows, block_cols] or for volumes [P, block_rows, block_cols].
+    """Coefficients of one tile of a block, [block_rows, stride] or for volumes [P, block_rows, stride].
+
+    The stride of rows is a multiple of 16, and what is beyond the columns of the block is stored, too, as 0: stores of
+    whole vectors, which a mask of single columns would prevent.
 
     For volumes Q_j = L^-1 (y_j.) and q = -(dL/dpair) / pair give dL/dx_i = sum_jt (q y_ijt) Q_jt - (sum_j q) x_i and
     the moments sum_i (q y_ijt) x_i of a tuple; y_ijt are the coordinates.
@@ -213,8 +220,8 @@ def block_kernel(
     a = vector_or(vectors.row_scale, rows, n, 1.0)
     b = vector_or(vectors.col_scale, cols, m, 1.0)
     has = has_excluded(vectors, row, col, n, m, BLOCK_M, BLOCK_N)
-    place = local_rows.to(tl.int64)[:, None] * block_cols + local_cols[None, :]
-    inside = (local_rows[:, None] < block_rows) & (local_cols[None, :] < block_cols)
+    place = local_rows.to(tl.int64)[:, None] * stride + local_cols[None, :]
+    inside = (local_rows[:, None] < block_rows) & (local_cols[None, :] < stride)
     row_place = tile_col.to(tl.int64) * block_rows + local_rows
     col_place = tile_row.to(tl.int64) * block_cols + local_cols
     if MEMBERS == 0:
@@ -236,8 +243,7 @@ def block_kernel(
         )
         gradient = gradient_of_tile(pairs, has, vectors, incoming, rows, cols, n, m, RESTRICT)
         if coefficients is not None:
-            # |x|^2 - |y|^2 is off by about as many units in the last place of |x|^2: the distance is 0, at its minimum
-            smallest = tl.sqrt(4 * 1.1920929e-7 * tl.load(span.square + rows, mask=rows < n, other=0.0))
+            smallest = tl.sqrt(AT_MINIMUM * tl.load(span.square + rows, mask=rows < n, other=0.0))
             at_minimum = -pairs <= smallest[:, None]
             distance = tl.where(at_minimum, 1.0, -pairs)
             q = tl.where(at_minimum, 0.0, gradient * (a[:, None] * b[None, :]) / distance)
@@ -246,7 +252,7 @@ def block_kernel(
             if unit is not None:
                 q = q / tl.load(unit)
             for t in tl.static_range(MEMBERS):
-                of_member = coefficients + t * tl.cast(block_rows, tl.int64) * block_cols
+                of_member = coefficients + t * tl.cast(block_rows, tl.int64) * stride
                 tl.store(of_member + place, (q * coordinates[t]).to(coefficients.dtype.element_ty), mask=inside)
     if row_sums.scale is not None:
         tl.store(row_sums.scale + row_place, tl.sum(gradient * pairs * b[None, :], 1), mask=local_rows < block_rows)
@@ -274,7 +280,8 @@ def rows_kernel(
     x_inside = (rows[:, None] < n) & (feature[None, :] < features)
     x_place = rows.to(tl.int64)[:, None] * features + feature[None, :]
     x_tile = tl.load(x + x_place, mask=x_inside, other=0.0)
-    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    a = vector_or(vectors.row_scale, rows, n, 1.0)
+    grad_rows = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     scale_sum = tl.zeros((BLOCK_M,), tl.float32)
     bias_sum = tl.zeros((BLOCK_M,), tl.float32)
     for col in range(first_col, last_col, BLOCK_N):
@@ -288,18 +295,18 @@ def rows_kernel(
             weighted = gradient * vector_or(vectors.col_scale, cols, m, 1.0)[None, :]
             if sums.scale is not None:
                 scale_sum += tl.sum(weighted * pairs, 1)
+            weighted *= a[:, None]  # before it is rounded: `unit` is a bound of the product
             if sums.bias is not None:
                 bias_sum += tl.sum(gradient, 1)
             if grad is not None:
                 if unit is not None:
                     weighted = weighted / tl.load(unit)
-                total = tl.dot(weighted.to(y.dtype.element_ty), y_tile, total, input_precision=PRECISION)
+                grad_rows = tl.dot(weighted.to(y.dtype.element_ty), y_tile, grad_rows, input_precision=PRECISION)
     of_strip = strip.to(tl.int64) * n
     if grad is not None:
-        total *= vector_or(vectors.row_scale, rows, n, 1.0)[:, None]
         if unit is not None:
-            total *= tl.load(unit)
-        tl.store(grad + of_strip * features + x_place, total.to(grad.dtype.element_ty), mask=x_inside)
+            grad_rows *= tl.load(unit)
+        tl.store(grad + of_strip * features + x_place, grad_rows.to(grad.dtype.element_ty), mask=x_inside)
     if sums.scale is not None:
         tl.store(sums.scale + of_strip + rows, scale_sum, mask=rows < n)
     if sums.bias is not None:
@@ -307,45 +314,82 @@ def rows_kernel(
 
 
 class Tilings(NamedTuple):
-    """The tiling of each kernel."""
+    """The tiling of each kernel. Many: with options that take registers for every column, see `Problem`."""
 
     forward: Tiling  # tiles of columns divide those of rows: in self-similarity the diagonal is between tiles of rows
+    forward_many: Tiling
     block: Tiling
-    block_many: Tiling  # with options that take registers for every column, see `Problem.many`
+    block_many: Tiling
     volume: Tiling  # forward and block, P = 1 and 2
     volume_many: Tiling  # P = 3 and 4
     rows: Tiling | None  # its block_d is all features; None where it is not used
 
 
-_LARGE, _WIDE, _SMALL = Tiling(128, 128, 64, 8, 3), Tiling(128, 64, 64, 8, 3), Tiling(64, 64, 64, 8, 3)
-_HALF = Tilings(_LARGE, _LARGE, _WIDE, _WIDE, Tiling(64, 32, 64, 8, 3), Tiling(64, 32, 0, 8, 2))
-_FULL = Tilings(*[Tiling(64, 64, 16, 8, 3)] * 5, None)
-_LARGE_HIP = Tiling(128, 128, 64, 8, 2)
 # By class of device, then by bytes of an element. The largest that spill no registers: bench/RESOURCES.md has them all.
 TILINGS = {
-    "any": {2: _HALF, 4: _FULL},
-    "sm_90": {2: _HALF._replace(rows=Tiling(64, 64, 0, 8, 2)), 4: Tilings(*[Tiling(64, 64, 32, 16, 2)] * 5, None)},
-    "sm_100": {
-        2: Tilings(_WIDE, _SMALL, _SMALL, _SMALL, Tiling(64, 32, 64, 8, 2), Tiling(64, 64, 0, 8, 2)),
+    "any": {
+        2: Tilings(
+            forward=Tiling(128, 128, 32, 8, 4),
+            forward_many=Tiling(128, 64, 64, 8, 3),
+            block=Tiling(128, 128, 64, 8, 3),
+            block_many=Tiling(128, 64, 64, 8, 3),
+            volume=Tiling(128, 64, 64, 8, 3),
+            volume_many=Tiling(64, 32, 64, 8, 3),
+            rows=Tiling(64, 32, 0, 8, 2),
+        ),
+        4: Tilings(*[Tiling(64, 64, 32, 8, 2)] * 5, volume_many=Tiling(64, 32, 16, 8, 3), rows=None),
+    },
+    "sm_90": {
+        2: Tilings(
+            forward=Tiling(128, 128, 64, 8, 3),
+            forward_many=Tiling(128, 64, 64, 8, 3),
+            block=Tiling(128, 128, 64, 8, 3),
+            block_many=Tiling(128, 64, 64, 8, 3),
+            volume=Tiling(128, 64, 32, 8, 4),
+            volume_many=Tiling(64, 32, 64, 8, 3),
+            rows=Tiling(64, 64, 0, 8, 2),
+        ),
         4: Tilings(
-            Tiling(64, 64, 32, 8, 2),
-            Tiling(64, 64, 32, 8, 2),
-            Tiling(64, 32, 32, 8, 2),
-            Tiling(64, 64, 32, 8, 2),
-            Tiling(64, 32, 16, 8, 3),
-            None,
+            forward=Tiling(64, 64, 32, 16, 2),
+            forward_many=Tiling(64, 32, 32, 8, 2),
+            block=Tiling(64, 64, 32, 16, 2),
+            block_many=Tiling(64, 64, 32, 16, 2),
+            volume=Tiling(64, 64, 32, 16, 2),
+            volume_many=Tiling(64, 32, 16, 8, 3),
+            rows=None,
+        ),
+    },
+    "sm_100": {
+        2: Tilings(
+            forward=Tiling(128, 64, 64, 8, 3),
+            forward_many=Tiling(64, 64, 64, 8, 3),
+            block=Tiling(64, 64, 64, 8, 3),
+            block_many=Tiling(64, 64, 64, 8, 3),
+            volume=Tiling(64, 32, 64, 8, 2),
+            volume_many=Tiling(64, 32, 64, 8, 2),
+            rows=Tiling(64, 64, 0, 8, 2),
+        ),
+        4: Tilings(
+            forward=Tiling(64, 64, 32, 8, 2),
+            forward_many=Tiling(64, 64, 32, 8, 2),
+            block=Tiling(64, 64, 32, 8, 2),
+            block_many=Tiling(64, 32, 32, 8, 2),
+            volume=Tiling(64, 32, 32, 8, 2),
+            volume_many=Tiling(64, 32, 32, 8, 2),
+            rows=None,
         ),
     },
     "hip": {
         2: Tilings(
-            _LARGE_HIP,
-            _LARGE_HIP,
-            _LARGE_HIP,
-            Tiling(128, 64, 64, 8, 2),
-            Tiling(64, 32, 64, 4, 2),
-            Tiling(64, 32, 0, 4, 2),
+            forward=Tiling(128, 128, 64, 8, 2),
+            forward_many=Tiling(128, 128, 64, 8, 2),
+            block=Tiling(128, 128, 64, 8, 2),
+            block_many=Tiling(128, 64, 64, 8, 2),
+            volume=Tiling(128, 64, 64, 8, 2),
+            volume_many=Tiling(64, 32, 64, 4, 2),
+            rows=Tiling(64, 32, 0, 4, 2),
         ),
-        4: _FULL,
+        4: Tilings(*[Tiling(64, 64, 16, 8, 3)] * 5, volume_many=Tiling(64, 32, 16, 4, 2), rows=None),
     },
 }
 ROWS_FEATURES = 256  # most features of rows_kernel; beyond, bench/COST.md has the blocks ahead or the registers full
@@ -368,21 +412,16 @@ class Problem:
         self.members = y.shape[1] if y.dim() == 3 else 0
         self.mirrored, self.restrict = mirrored, restrict
         self.tilings = TILINGS[device_class(x)][x.element_size()]
+        many = any(option is not None for option in (vectors.col_scale, *vectors[2:4], *vectors[6:]))  # biases, ids
         if self.members:
-            self.forward_tiling = self.block_tiling = (
-                self.tilings.volume if self.members <= 2 else self.tilings.volume_many
-            )
+            tiling = self.tilings.volume if self.members <= 2 else self.tilings.volume_many
+            self.forward_tiling, self.block_tiling = tiling, tiling
         else:
-            self.forward_tiling = self.tilings.forward
-            self.block_tiling = self.tilings.block_many if self.many else self.tilings.block
-
-    @property
-    def many(self) -> bool:
-        """Whether options take registers for every column of a tile, beside the index of the pair to leave out."""
-        v = self.vectors
-        return self.mirrored or any(option is not None for option in (v.col_scale, v.row_bias, v.col_bias, v.row_ids))
+            self.forward_tiling = self.tilings.forward_many if many else self.tilings.forward
+            self.block_tiling = self.tilings.block_many if many or mirrored else self.tilings.block
 
     def transposed(self) -> Problem:
+        """Of pairs: x and y change places. Volumes have no such form."""
         v = self.vectors
         swapped = Vectors(
             v.col_scale, v.row_scale, v.col_bias, v.row_bias, v.col_exclude, v.row_exclude, v.col_ids, v.row_ids
@@ -418,8 +457,8 @@ def device_class(x: Tensor) -> str:
         return "any"
     if torch.version.hip is not None:
         return "hip"
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return f"sm_{major}{minor}" if f"sm_{major}{minor}" in TILINGS else "any"
+    generation = f"sm_{torch.cuda.get_device_capability(x.device)[0]}0"
+    return generation if generation in TILINGS else "any"
 
 
 def _programs(x: Tensor) -> int:
@@ -431,7 +470,9 @@ def _programs(x: Tensor) -> int:
 
 def _precision(x: Tensor) -> str:
     """PyTorch's own setting for float32 matrix products: TF32 only where the user allows it."""
-    allowed = x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    allowed = (
+        x.device.type == "cuda" and torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    )
     return "tf32" if allowed and x.dtype == torch.float32 else "ieee"
 
 
@@ -499,9 +540,7 @@ def _part(problem: Problem, parts: int, size: int, totals: bool) -> Part:
 
 def _merge(part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor) -> None:
     size = maximum.shape[0]
-    merge_kernel[(triton.cdiv(size, MERGE),)](
-        part, parts, mirror, mirrors, maximum, log_sum, size, BLOCK=MERGE
-    )  # fmt: skip
+    merge_kernel[(triton.cdiv(size, MERGE),)](part, parts, mirror, mirrors, maximum, log_sum, size, BLOCK=MERGE)
 
 
 class Gradients(NamedTuple):
@@ -546,15 +585,13 @@ def _unit(problem: Problem, incoming: Incoming) -> Tensor | None:
         if scale is not None and scale.numel():
             bound = bound * scale.abs().max()
     if problem.members:  # q y <= g w |x| / distance, and the distance is not below this share of |x|
-        bound = bound / (4 * torch.finfo(torch.float32).eps) ** 0.5
+        bound = bound / AT_MINIMUM.value**0.5
     return torch.where(bound > 0, bound, 1.0).reshape(1)
 
 
 def _backward_by_rows(problem: Problem, incoming: Incoming, unit: Tensor | None, needs: list[bool]) -> Gradients:
     need_x, need_y, need_row_scale, need_col_scale, need_row_bias, need_col_bias = needs
-    grad_x, row_scale, row_bias = _rows(
-        problem, incoming, unit, (need_x, need_row_scale, need_row_bias)
-    )  # fmt: skip
+    grad_x, row_scale, row_bias = _rows(problem, incoming, unit, (need_x, need_row_scale, need_row_bias))
     swapped = Incoming(*_swapped(incoming))
     grad_y, col_scale, col_bias = _rows(problem.transposed(), swapped, unit, (need_y, need_col_scale, need_col_bias))
     return Gradients(grad_x, None if grad_y is None else grad_y[None], row_scale, col_scale, row_bias, col_bias)
@@ -607,7 +644,7 @@ def _backward_by_blocks(
     row_grads = [problem.full((n,), 0.0) if need else None for need in need_rows]
     col_grads = row_grads[:2] if mirrored else [problem.full((m,), 0.0) if need else None for need in need_cols]
     side = math.isqrt(WORKSPACE**2 // matrices) // tiling.block_m * tiling.block_m
-    size = min(n, side) * min(m, side) if need_x or need_y else 0
+    size = min(n, side) * _padded(min(m, side)) if need_x or need_y else 0
     workspace = problem.x.new_empty(matrices * size)
     for first_row in range(0, n, side):
         block_rows = min(side, n - first_row)
@@ -618,15 +655,17 @@ def _backward_by_blocks(
             grid = (triton.cdiv(block_rows, tiling.block_m), triton.cdiv(block_cols, tiling.block_n))
             row_sums = Sums(*(problem.empty(grid[1], block_rows) if need else None for need in need_rows))
             col_sums = Sums(*(problem.empty(grid[0], block_cols) if need else None for need in need_cols))
-            coefficients = workspace[: matrices * block_rows * block_cols].view(-1, block_rows, block_cols)
+            stride = _padded(block_cols)
+            coefficients = workspace[: matrices * block_rows * stride].view(-1, block_rows, stride)
             block_kernel[grid](
                 problem.x, problem.y, problem.vectors, problem.span, incoming, unit,
                 coefficients if size else None, row_sums, col_sums,
-                n, m, features, first_row, first_col, block_rows, block_cols,
+                n, m, features, first_row, first_col, block_rows, block_cols, stride,
                 MEMBERS=members, **problem.options(tiling),
             )  # fmt: skip
             # a block on the diagonal has both sides of its pairs
             mirror = mirrored and first_row != first_col
+            coefficients = coefficients[:, :, :block_cols]
             for t in range(matrices if size else 0):
                 if grad_x is not None:
                     _accumulate(grad_x[row_range], coefficients[t], basis[col_range, t])
@@ -638,11 +677,17 @@ def _backward_by_blocks(
             if mirror or not mirrored:
                 _add_sums(col_grads, col_range, col_sums)
     if unit is not None:
-        grad_x, grad_y = (None if grad is None else grad * unit for grad in (grad_x, grad_y))
+        for grad in (grad_x, grad_y):
+            if grad is not None:
+                grad.mul_(unit)
     if grad_x is not None and members:
         grad_x = torch.addcmul(grad_x, row_grads[2][:, None], problem.x, value=-1)
     col_scale, col_bias = (None, None) if mirrored else col_grads  # in self-similarity those of the rows have them
     return Gradients(grad_x, grad_y, row_grads[0], col_scale, row_grads[1], col_bias)
+
+
+def _padded(size: int) -> int:
+    return triton.cdiv(size, 16) * 16
 
 
 def _add_sums(totals: list[Tensor | None], part: slice, sums: Sums) -> None:

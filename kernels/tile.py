@@ -248,7 +248,10 @@ def own_gradients(gradient, vectors, incoming, rows, cols, n, m):
 
 @triton.jit
 def gradient_of_tile(pairs, has, vectors, incoming, rows, cols, n, m, RESTRICT: tl.constexpr):
-    """dL/ds: u_i e^(s - row_max_i) + v_j e^(s - col_max_j), with one exponential per pair as in `reduce_tile`."""
+    """dL/ds: u_i e^(s - row_max_i) + v_j e^(s - col_max_j), with one exponential per pair as in `reduce_tile`.
+
+    On top of it the gradients of the totals, and for an excluded pair that of its own logit alone.
+    """
     infinity = float("inf")
     logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
     logits = those_taking_part(logits, vectors, rows, cols, n, m, RESTRICT)

@@ -67,7 +67,7 @@ def backward(
         row_total=grad_row_total if rows and totals else None,
         col_total=grad_col_total if cols and totals else None,
     )
-    orthonormal = (basis.inverse @ tuples.double()).to(tuples.dtype)
+    orthonormal = tuple_basis.orthonormal(tuples, basis) if needs[0] else None
     needed = [*tuple_basis.needs_of_sweep(needs), False, False]
     grads = sweep.backward(problem, orthonormal, incoming, needed)
     empty = anchor.new_empty(0, dtype=torch.float32)

@@ -453,12 +453,14 @@ FAULTS = {
         "for col in range(first_col, m, BLOCK_N):\n        cols = col + tl.arange(0, BLOCK_N)\n        has",
         "rows", "value", torch.bfloat16,
     ),
-    "gradient that stays divided by its unit": Fault("total *= tl.load(unit)", "pass", "both", "value", torch.float16),
+    "gradient that stays divided by its unit": Fault(
+        "grad_rows *= tl.load(unit)", "pass", "both", "value", torch.float16
+    ),
     "gradient that is not divided by its unit": Fault(
         "weighted = weighted / tl.load(unit)", "pass", "both", "value", torch.float16
     ),
     "no scale of the rows in the gradient": Fault(
-        "total *= vector_or(vectors.row_scale, rows, n, 1.0)[:, None]",
+        "weighted *= a[:, None]",
         "pass",
         "vectors", "value", torch.bfloat16,
     ),
@@ -488,14 +490,14 @@ FAULTS = {
         "q * coordinates[t]", "q * coordinates[0]", "2", "value", op=VOLUME
     ),
     "members that share their coefficients": Fault(
-        "coefficients + t * tl.cast(block_rows, tl.int64) * block_cols", "coefficients", "2", "nan", op=VOLUME
+        "coefficients + t * tl.cast(block_rows, tl.int64) * stride", "coefficients", "2", "nan", op=VOLUME
     ),
     "offset of the member after": Fault(
         "coefficients + t * tl.cast", "coefficients + (t + 1) * tl.cast", "1", "oob_write of coefficients", op=VOLUME
     ),
     "member as large as a square block": Fault(
-        "t * tl.cast(block_rows, tl.int64) * block_cols",
-        "t * tl.cast(block_cols, tl.int64) * block_cols",
+        "t * tl.cast(block_rows, tl.int64) * stride",
+        "t * tl.cast(block_cols, tl.int64) * stride",
         "2", "race of coefficients", op=VOLUME,
     ),
     "members that store into the tiles beside them": Fault(

@@ -12,11 +12,12 @@ import importlib.metadata
 import importlib.util
 
 import pytest
+import test_losses as loss_tests
 import test_similarity_logsumexp as op_tests
 import test_volume_logsumexp as volume_tests
 import torch
 from problems import ALL_OPTIONS, problem
-from tolerance import evaluate
+from tolerance import evaluate, judge
 
 import contrastive_ops as co
 from bench import resources
@@ -42,7 +43,7 @@ def test_shapes(shape, name):
     op_tests.test_shapes(shape, name, "triton", torch.float32)
 
 
-# more than one group of rows and strip of columns, and more tiles than GROUPS in neither, one and both directions
+# more than one group of rows and strip of columns, and more tiles than groups in neither, one and both directions
 @runs
 @pytest.mark.parametrize("name", ["everything-restrict", "self-everything", "self-ids-restrict-sorted"])
 def test_many_tiles(name, monkeypatch):
@@ -92,6 +93,23 @@ def test_huge_logits(size, name):
 )
 def test_properties(test):
     test("triton")
+
+
+# coefficients of float16 are stored in units of a bound, which has the scales in it
+@runs
+@pytest.mark.parametrize("d", [16, 272])
+@pytest.mark.parametrize("row_scale", [1e-3, 50.0])
+def test_small_and_large_scales_in_float16(row_scale, d):
+    (x, y), _ = problem("both", 20, 30, d, torch.float16)
+    for scales in ({"row_scale": row_scale}, {"row_scale": row_scale, "col_scale": 1 / row_scale}):
+        judge(
+            op_tests.fused,
+            op_tests.naive,
+            (x, y),
+            scales | {"cols": True},
+            fused_options={"backend": "triton"},
+            logits=100.0,
+        )
 
 
 @runs
@@ -174,12 +192,20 @@ def test_empty_sides_of_volumes(n, m):
     volume_tests.test_empty_sides(n, m, "triton", torch.float32)
 
 
+VARIANTS = [variant for variant in loss_tests.VARIANTS if variant.values[0].op is not None]
+
+
 @runs
-def test_losses_run_on_it():
-    x, y = torch.randn(2, 70, 12).requires_grad_()
-    for loss in (co.info_nce, co.nt_xent, co.dcl):
-        grads = [torch.autograd.grad(loss(x, y, backend=backend), (x, y)) for backend in ("triton", "tiled")]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("loss", "variant"), VARIANTS)
+def test_losses(loss, variant, dtype):
+    loss_tests.test_value_and_gradients(loss, variant, 33, 17, "triton", dtype)
+
+
+@runs
+@pytest.mark.parametrize(("loss", "variant"), VARIANTS)
+def test_losses_of_raw_dot_products(loss, variant):
+    loss_tests.test_raw_dot_products(loss, variant, "mean", "triton", torch.float32)
 
 
 def test_a_fault_is_seen(monkeypatch):

@@ -51,6 +51,15 @@ def factor(tuples: Tensor) -> Basis:
     return Basis(inverse, volume)
 
 
+def orthonormal(tuples: Tensor, basis: Basis) -> Tensor:
+    """Q = L^-1 M [M, P, D], in the dtype of the tuples."""
+    q = torch.empty_like(tuples)
+    for rows in range(0, tuples.shape[0], ROWS):
+        part = slice(rows, rows + ROWS)
+        q[part] = basis.inverse[part] @ tuples[part].double()
+    return q
+
+
 def packed(basis: Basis, anchor: Tensor) -> tuple[Tensor, Tensor]:
     """What the sweep reads: the lower triangles of L^-1 [P (P + 1) / 2, M], row after row, and |a_i|^2 [N]."""
     dtype = statistics_dtype(anchor)
