@@ -243,7 +243,7 @@ def block_kernel(
         )
         gradient = gradient_of_tile(pairs, has, vectors, incoming, rows, cols, n, m, RESTRICT)
         if coefficients is not None:
-            smallest = tl.sqrt(AT_MINIMUM * tl.load(span.square + rows, mask=rows < n, other=0.0))
+            smallest = tl.sqrt(tl.load(span.square + rows, mask=rows < n, other=0.0) * AT_MINIMUM)
             at_minimum = -pairs <= smallest[:, None]
             distance = tl.where(at_minimum, 1.0, -pairs)
             q = tl.where(at_minimum, 0.0, gradient * (a[:, None] * b[None, :]) / distance)
