@@ -39,6 +39,7 @@ PACKAGE = "contrastive_ops.kernels"
 SHAPES = {"similarity_logsumexp": (130, 150, 20), "volume_logsumexp": (100, 60, 20)}
 PROGRAMS = 9  # 3 groups of rows and 3 strips of columns
 WORKSPACE = 96  # rows and columns; of tuples of four vectors 48, which have one tile of rows
+ONE_BLOCK = (70, 60, 20)  # N below WORKSPACE, and not a whole tile: the workspace ends where the block does
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -229,6 +230,11 @@ def test_many_features(name, load):
     check("similarity_logsumexp", name, torch.bfloat16, load("similarity_logsumexp"), (101, 70, 150))
 
 
+@pytest.mark.parametrize(("op", "name"), [("similarity_logsumexp", "both"), ("volume_logsumexp", "1")])
+def test_one_block(op, name, load):
+    check(op, name, torch.float32, load(op), ONE_BLOCK)
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("everything", torch.float16), ("self-everything", torch.bfloat16)])
 def test_blocks_of_16_bits(name, dtype, load, monkeypatch):
     kernels = load("similarity_logsumexp")
@@ -276,6 +282,7 @@ class Fault(NamedTuple):
     caught: str
     dtype: torch.dtype = torch.float32
     op: str = "similarity_logsumexp"
+    shape: tuple[int, ...] | None = None  # where it is not that of the case
 
 
 VOLUME = "volume_logsumexp"
@@ -391,10 +398,10 @@ FAULTS = {
         "exclude", "oob_read of y",
     ),
     # backward by blocks
-    "tiles that store into their neighbours": Fault(
+    "tiles that store beyond their block": Fault(
         "weighted.to(coefficients.dtype.element_ty), mask=inside)",
         "weighted.to(coefficients.dtype.element_ty))",
-        "both", "race of coefficients",
+        "both", "oob_write of coefficients", shape=ONE_BLOCK,
     ),
     "offset of the next tile": Fault(
         "tile_row.to(tl.int64) * block_cols",
@@ -434,8 +441,8 @@ FAULTS = {
         "both", "oob_read of y", torch.float16,
     ),
     "gradient stored beyond the features": Fault(
-        "total.to(grad.dtype.element_ty), mask=x_inside)",
-        "total.to(grad.dtype.element_ty), mask=rows[:, None] < n)",
+        "grad_rows.to(grad.dtype.element_ty), mask=x_inside)",
+        "grad_rows.to(grad.dtype.element_ty), mask=rows[:, None] < n)",
         "both", "poison", torch.float16,
     ),
     "strips that share their gradient": Fault(
@@ -500,10 +507,10 @@ FAULTS = {
         "t * tl.cast(block_cols, tl.int64) * stride",
         "2", "race of coefficients", op=VOLUME,
     ),
-    "members that store into the tiles beside them": Fault(
+    "members that store beyond their block": Fault(
         "(q * coordinates[t]).to(coefficients.dtype.element_ty), mask=inside)",
         "(q * coordinates[t]).to(coefficients.dtype.element_ty))",
-        "1", "oob_write of coefficients", torch.float16, VOLUME,
+        "1", "oob_write of coefficients", torch.float16, VOLUME, ONE_BLOCK,
     ),
     "moments of the first member for all": Fault(
         "grad_y[t, col_range]", "grad_y[0, col_range]", "2", "value", op=VOLUME
@@ -539,7 +546,7 @@ def test_fault_is_caught(name, load, tmp_path):
     assert places > 0, f'"{name}" changes nothing: no kernel has {fault.old!r} any more'
     kernels = load(fault.op, tmp_path)
     with pytest.raises((KernelFault, AssertionError)) as caught:
-        check(fault.op, fault.case, fault.dtype, kernels)
+        check(fault.op, fault.case, fault.dtype, kernels, fault.shape)
     assert what_caught(caught.value) == fault.caught, caught.value
 
 
