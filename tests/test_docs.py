@@ -17,7 +17,9 @@ def test_table_of_losses():
     assert README.partition(start)[2].partition(end)[0] == catalogue.table()
 
 
-@pytest.mark.parametrize(("name", "last"), [("demo", "-m contrastive_ops.demo"), ("tests", "-m pytest -q -n auto")])
+@pytest.mark.parametrize(
+    ("name", "last"), [("demo", "-m contrastive_ops.demo"), ("tests", "-m pytest -q -n auto --dist worksteal")]
+)
 def test_commands_do_their_own_setup(name, last):
     (lines,) = re.findall(rf"<!-- command: {name} -->\n```sh\n(.*?)\n```", README, flags=re.DOTALL)
     first, *_, final = lines.splitlines()
