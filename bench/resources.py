@@ -152,6 +152,7 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
     row_sums = sweep.Sums(matrix, matrix if everything else None, matrix if volumes else None)
     col_sums = sweep.Sums(matrix if everything or volumes else None, matrix if everything else None)
     inputs = (problem.x, problem.y, problem.vectors)
+    block = (SIZE, SIZE, sweep._padded(SIZE))
 
     def build(kernel: str, tiling: Any, arguments: Sequence[Any], **flags: Any) -> Build:
         flags = {**problem.options(tiling), **flags, "grid": (1, 1)}
@@ -166,7 +167,7 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
     )  # fmt: skip
     yield build(
         "block", problem.block_tiling,
-        (*inputs, problem.span, incoming, unit, problem.x, row_sums, col_sums, *sizes, 0, 0, SIZE, SIZE, 1008),
+        (*inputs, problem.span, incoming, unit, problem.x, row_sums, col_sums, *sizes, 0, 0, *block),
         MEMBERS=problem.members,
     )  # fmt: skip
     if problem.tilings.rows is not None and not volumes:
