@@ -26,6 +26,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// threadIdx.x, read again: what is computed from it inside a loop is not moved out of it, where it would take registers
+// from all that the loop does.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
+  return index;
+}
+
 // Copies 16 bytes from global to shared memory, both aligned to 16, or writes zeros where not `inside`: then nothing is
 // read. The bytes are there after copy_async_wait and, for other threads, a barrier.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
@@ -107,19 +115,25 @@ __device__ __forceinline__ float exponential(float x) {
   return __expf(x);
 }
 
+template <typename Type>
+struct Same {
+  using type = Type;
+};
+
 // Launches a kernel of one-dimensional blocks; the error in words, or null.
-template <typename... Parameters, typename... Arguments>
+template <typename... Parameters>
 const char* launch(
     void (*kernel)(Parameters...),
     dim3 grid,
     int threads,
     int shared_bytes,
     cudaStream_t stream,
-    Arguments... arguments) {
+    typename Same<Parameters>::type... arguments) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
-    kernel<<<grid, threads, shared_bytes, stream> > >(arguments...);
-    error = cudaGetLastError();
+    void* pointers[] = {&arguments...};
+    const auto function = reinterpret_cast<const void*>(kernel);
+    error = cudaLaunchKernel(function, grid, dim3(threads), pointers, shared_bytes, stream);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,0 +1,168 @@
+// Logits of a tile, in place of its products: what the options say of its rows and columns, distances, and which pairs
+// take part.
+#pragma once
+
+#include "tile.cuh"
+
+namespace contrastive_ops::cuda {
+
+// What the options say of the rows or columns of a tile, in shared memory. What was not given changes nothing.
+template <int SIZE>
+struct Options {
+  float scale[SIZE];
+  float bias[SIZE];
+  int exclude[SIZE];
+  int ids[SIZE];
+
+  __device__ void load(
+      const float* scales, const float* biases, const int* excludes, const int* all_ids, int first, int last) {
+    for (int i = thread_index(); i < SIZE; i += blockDim.x) {
+      const int index = first + i;
+      const bool inside = index < last;
+      scale[i] = inside && scales != nullptr ? scales[index] : 1.0f;
+      bias[i] = inside && biases != nullptr ? biases[index] : 0.0f;
+      exclude[i] = inside && excludes != nullptr ? excludes[index] : -1;
+      ids[i] = inside && all_ids != nullptr ? all_ids[index] : 0;
+    }
+  }
+
+  __device__ void load_rows(const Problem& problem, int first) {
+    const Vectors& v = problem.vectors;
+    load(v.row_scale, v.row_bias, v.row_exclude, v.row_ids, first, problem.n);
+  }
+
+  __device__ void load_cols(const Problem& problem, int first) {
+    const Vectors& v = problem.vectors;
+    load(v.col_scale, v.col_bias, v.col_exclude, v.col_ids, first, problem.m);
+  }
+};
+
+// What distances need of a tile, in shared memory.
+template <typename Shape>
+struct Spans {
+  static constexpr int entries = Shape::members * (Shape::members + 1) / 2;
+  float inverse[entries][Shape::cols];
+  float square[Shape::rows];
+
+  __device__ void load_rows(const Problem& problem, int first) {
+    for (int i = thread_index(); i < Shape::rows; i += blockDim.x) {
+      square[i] = first + i < problem.n ? problem.span.square[first + i] : 0.0f;
+    }
+  }
+
+  __device__ void load_cols(const Problem& problem, int first) {
+    for (int i = thread_index(); i < entries * Shape::cols; i += blockDim.x) {
+      const int entry = i / Shape::cols, col = first + i % Shape::cols;
+      inverse[entry][i % Shape::cols] =
+          col < problem.m ? problem.span.inverse[entry * static_cast<int64_t>(problem.m) + col] : 0.0f;
+    }
+  }
+};
+
+// Makes the products of an element with the members of its column the coordinates of x_i in their span, L^-1 products.
+template <typename Shape>
+__device__ __forceinline__ void coordinates(
+    typename Shape::Dots& dots, const Spans<Shape>& spans, int mi, int nj, int e, int col) {
+#pragma unroll
+  for (int t = Shape::members - 1; t >= 0; --t) {  // the last first: each takes the products of those before it
+    float coordinate = 0.0f;
+#pragma unroll
+    for (int s = 0; s <= t; ++s) {
+      coordinate += spans.inverse[t * (t + 1) / 2 + s][col] * dots[s * Shape::NJ + nj][mi][e];
+    }
+    dots[t * Shape::NJ + nj][mi][e] = coordinate;
+  }
+}
+
+// Minus the distance of x_i, of squared length `square`, from the span in which it has these coordinates.
+template <typename Shape>
+__device__ __forceinline__ float minus_distance(const typename Shape::Dots& dots, float square, int mi, int nj, int e) {
+  float outside = square;
+#pragma unroll
+  for (int t = 0; t < Shape::members; ++t) {
+    const float coordinate = dots[t * Shape::NJ + nj][mi][e];
+    outside -= coordinate * coordinate;
+  }
+  return -sqrtf(outside < 0.0f ? 0.0f : outside);  // fmaxf would turn NaN into 0
+}
+
+// Which pairs of the tile at (row, col) take part. Most tiles lie inside, with all pairs but those that ids leave out.
+struct Mask {
+  int row, col, n, m;
+  bool inside, excludes, ids, equal;
+
+  // Every warp finds out by itself. `rows` and `cols` are the size of the tile.
+  __device__ Mask(const Problem& problem, int row, int col, int rows, int cols)
+      : row(row), col(col), n(problem.n), m(problem.m), equal(problem.equal) {
+    const Vectors& v = problem.vectors;
+    inside = row + rows <= n && col + cols <= m;
+    ids = v.row_ids != nullptr;
+    excludes = names(v.row_exclude, row, min(row + rows, n), col, col + cols) ||
+               names(v.col_exclude, col, min(col + cols, m), row, row + rows);
+  }
+
+  // Whether any index of a range lies in [low, high).
+  static __device__ bool names(const int* index, int first, int last, int low, int high) {
+    if (index == nullptr) {
+      return false;
+    }
+    bool any = false;
+    for (int i = first + thread_index() % 32; i < last; i += 32) {
+      any |= index[i] >= low && index[i] < high;
+    }
+    return __any_sync(ALL_LANES, any);
+  }
+
+  // Whether any pair counts. If only equal ids take part, ids that are sorted rule most tiles out.
+  __device__ bool any(const Problem& problem, int rows, int cols) const {
+    if (!ids || !equal || excludes) {
+      return true;
+    }
+    int row_low, row_high, col_low, col_high;
+    range(problem.vectors.row_ids, row, min(row + rows, n), row_low, row_high);
+    range(problem.vectors.col_ids, col, min(col + cols, m), col_low, col_high);
+    return row_low <= col_high && col_low <= row_high;
+  }
+
+  static __device__ void range(const int* ids, int first, int last, int& low, int& high) {
+    low = INT32_MAX;
+    high = -1;
+    for (int i = first + thread_index() % 32; i < last; i += 32) {
+      low = min(low, ids[i]);
+      high = max(high, ids[i]);
+    }
+    low = __reduce_min_sync(ALL_LANES, low);
+    high = __reduce_max_sync(ALL_LANES, high);
+  }
+
+  __device__ bool all() const {
+    return inside && !excludes && !ids;
+  }
+
+  // Of row i and column j of the tile.
+  template <int ROWS, int COLS>
+  __device__ __forceinline__ bool takes_part(const Options<ROWS>& rows, const Options<COLS>& cols, int i, int j) const {
+    return row + i < n && col + j < m && (!ids || (rows.ids[i] == cols.ids[j]) == equal);
+  }
+
+  template <int ROWS>
+  __device__ __forceinline__ bool excluded_by_row(const Options<ROWS>& rows, int i, int j) const {
+    return rows.exclude[i] == col + j;
+  }
+
+  template <int COLS>
+  __device__ __forceinline__ bool excluded_by_col(const Options<COLS>& cols, int i, int j) const {
+    return cols.exclude[j] == row + i;
+  }
+};
+
+// What to subtract before exp: an empty set (-inf) is shifted by 0, as (-inf) - (-inf) would be NaN.
+__device__ __forceinline__ float shift_of(float maximum) {
+  return maximum == -INF ? 0.0f : maximum;
+}
+
+// One shift serves all sets of a tile if their maxima lie within this of it: terms down to 2^-24 of the largest of a
+// set stay above the smallest normal number.
+constexpr float SPREAD = 40.0f;
+
+}  // namespace contrastive_ops::cuda
