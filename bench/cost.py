@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from contrastive_ops.backends import sweep
 from contrastive_ops.backends import triton as backend
 
 PAGE = Path(__file__).parents[1] / "bench" / "COST.md"
@@ -139,7 +140,7 @@ def product_programs(m: int, d: int, k: int, device: Device) -> int:
 
 # ours
 
-SWEEP = backend.kernels("sweep")
+TILINGS, KERNELS = backend.kernels("tilings"), backend.kernels("launch").TritonKernels()
 
 
 class Case(NamedTuple):
@@ -167,7 +168,7 @@ class Plan(NamedTuple):
 
     forward: Any  # a tiling, as are the next two
     block: Any
-    rows: Any  # None where the device has no rows_kernel for the dtype
+    rows: Any  # of few features; None where rows_kernel does not take the case
     device_class: str
     programs: int
     groups: int
@@ -193,22 +194,28 @@ def problem(case: Case, d: int, device: str) -> Any:
     y = x.new_empty(N, case.members, d) if case.members else x
     scale, index = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.int32)
     of_cols = (scale, index) if case.mirrored else (scale if case.members else None, None)
-    vectors = SWEEP.Vectors(scale, of_cols[0], None, None, index, of_cols[1], None, None)
-    return SWEEP.Problem(x, y, vectors, SWEEP.Span(None, None), mirrored=case.mirrored)
+    vectors = sweep.Vectors(scale, of_cols[0], None, None, index, of_cols[1], None, None)
+    return sweep.Problem(x, y, vectors, sweep.Span(None, None), mirrored=case.mirrored)
 
 
 @functools.cache
 def plan(case: Case, device: Device) -> Plan:
     with pretending(device):
         of = problem(case, FEATURES[0], "cuda")
-        asked = SWEEP.device_class(of.x), SWEEP._programs(of.x), *SWEEP._groups(of)
-    return Plan(of.forward_tiling, of.block_tiling, of.tilings.rows, *asked)
+        return Plan(
+            TILINGS.forward_tiling(of),
+            TILINGS.block_tiling(of),
+            TILINGS.rows_tiling(of),
+            TILINGS.device_class(of.x),
+            KERNELS.programs(of.x),
+            *sweep.groups_and_strips(KERNELS, of),
+        )
 
 
 def our_forward(case: Case, d: int, device: Device) -> Phase:
     p, x = plan(case, device), N * d * HALF
     tile = p.forward
-    group, strip = SWEEP._share(N, tile.block_m, p.groups), SWEEP._share(N, tile.block_n, p.strips)
+    group, strip = sweep.share(N, tile.block_m, p.groups), sweep.share(N, tile.block_n, p.strips)
     groups, strips = math.ceil(N / group), math.ceil(N / strip)
     longest = (group // tile.block_m) * (strip // tile.block_n)
     programs, tiles = groups * strips, math.ceil(N / tile.block_m) * math.ceil(N / tile.block_n)
@@ -234,7 +241,7 @@ def our_forward(case: Case, d: int, device: Device) -> Phase:
     )
 
 
-def by_blocks(case: Case, d: int, device: Device, side: int = SWEEP.WORKSPACE) -> list[Phase]:
+def by_blocks(case: Case, d: int, device: Device, side: int = sweep.WORKSPACE) -> list[Phase]:
     """Of each block the coefficients, two products of the vendor onto the gradients, and the sums for the scale."""
     tile = plan(case, device).block
     side = math.isqrt(side**2 // case.matrices) // tile.block_m * tile.block_m
@@ -286,7 +293,7 @@ def by_rows(case: Case, d: int, device: Device) -> list[Phase]:
     """A program owns rows, goes through all columns, and keeps the gradient of its rows in registers; both sides."""
     p, x = plan(case, device), N * d * HALF
     tiles = math.ceil(N / p.rows.block_m)
-    strips = math.ceil(N / SWEEP._share(N, p.rows.block_n, math.ceil(p.programs / tiles)))
+    strips = math.ceil(N / sweep.share(N, p.rows.block_n, math.ceil(p.programs / tiles)))
     programs = tiles * strips
     sweeps = 1 if x < device.cache / 2 else math.ceil(programs / device.multiprocessors)
     side = Phase(
@@ -305,7 +312,7 @@ def row_lanes(d: int) -> int:
 
 
 def takes_rows(case: Case, d: int, device: Device) -> bool:
-    return not case.members and plan(case, device).rows is not None and d <= SWEEP.ROWS_FEATURES
+    return plan(case, device).rows is not None and d <= TILINGS.ROWS_FEATURES
 
 
 def ours(d: int, device: Device, case: Case = CLIP) -> list[Phase]:
@@ -317,7 +324,7 @@ def our_workspace(d: int, device: Device) -> float:
     """Of forward the partial maxima and sums; of backward by blocks the coefficients and the gradients in float32."""
     p = plan(CLIP, device)
     statistics = 2 * (p.groups + p.strips) * N * SINGLE
-    blocks = SWEEP.WORKSPACE**2 * HALF + CLIP.vectors * N * d * SINGLE
+    blocks = sweep.WORKSPACE**2 * HALF + CLIP.vectors * N * d * SINGLE
     return statistics if takes_rows(CLIP, d, device) else max(statistics, blocks)
 
 
@@ -520,7 +527,7 @@ def forms_table() -> str:
     return table(("D", "form", "", *counted, *TIMES), rows, 3)
 
 
-SIDES = (SWEEP.WORKSPACE, 5632, 8192)
+SIDES = (sweep.WORKSPACE, 5632, 8192)
 BLOCK_FEATURES = (512, 768, 1024)
 
 
@@ -533,7 +540,7 @@ def with_side(d: int, device: Device, side: int) -> str:
 
 def fitting_side(d: int, device: Device) -> int:
     """Of at most as many rows and columns as the kernels' own, those of the least estimate."""
-    sides = range(SWEEP.WORKSPACE, SWEEP.WORKSPACE // 2 - 1, -VENDOR_TILE)
+    sides = range(sweep.WORKSPACE, sweep.WORKSPACE // 2 - 1, -VENDOR_TILE)
     return min(sides, key=lambda side: estimate(by_blocks(CLIP, d, device, side), device))
 
 
@@ -642,8 +649,8 @@ Symmetric InfoNCE (CLIP's loss) with a learned scale, forward + backward, N = {N
 
 {schemes_table()}
 
-Ours goes by rows up to D = {SWEEP.ROWS_FEATURES}, by blocks above, and keeps float32 sums of the gradients there. Peers
-as their code was read: memeff 0.3.1, inf-cl 1.2.1, Liger-Kernel 0.8.5, and for eager open_clip of June 2026.
+Ours goes by rows up to D = {TILINGS.ROWS_FEATURES}, by blocks above, and keeps float32 sums of the gradients there.
+Peers as their code was read: memeff 0.3.1, inf-cl 1.2.1, Liger-Kernel 0.8.5, and for eager open_clip of June 2026.
 
 ## Where ours spends it, modelled
 
@@ -660,7 +667,7 @@ nothing of the pairs goes through memory: a program goes through all columns and
 registers. The fewer the features, the cheaper its products beside that traffic, and the smaller the gradient.
 "Registers" is the gradient's share of a multiprocessor's file. With more features it leaves room for fewer programs, or
 for smaller tiles, which no count here shows: memeff goes by rows at D = 512, and its published time is far above the
-model. So ours goes by rows only where the gradient is small, up to D = {SWEEP.ROWS_FEATURES}.
+model. So ours goes by rows only where the gradient is small, up to D = {TILINGS.ROWS_FEATURES}.
 
 {forms_table()}
 
@@ -668,7 +675,7 @@ model. So ours goes by rows only where the gradient is small, up to D = {SWEEP.R
 
 Estimate of forward + backward in ms, and in brackets the share of the multiprocessors at work in a product of a block.
 A larger block gives the vendor's products more tiles, and fewer multiprocessors wait for the last. Ours has
-{SWEEP.WORKSPACE} rows and columns, for memory; they may also stay in L2, which is not counted here. "As fits" is the
+{sweep.WORKSPACE} rows and columns, for memory; they may also stay in L2, which is not counted here. "As fits" is the
 best of at most as many, in steps of {VENDOR_TILE}: a smaller block whose tiles fill the device. NVIDIA's model of the
 products, below, bears that out for D = 512 and 1024 of the A100, not for the H100, where short products reach less.
 
@@ -684,7 +691,7 @@ products, below, bears that out for D = 512 and 1024 of the A100, not for the H1
 - Self-similarity: forward and the coefficients visit the tiles or blocks on and above the diagonal, 1 each; a block
   above it has two products, 2 in all. With many blocks that is 4; the whole blocks on the diagonal add a little.
 - Volumes of tuples of P vectors (`volume_logsumexp`) take P times the products, in smaller tiles, and P matrices of
-  coefficients share the workspace: a block has {SWEEP.WORKSPACE} / sqrt(P) rows and columns.
+  coefficients share the workspace: a block has {sweep.WORKSPACE} / sqrt(P) rows and columns.
 
 ## Against what is known
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from contrastive_ops.backends import sweep
 from contrastive_ops.backends import triton as backend
 
 ROOT = Path(__file__).parents[1]
@@ -119,30 +120,33 @@ def volume_builds() -> Iterator[Build]:
 
 def helper_builds() -> Iterator[Build]:
     """What does O(N D) work or less."""
-    sweep = backend.kernels("sweep")
+    launch = backend.kernels("launch")
     problem = _problem("bfloat16", False, "all")
-    vector, part = _vector(), _part(sweep, totals=False)
+    vector, part = _vector(), _part(totals=False)
     excluded = (problem.x, problem.y, problem.vectors, vector, SIZE, FEATURES)
-    flags = {"BLOCK_M": sweep.EXCLUDED, "BLOCK_D": 128, "grid": (1,)}
-    tile = f"{sweep.EXCLUDED} x 128"
-    yield Build("excluded", "bfloat16", "x, y, all", tile, _warmup(sweep.excluded_kernel, excluded, flags))
-    flags = {"BLOCK": sweep.MERGE, "grid": (1,)}
-    merge = _warmup(sweep.merge_kernel, (part, 16, part, 16, vector, vector, SIZE), flags)
-    yield Build("merge", "float32", "self", str(sweep.MERGE), merge)
+    flags = {"BLOCK_M": launch.EXCLUDED, "BLOCK_D": 128, "grid": (1,)}
+    tile = f"{launch.EXCLUDED} x 128"
+    yield Build("excluded", "bfloat16", "x, y, all", tile, _warmup(launch.excluded_kernel, excluded, flags))
+    flags = {"BLOCK": launch.MERGE, "grid": (1,)}
+    merge = _warmup(launch.merge_kernel, (part, 16, part, 16, vector, vector, SIZE), flags)
+    yield Build("merge", "float32", "self", str(launch.MERGE), merge)
 
 
 BUILDERS: tuple[Callable[[], Iterator[Build]], ...] = (pair_builds, volume_builds, helper_builds)
 
 
 def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
-    """The kernels of forward and backward, as sweep.py launches them."""
-    sweep, tile = backend.kernels("sweep"), backend.kernels("tile")
+    """The kernels of forward and backward, as launch.py launches them."""
+    launch, tilings = backend.kernels("launch"), backend.kernels("tilings")
     volumes, everything = problem.members > 0, "all" in variant
-    part, vector = _part(sweep, totals=volumes), _vector()
+    part, vector = _part(totals=volumes), _vector()
     sizes = (SIZE, SIZE, FEATURES)
     unit = vector if name == "float16" else None
-    incoming = tile.Incoming(
-        *[vector] * 4,
+    incoming = sweep.Incoming(
+        vector,
+        vector,
+        vector,
+        vector,
         row_excluded=None if volumes else vector,
         col_excluded=vector if problem.mirrored else None,
         row_total=vector if volumes else None,
@@ -152,49 +156,48 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
     row_sums = sweep.Sums(matrix, matrix if everything else None, matrix if volumes else None)
     col_sums = sweep.Sums(matrix if everything or volumes else None, matrix if everything else None)
     inputs = (problem.x, problem.y, problem.vectors)
-    block = (SIZE, SIZE, sweep._padded(SIZE))
+    block = (SIZE, SIZE, sweep.padded(SIZE))
 
     def build(kernel: str, tiling: Any, arguments: Sequence[Any], **flags: Any) -> Build:
-        flags = {**problem.options(tiling), **flags, "grid": (1, 1)}
+        flags = {**launch.options(problem, tiling), **flags, "grid": (1, 1)}
         if name == "tf32":
             flags["PRECISION"] = "tf32"
         shape = " x ".join(map(str, tiling[:3]))
-        return Build(kernel, name, variant, shape, _warmup(getattr(sweep, f"{kernel}_kernel"), arguments, flags))
+        return Build(kernel, name, variant, shape, _warmup(getattr(launch, f"{kernel}_kernel"), arguments, flags))
 
     yield build(
-        "forward", problem.forward_tiling, (*inputs, problem.span, part, part, *sizes, 64, 64),
+        "forward", tilings.forward_tiling(problem), (*inputs, problem.span, part, part, *sizes, 64, 64),
         MEMBERS=problem.members, MIRRORED=problem.mirrored,
     )  # fmt: skip
     yield build(
-        "block", problem.block_tiling,
+        "block", tilings.block_tiling(problem),
         (*inputs, problem.span, incoming, unit, problem.x, row_sums, col_sums, *sizes, 0, 0, *block),
         MEMBERS=problem.members,
     )  # fmt: skip
-    if problem.tilings.rows is not None and not volumes:
-        for features in (128, sweep.ROWS_FEATURES):
-            tiling = problem.tilings.rows._replace(block_d=features)
+    for features in (128, tilings.ROWS_FEATURES):
+        problem.features = features  # whatever those of x: the tiling has them all
+        tiling = tilings.rows_tiling(problem)
+        if tiling is not None:
             yield build("rows", tiling, (*inputs, incoming, unit, problem.x, row_sums, *sizes, 64))
 
 
 def _problem(name: str, mirrored: bool, options: str) -> Any:
-    sweep, tile = backend.kernels("sweep"), backend.kernels("tile")
     vector, index = _vector(), torch.zeros(SIZE, dtype=torch.int32)
     x = torch.zeros(SIZE, FEATURES, dtype=_dtype(name))
     col_exclude = index if mirrored else None
     if options == "few":
-        vectors = tile.Vectors(vector, None, None, None, index, col_exclude, None, None)
+        vectors = sweep.Vectors(vector, None, None, None, index, col_exclude, None, None)
     else:
-        vectors = tile.Vectors(*[vector] * 4, index, col_exclude, index, index)
-    return sweep.Problem(x, x, vectors, tile.Span(None, None), mirrored=mirrored)
+        vectors = sweep.Vectors(vector, vector, vector, vector, index, col_exclude, index, index)
+    return sweep.Problem(x, x, vectors, sweep.Span(None, None), mirrored=mirrored)
 
 
 def _volume_problem(name: str, members: int) -> Any:
-    sweep, tile = backend.kernels("sweep"), backend.kernels("tile")
     vector, index = _vector(), torch.zeros(SIZE, dtype=torch.int32)
     anchor = torch.zeros(SIZE, FEATURES, dtype=_dtype(name))
     tuples = torch.zeros(SIZE, members, FEATURES, dtype=_dtype(name))
-    vectors = tile.Vectors(vector, vector, None, None, index, None, None, None)
-    return sweep.Problem(anchor, tuples, vectors, tile.Span(vector, vector))
+    vectors = sweep.Vectors(vector, vector, None, None, index, None, None, None)
+    return sweep.Problem(anchor, tuples, vectors, sweep.Span(vector, vector))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -205,7 +208,7 @@ def _vector() -> torch.Tensor:
     return torch.zeros(SIZE)
 
 
-def _part(sweep: Any, totals: bool) -> Any:
+def _part(totals: bool) -> Any:
     return sweep.Part(*[torch.zeros(16, SIZE) for _ in range(3 if totals else 2)])
 
 
@@ -243,8 +246,8 @@ def compile_here(target: str) -> Iterator[Row]:
     kind, _, architecture = target.partition(":")
     gpu = GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget(kind, architecture, 64)
     triton.runtime.driver.set_active(Driver(gpu))
-    sweep, name = backend.kernels("sweep"), "hip" if kind == "hip" else f"sm_{architecture}"
-    sweep.device_class = lambda _: name if name in sweep.TILINGS else "any"  # type: ignore[attr-defined]
+    tilings, name = backend.kernels("tilings"), "hip" if kind == "hip" else f"sm_{architecture}"
+    tilings.device_class = lambda _: name if name in tilings.TILINGS else "any"  # type: ignore[attr-defined]
     for build in (build for builder in BUILDERS for build in builder()):
         compiled = build.compile()
         metadata = compiled.metadata

@@ -3,54 +3,15 @@
     s_ij = a_i b_j pair_ij + c_i + d_j
     pair_ij = <x_i, y_j>, or for volumes minus the distance of x_i from the span of the vectors y_j1 .. y_jP
 
-Functions of values in registers: they read the inputs and write nothing. What is None was not given, and costs nothing:
-Triton compiles a kernel for each set of arguments that are there.
+Functions of values in registers: they read the inputs and write nothing. vectors, span and incoming are the tuples of
+contrastive_ops/backends/sweep.py; what is None was not given, and costs nothing: Triton compiles a kernel for each set
+of arguments that are there.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
-
-
-class Vectors(NamedTuple):
-    """What the options of the op say of every row and every column."""
-
-    row_scale: Tensor | None
-    col_scale: Tensor | None
-    row_bias: Tensor | None
-    col_bias: Tensor | None
-    row_exclude: Tensor | None  # the column that a row leaves out, -1 for none
-    col_exclude: Tensor | None  # the row that a column leaves out: in self-similarity a pair has two sides
-    row_ids: Tensor | None
-    col_ids: Tensor | None
-
-
-class Span(NamedTuple):
-    """What distances need beside the vectors."""
-
-    inverse: Tensor | None  # [P (P + 1) / 2, M], the lower triangles of L^-1
-    square: Tensor | None  # [N], |x_i|^2
-
-
-class Incoming(NamedTuple):
-    """Gradients of what the op returned, and the maxima that go with those of the log-sum-exps.
-
-    dL/dlse_i e^(s - lse_i) = row_weight_i e^(s - row_max_i) with row_weight_i = dL/dlse_i e^-log_sum_i: the maximum
-    stays apart, as at logits of 1e4 the lse has no digits left for a gradient.
-    """
-
-    row_weight: Tensor | None = None
-    col_weight: Tensor | None = None
-    row_max: Tensor | None = None  # inf for an empty set: e^(s - max) = 0
-    col_max: Tensor | None = None
-    row_excluded: Tensor | None = None
-    col_excluded: Tensor | None = None
-    row_total: Tensor | None = None
-    col_total: Tensor | None = None
 
 
 @triton.jit

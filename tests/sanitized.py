@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +32,12 @@ from triton import knobs
 from ttsem import mlir
 
 from __main__ import KernelFault  # python -m has a ttsem.sanitize of its own, with other classes
+from contrastive_ops import backends
 from contrastive_ops.ops.arguments import per_row
 
-SOURCES = Path(__file__).parents[1] / "kernels"
-PACKAGE = "contrastive_ops.kernels"
+KERNELS = Path(__file__).parents[1] / "kernels"
+HOST = Path(backends.sweep.__file__)
+PACKAGE, SWEEP = "contrastive_ops.kernels", "contrastive_ops.backends.sweep"
 # N, M, D: tails of every tile, and N < M; of volumes N > M, where some rows name no column to leave out
 SHAPES = {"similarity_logsumexp": (130, 150, 20), "volume_logsumexp": (100, 60, 20)}
 PROGRAMS = 9  # 3 groups of rows and 3 strips of columns
@@ -43,16 +46,28 @@ ONE_BLOCK = (70, 60, 20)  # N below WORKSPACE, and not a whole tile: the workspa
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def shrink(sweep: ModuleType) -> None:
+class Engine(NamedTuple):
+    """The modules of the engine, host side and Triton's."""
+
+    sweep: ModuleType
+    launch: ModuleType
+    tilings: ModuleType
+
+
+def shrink(engine: Engine) -> None:
     """Several tiles in a group and a strip, several of these, several blocks of the workspace, several steps of D."""
     # PROGRAMS counts where the device doesn't say, and ttsem's device says
-    small = {"WORKSPACE": WORKSPACE, "MERGE": 64, "_programs": lambda _x: PROGRAMS}
-    for name, value in small.items():
-        assert hasattr(sweep, name), f"{sweep.__name__} has no {name} any more"
-        setattr(sweep, name, value)
-    sweep.TILINGS = {
+    small = (
+        (engine.sweep, "WORKSPACE", WORKSPACE),
+        (engine.launch, "MERGE", 64),
+        (engine.launch.TritonKernels, "programs", lambda _self, _x: PROGRAMS),
+    )
+    for owner, name, value in small:
+        assert hasattr(owner, name), f"{owner.__name__} has no {name} any more"
+        setattr(owner, name, value)
+    engine.tilings.TILINGS = {
         device: {size: _small(tilings) for size, tilings in of_device.items()}
-        for device, of_device in sweep.TILINGS.items()
+        for device, of_device in engine.tilings.TILINGS.items()
     }
 
 
@@ -62,22 +77,26 @@ def _small(tilings: Any) -> Any:
     return type(tilings)(*(None if tiling is None else tiling._replace(**sizes) for tiling in tilings))
 
 
-Load = Callable[..., ModuleType]
+Load = Callable[..., Engine]
 
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Import the kernels of an op from a folder, in the place of the package's own."""
+    """Import the engine from the files of its kernels and of its host side, in the place of the package's own."""
 
-    def load_from(op: str, folder: Path = SOURCES) -> ModuleType:
+    def load_from(kernels: Path = KERNELS, host: Path = HOST) -> Engine:
         for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
             monkeypatch.delitem(sys.modules, name)
         package = ModuleType(PACKAGE)
-        package.__path__ = [str(folder)]
+        package.__path__ = [str(kernels)]
         monkeypatch.setitem(sys.modules, PACKAGE, package)
-        kernels = importlib.import_module(f"{PACKAGE}.{op}")
-        shrink(kernels.sweep)
-        return kernels
+        spec = importlib.util.spec_from_file_location(SWEEP, host)
+        sweep = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, SWEEP, sweep)
+        spec.loader.exec_module(sweep)
+        engine = Engine(sweep, *(importlib.import_module(f"{PACKAGE}.{name}") for name in ("launch", "tilings")))
+        shrink(engine)
+        return engine
 
     return load_from
 
@@ -112,31 +131,34 @@ def _parse_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Launched(torch.autograd.Function):
-    """The autograd of contrastive_ops.ops.autograd around the launchers themselves, with no dispatcher between."""
+    """The autograd of contrastive_ops.ops.autograd around the op's functions, with no dispatcher between."""
 
     @staticmethod
-    def forward(ctx, kernels, gradients, *arguments):
-        row_max, col_max, row_log_sum, col_log_sum, *others = kernels.forward(*arguments)
+    def forward(ctx, engine, op, gradients, *arguments):
+        run = getattr(engine.sweep, f"{op}_forward")
+        kernels = engine.launch.TritonKernels()
+        row_max, col_max, row_log_sum, col_log_sum, dots, *others = run(kernels, *arguments, True)
         tensors = [argument for argument in arguments if not isinstance(argument, bool)]
-        ctx.save_for_backward(row_max, col_max, row_log_sum, col_log_sum, *tensors)
-        ctx.kernels, ctx.gradients, ctx.flags = kernels, gradients, arguments[len(tensors) :]
+        ctx.save_for_backward(row_max, col_max, row_log_sum, col_log_sum, dots, *tensors)
+        ctx.run = functools.partial(getattr(engine.sweep, f"{op}_backward"), kernels)
+        ctx.gradients, ctx.flags = gradients, arguments[len(tensors) :]
         ctx.mark_non_differentiable(row_max, col_max)
         return (row_max + row_log_sum, col_max + col_log_sum, *others, row_max, col_max)
 
     @staticmethod
     def backward(ctx, *grads):
         *incoming, _row_max, _col_max = grads
-        needs = list(ctx.needs_input_grad[2 : 2 + ctx.gradients])
-        results = ctx.kernels.backward(*incoming, *ctx.saved_tensors, *ctx.flags, needs)
+        needs = list(ctx.needs_input_grad[3 : 3 + ctx.gradients])
+        results = ctx.run(*incoming, *ctx.saved_tensors, *ctx.flags, needs)
         wanted = [result if need else None for result, need in zip(results, needs, strict=True)]
-        return (None, None, *wanted, *[None] * (len(ctx.needs_input_grad) - 2 - len(wanted)))
+        return (None, None, None, *wanted, *[None] * (len(ctx.needs_input_grad) - 2 - len(wanted)))
 
 
 def similarity_logsumexp(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    kernels: ModuleType,
+    engine: Engine,
     ids: str = "exclude",
     rows: bool = True,
     cols: bool = False,
@@ -146,7 +168,7 @@ def similarity_logsumexp(
     vectors = [per_row(name, options.get(name), sizes[name[:3]], x, "x") for name in problems.VECTORS]
     indices = [options.get(name) for name in ("exclude", "row_ids", "col_ids")]
     row_lse, col_lse, excluded, row_max, col_max = Launched.apply(
-        kernels, len(vectors) + 2, x, y, *vectors, *indices, ids == "restrict", rows, cols
+        engine, "similarity_logsumexp", len(vectors) + 2, x, y, *vectors, *indices, ids == "restrict", rows, cols
     )
     return problems.requested((row_lse, col_lse, row_max, col_max, excluded), rows, cols, indices[0] is not None)
 
@@ -155,7 +177,7 @@ def volume_logsumexp(
     anchor: Tensor,
     tuples: Tensor,
     *,
-    kernels: ModuleType,
+    engine: Engine,
     row_scale: Tensor | None = None,
     col_scale: Tensor | None = None,
     exclude: Tensor | None = None,
@@ -164,7 +186,7 @@ def volume_logsumexp(
     totals: bool = False,
 ) -> tuple[Tensor, ...]:
     row_lse, col_lse, row_total, col_total, row_max, col_max = Launched.apply(
-        kernels, 4, anchor, tuples, row_scale, col_scale, exclude, rows, cols, totals
+        engine, "volume_logsumexp", 4, anchor, tuples, row_scale, col_scale, exclude, rows, cols, totals
     )
     return volumes.requested((row_lse, col_lse, row_max, col_max, row_total, col_total), rows, cols, totals)
 
@@ -213,38 +235,38 @@ CASES = [
 ]
 
 
-def check(op: str, name: str, dtype: torch.dtype, kernels: ModuleType, shape: tuple[int, ...] | None = None) -> None:
+def check(op: str, name: str, dtype: torch.dtype, engine: Engine, shape: tuple[int, ...] | None = None) -> None:
     _, problem, launched, naive = OPS[op]
     arguments, options = problem(name, *(shape or SHAPES[op]), dtype)
-    judge(launched, naive, arguments, options, fused_options={"kernels": kernels})
+    judge(launched, naive, arguments, options, fused_options={"engine": engine})
 
 
 @pytest.mark.parametrize(("op", "name", "dtype"), CASES)
 def test_kernels(op, name, dtype, load):
-    check(op, name, dtype, load(op))
+    check(op, name, dtype, load())
 
 
 # D of many steps, which no 16-bit gradient has in registers, and N > M
 @pytest.mark.parametrize("name", ["everything", "self-everything"])
 def test_many_features(name, load):
-    check("similarity_logsumexp", name, torch.bfloat16, load("similarity_logsumexp"), (101, 70, 150))
+    check("similarity_logsumexp", name, torch.bfloat16, load(), (101, 70, 150))
 
 
 @pytest.mark.parametrize(("op", "name"), [("similarity_logsumexp", "both"), ("volume_logsumexp", "1")])
 def test_one_block(op, name, load):
-    check(op, name, torch.float32, load(op), ONE_BLOCK)
+    check(op, name, torch.float32, load(), ONE_BLOCK)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("everything", torch.float16), ("self-everything", torch.bfloat16)])
 def test_blocks_of_16_bits(name, dtype, load, monkeypatch):
-    kernels = load("similarity_logsumexp")
-    monkeypatch.setattr(kernels.sweep, "ROWS_FEATURES", 0)
-    check("similarity_logsumexp", name, dtype, kernels)
+    engine = load()
+    monkeypatch.setattr(engine.tilings, "ROWS_FEATURES", 0)
+    check("similarity_logsumexp", name, dtype, engine)
 
 
 def test_one_strip(load):
     """Ten tiles of rows fill the launch that has dX; dY has two tiles of rows, in several strips."""
-    check("similarity_logsumexp", "everything", torch.float16, load("similarity_logsumexp"), (300, 40, 20))
+    check("similarity_logsumexp", "everything", torch.float16, load(), (300, 40, 20))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +287,7 @@ def test_one_gradient(op, name, dtype, wanted, load):
     for key, value in {"argument0": arguments[0], "argument1": arguments[1], **options}.items():
         if isinstance(value, Tensor) and value.requires_grad:
             value.requires_grad_(key == wanted)
-    judge(launched, naive, arguments, options, fused_options={"kernels": load(op)})
+    judge(launched, naive, arguments, options, fused_options={"engine": load()})
 
 
 class Fault(NamedTuple):
@@ -419,14 +441,14 @@ FAULTS = {
         "col_bias-vector", "nan",
     ),
     "diagonal that counts twice in the gradient": Fault(
-        "mirrored and first_row != first_col",
-        "mirrored",
+        "mirror = mirrored and first_row != first_col",
+        "mirror = mirrored",
         "self", "value",
     ),
     "columns of the first block in all blocks": Fault("first_col + local_cols", "local_cols", "both", "value"),
     "blocks that overwrite the gradient": Fault(
-        "_accumulate(grad_x[row_range], coefficients[t], basis[col_range, t])",
-        "grad_x[row_range] = coefficients[t] @ basis[col_range, t]",
+        "_accumulate(grad_x[rows], of_member, basis[cols, t])",
+        "grad_x[rows] = of_member @ basis[cols, t]",
         "both", "value",
     ),
     "no scale of the columns in the gradient": Fault(
@@ -513,7 +535,7 @@ FAULTS = {
         "1", "oob_write of coefficients", torch.float16, VOLUME, ONE_BLOCK,
     ),
     "moments of the first member for all": Fault(
-        "grad_y[t, col_range]", "grad_y[0, col_range]", "2", "value", op=VOLUME
+        "grad_y[t, cols]", "grad_y[0, cols]", "2", "value", op=VOLUME
     ),
     "sums along the row that are divided by the unit": Fault(
         "tl.sum(q, 1), mask",
@@ -521,8 +543,8 @@ FAULTS = {
         "2", "value", torch.float16, VOLUME,
     ),
     "gradient of the anchor without its part along it": Fault(
-        "row_grads[2][:, None], problem.x, value=-1",
-        "row_grads[2][:, None], problem.x, value=0",
+        "along[:, None], problem.x, value=-1",
+        "along[:, None], problem.x, value=0",
         "2", "value", op=VOLUME,
     ),
     "totals that start as they were": Fault(
@@ -539,14 +561,16 @@ def test_fault_is_caught(name, load, tmp_path):
     fault = FAULTS[name]
     assert (fault.op, fault.case, fault.dtype) in CASES, "without the fault, nobody runs its case"
     places = 0
-    for path in SOURCES.glob("*.py"):
+    kernels = tmp_path / KERNELS.name
+    kernels.mkdir()
+    for path, folder in (*((path, kernels) for path in KERNELS.glob("*.py")), (HOST, tmp_path)):
         source = path.read_text()
         places += source.count(fault.old)
-        (tmp_path / path.name).write_text(source.replace(fault.old, fault.new))
-    assert places > 0, f'"{name}" changes nothing: no kernel has {fault.old!r} any more'
-    kernels = load(fault.op, tmp_path)
+        (folder / path.name).write_text(source.replace(fault.old, fault.new))
+    assert places > 0, f'"{name}" changes nothing: no source of the engine has {fault.old!r} any more'
+    engine = load(kernels, tmp_path / HOST.name)
     with pytest.raises((KernelFault, AssertionError)) as caught:
-        check(fault.op, fault.case, fault.dtype, kernels, fault.shape)
+        check(fault.op, fault.case, fault.dtype, engine, fault.shape)
     assert what_caught(caught.value) == fault.caught, caught.value
 
 

@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("triton", reason="triton: not installed; pip install triton")
 
 from bench import cost
+from contrastive_ops import backends
+from contrastive_ops.backends import sweep
 
 
 def test_page_is_what_is_modelled():
@@ -43,21 +45,23 @@ class Recorder:
     ("case", "d"), [(case, 512) for _, case in cost.CASES if case.members <= 2] + [(cost.CLIP, 128)], ids=str
 )
 def test_launches_are_those_of_the_code(case, d, device, monkeypatch):
-    sweep, plan = cost.SWEEP, cost.plan(case, device)
+    plan, launch = cost.plan(case, device), backends.triton.kernels("launch")
     launched = {name: Recorder() for name in ("forward", "excluded", "merge", "block", "rows")}
     for name, recorder in launched.items():
-        monkeypatch.setattr(sweep, f"{name}_kernel", recorder)
+        monkeypatch.setattr(launch, f"{name}_kernel", recorder)
     products, sums = Counter(), []
     monkeypatch.setattr(sweep, "_accumulate", lambda total, a, b: products.update([(*a.shape, *b.shape[1:])]))
     monkeypatch.setattr(sweep, "_add_sums", lambda totals, *of: sums.extend(t for t in totals if t is not None))
-    monkeypatch.setattr(sweep, "device_class", lambda x: plan.device_class)
-    monkeypatch.setattr(sweep, "_programs", lambda x: plan.programs)
+    monkeypatch.setattr(cost.TILINGS, "device_class", lambda x: plan.device_class)
+    monkeypatch.setattr(launch.TritonKernels, "programs", lambda self, x: plan.programs)
     problem = cost.problem(case, d, "meta")
     vector = problem.vectors.row_scale
     incoming = sweep.Incoming(vector, vector, vector, vector, None if case.members else vector)
     basis = problem.y if case.members else problem.y[:, None]
-    sweep.forward(problem, True, not case.mirrored)
-    sweep.backward(problem, basis, incoming, [True, case.vectors > 1, True, case.members > 0, False, False])
+    sweep.forward(cost.KERNELS, problem, True, not case.mirrored)
+    sweep.backward(
+        cost.KERNELS, problem, basis, incoming, [True, case.vectors > 1, True, case.members > 0, False, False]
+    )
 
     phases = cost.ours(d, device, case)
     modelled = Counter()

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 import contrastive_ops as co
 from contrastive_ops import backends
+from contrastive_ops.backends import sweep
 from contrastive_ops.catalogue import LOSSES
 
 OPS = ("similarity_logsumexp", "volume_logsumexp")
@@ -153,7 +154,7 @@ def test_a_traced_loss_has_the_op_as_one_node(backend, mode):
 
 
 def test_launches_on_the_device_of_the_tensors(mode, monkeypatch):
-    """Triton launches on the current device, and an op that is written in Python has no device guard."""
+    """Launches are on the current device, and an op that is written in Python has no device guard."""
     current = [0]
 
     def exchange(index):
@@ -163,6 +164,6 @@ def test_launches_on_the_device_of_the_tensors(mode, monkeypatch):
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     x = torch.empty(4, 8, device="cuda:1")
-    with backends.triton._launching(x):
+    with sweep.launching(x):
         assert current == [0, 1]
     assert current == [0, 1, 0]

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 import contrastive_ops as co
 from contrastive_ops import backends
+from contrastive_ops.backends import sweep
 from contrastive_ops.catalogue import LOSSES
 
 DEVICE = os.environ.get("CONTRASTIVE_OPS_TEST_DEVICE", "cuda")
@@ -317,7 +318,7 @@ def test_peak_memory(dtype):
         return torch.cuda.max_memory_allocated() - before
 
     peak(300)  # cuBLAS takes its workspace
-    coefficients = backends.triton.kernels("sweep").WORKSPACE ** 2 * dtype.itemsize
+    coefficients = sweep.WORKSPACE**2 * dtype.itemsize
     partials = 32 * MIB  # a maximum and a sum of every row and column, for each of some 20 groups and strips
     bound = 4 * n * d * 4 + coefficients + partials
     assert peak(n) < bound < n * n * 4 / 8

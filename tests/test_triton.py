@@ -22,6 +22,7 @@ from tolerance import evaluate, judge
 import contrastive_ops as co
 from bench import resources
 from contrastive_ops import backends
+from contrastive_ops.backends import sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # log(0) of an empty set, in numpy
 SENTENCE = backends.why_not("triton", "similarity_logsumexp", torch.empty(1, 1))
@@ -47,10 +48,10 @@ def test_shapes(shape, name):
 @runs
 @pytest.mark.parametrize("name", ["everything-restrict", "self-everything", "self-ids-restrict-sorted"])
 def test_many_tiles(name, monkeypatch):
-    kernels = backends.triton.kernels("sweep")
-    monkeypatch.setattr(kernels, "PROGRAMS", 9)
-    monkeypatch.setattr(kernels, "WORKSPACE", 192)
-    monkeypatch.setattr(kernels, "MERGE", 64)
+    launch = backends.triton.kernels("launch")
+    monkeypatch.setattr(launch, "PROGRAMS", 9)
+    monkeypatch.setattr(launch, "MERGE", 64)
+    monkeypatch.setattr(sweep, "WORKSPACE", 192)
     op_tests.test_shapes((500, 420, 20), name, "triton", torch.float32)
 
 
@@ -58,11 +59,10 @@ def test_many_tiles(name, monkeypatch):
 @runs
 @pytest.mark.parametrize("name", ["everything-restrict", "self-everything"])
 def test_oblong_tiles(name, monkeypatch):
-    sweep = backends.triton.kernels("sweep")
-    tilings = sweep.TILINGS["any"][4]
-    oblong = tilings._replace(forward=tilings.forward._replace(block_m=64, block_n=32))
-    monkeypatch.setitem(sweep.TILINGS["any"], 4, oblong)
-    monkeypatch.setattr(sweep, "PROGRAMS", 9)
+    table = backends.triton.kernels("tilings").TILINGS["any"]
+    oblong = table[4]._replace(forward=table[4].forward._replace(block_m=64, block_n=32))
+    monkeypatch.setitem(table, 4, oblong)
+    monkeypatch.setattr(backends.triton.kernels("launch"), "PROGRAMS", 9)
     op_tests.test_shapes((300, 270, 20), name, "triton", torch.float32)
 
 
@@ -212,9 +212,9 @@ def test_a_fault_is_seen(monkeypatch):
     """The comparison catches what a kernel may get wrong: here, one group's partials that nobody merges."""
     if SENTENCE is not None:
         pytest.skip(f"triton: {SENTENCE}")
-    kernels = backends.triton.kernels("sweep")
-    merge = kernels._merge
-    monkeypatch.setattr(kernels, "_merge", lambda part, parts, *rest: merge(part, parts - 1, *rest))
+    engine = backends.triton.kernels("launch").TritonKernels
+    merge = engine.merge
+    monkeypatch.setattr(engine, "merge", lambda self, part, parts, *rest: merge(self, part, parts - 1, *rest))
     with pytest.raises(AssertionError):
         op_tests.test_options("vectors", "triton", torch.float32)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.backends import sweep
 
 OPS = ("similarity_logsumexp", "volume_logsumexp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,34 +58,21 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
-@contextmanager
-def _launching(x: Tensor) -> Iterator[None]:
-    """Triton launches on the current device, which need not be that of the tensors; autocast would round operands."""
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        yield
+def _engine() -> sweep.Kernels:
+    return kernels("launch").TritonKernels()
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, _keep = arguments
-    with _launching(inputs[0]):
-        *statistics, excluded = kernels("similarity_logsumexp").forward(*inputs)
-    return (*statistics, inputs[0].new_empty(0, dtype=torch.float32), excluded)
+    return sweep.similarity_logsumexp_forward(_engine(), *arguments)
 
 
 def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    incoming, statistics, inputs = arguments[:3], arguments[3:7], arguments[8:]  # without the dots
-    with _launching(inputs[0]):
-        return kernels("similarity_logsumexp").backward(*incoming, *statistics, *inputs)
+    return sweep.similarity_logsumexp_backward(_engine(), *arguments)
 
 
 def volume_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, _keep = arguments
-    with _launching(inputs[0]):
-        *statistics, row_total, col_total = kernels("volume_logsumexp").forward(*inputs)
-    return (*statistics, inputs[0].new_empty(0, dtype=torch.float32), row_total, col_total)
+    return sweep.volume_logsumexp_forward(_engine(), *arguments)
 
 
 def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    incoming, statistics, inputs = arguments[:4], arguments[4:8], arguments[9:]  # without the dots
-    with _launching(inputs[0]):
-        return kernels("volume_logsumexp").backward(*incoming, *statistics, *inputs)
+    return sweep.volume_logsumexp_backward(_engine(), *arguments)

@@ -1,0 +1,564 @@
+"""The host side of the GPU engines: which kernel of an engine runs when, on what part of the N x M plane.
+
+    forward: `forward`, one program per (group of rows, strip of columns), gives partials of the statistics, [strips, N]
+        and [groups, M]; `merge` joins them in a fixed order; `excluded` looks up the logits left out by index
+    backward by blocks of the plane:
+        `block` gives g a b, with g = dL/ds, in a workspace, and partial sums of g for scales and biases
+        dX += (g a b) Y and dY += (g a b)^T X: two matrix products of the vendor's library
+    backward by rows, where the engine takes the problem: `rows` gives dX, and with the sides swapped dY
+
+No atomics: the results are bitwise repeatable where the vendor's products are. In self-similarity (no y) forward and
+the blocks visit the tiles on and above the diagonal; a tile above it also stands for its mirror image.
+
+An engine is a set of `Kernels`: Triton's in kernels/launch.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from contrastive_ops.backends import tuples as tuple_basis
+
+WORKSPACE = 4096  # rows and columns of a block of pairs: 32 MB of 16-bit coefficients, the class of an L2 cache
+# |x|^2 - |y|^2 is off by about 4 units in the last place of |x|^2: there the distance is 0, at its minimum
+AT_MINIMUM = 4 * torch.finfo(torch.float32).eps
+
+
+class Vectors(NamedTuple):
+    """What the options of the op say of every row and every column."""
+
+    row_scale: Tensor | None
+    col_scale: Tensor | None
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    row_exclude: Tensor | None  # the column that a row leaves out, -1 for none
+    col_exclude: Tensor | None  # the row that a column leaves out: in self-similarity a pair has two sides
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+
+
+class Span(NamedTuple):
+    """What distances need beside the vectors."""
+
+    inverse: Tensor | None  # [P (P + 1) / 2, M], the lower triangles of L^-1
+    square: Tensor | None  # [N], |x_i|^2
+
+
+class Incoming(NamedTuple):
+    """Gradients of what the op returned, and the maxima that go with those of the log-sum-exps.
+
+    dL/dlse_i e^(s - lse_i) = row_weight_i e^(s - row_max_i) with row_weight_i = dL/dlse_i e^-log_sum_i: the maximum
+    stays apart, as at logits of 1e4 the lse has no digits left for a gradient.
+    """
+
+    row_weight: Tensor | None = None
+    col_weight: Tensor | None = None
+    row_max: Tensor | None = None  # inf for an empty set: e^(s - max) = 0
+    col_max: Tensor | None = None
+    row_excluded: Tensor | None = None
+    col_excluded: Tensor | None = None
+    row_total: Tensor | None = None
+    col_total: Tensor | None = None
+
+
+class Part(NamedTuple):
+    """Partial statistics of one direction, [parts, size]."""
+
+    maximum: Tensor | None = None
+    sum: Tensor | None = None
+    total: Tensor | None = None
+
+
+class Sums(NamedTuple):
+    """Partial sums of the gradients of one direction, [parts, size]; None where not needed."""
+
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    along: Tensor | None = None  # of volumes: what x_i itself has of its gradient
+
+
+class Block(NamedTuple):
+    """A block of the plane, and the coefficients' rows in the workspace: `stride` elements, a multiple of 16."""
+
+    first_row: int
+    first_col: int
+    rows: int
+    cols: int
+    stride: int
+
+
+class Problem:
+    """The inputs of a sweep as the kernels take them: contiguous, with the columns of self-similarity filled in."""
+
+    def __init__(
+        self, x: Tensor, y: Tensor, vectors: Vectors, span: Span, *, mirrored: bool = False, restrict: bool = False
+    ) -> None:
+        self.x, self.y = x.contiguous(), y.contiguous()
+        self.vectors = Vectors(*(None if vector is None else vector.contiguous() for vector in vectors))
+        self.span = span
+        self.n, self.m, self.features = x.shape[0], y.shape[0], x.shape[1]
+        self.members = y.shape[1] if y.dim() == 3 else 0
+        self.mirrored, self.restrict = mirrored, restrict
+
+    @property
+    def tf32(self) -> bool:
+        """PyTorch's own setting for float32 matrix products: TF32 only where the user allows it."""
+        nvidia = self.x.device.type == "cuda" and torch.version.hip is None
+        return nvidia and self.x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+    def transposed(self) -> Problem:
+        """Of pairs: x and y change places. Volumes have no such form."""
+        swapped = Vectors(*_swapped(self.vectors))
+        return Problem(self.y, self.x, swapped, self.span, mirrored=self.mirrored, restrict=self.restrict)
+
+    def full(self, shape: tuple[int, ...], value: float) -> Tensor:
+        return self.x.new_full(shape, value, dtype=torch.float32)
+
+    def empty(self, *shape: int) -> Tensor:
+        return self.x.new_empty(shape, dtype=torch.float32)
+
+
+class Kernels(Protocol):
+    """What an engine offers; csrc/cuda/sweep.h is the same in C++. None of a tensor or a member: not given, or needed.
+
+    Tilings are the rows and columns of a tile; groups of rows and strips of columns are whole tiles.
+    """
+
+    def programs(self, x: Tensor) -> int:
+        """Programs of a launch that fill the device of x."""
+
+    def forward_tiling(self, problem: Problem) -> tuple[int, int]:
+        """In self-similarity the columns of a tile divide its rows: the diagonal is between tiles of rows."""
+
+    def block_tiling(self, problem: Problem) -> tuple[int, int]: ...
+
+    def rows_tiling(self, problem: Problem) -> tuple[int, int] | None:
+        """None where `rows` does not take the problem."""
+        return None
+
+    def forward(self, problem: Problem, row: Part, col: Part, rows_per_group: int, cols_per_strip: int) -> None:
+        """Partials of the statistics, of rows [strips, N] and of columns [groups, M]."""
+
+    def excluded(self, problem: Problem, logits: Tensor) -> None:
+        """The logit of every row with the column that it leaves out; -inf where it leaves out none."""
+
+    def merge(self, part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor) -> None:
+        """Join the partials [parts, size], and those of the mirror [mirrors, size], in their order."""
+
+    def block(
+        self,
+        problem: Problem,
+        incoming: Incoming,
+        unit: Tensor | None,
+        coefficients: Tensor | None,
+        row: Sums,
+        col: Sums,
+        block: Block,
+    ) -> None:
+        """Coefficients g a b / unit of a block, [rows, stride] or for volumes [P, rows, stride], and partial sums."""
+
+    def rows(
+        self,
+        problem: Problem,
+        incoming: Incoming,
+        unit: Tensor | None,
+        gradient: Tensor | None,
+        sums: Sums,
+        cols_per_strip: int,
+    ) -> None:
+        """Gradients of all rows by strips of columns, [strips, N, D], in float32 or in the dtype of x."""
+
+    def factor(self, tuples: Tensor) -> tuple_basis.Basis:
+        return tuple_basis.factor(tuples)
+
+
+class Statistics(NamedTuple):
+    """What forward returns; empty where not asked for."""
+
+    row_max: Tensor
+    col_max: Tensor
+    row_log_sum: Tensor
+    col_log_sum: Tensor
+    excluded: Tensor
+    row_total: Tensor
+    col_total: Tensor
+
+
+def forward(kernels: Kernels, problem: Problem, rows: bool, cols: bool, totals: bool = False) -> Statistics:
+    """Statistics of rows and columns, the excluded logits [N] and the totals."""
+    n, m = problem.n, problem.m
+    has_index = problem.vectors.row_exclude is not None and not problem.members
+    row, col = n if rows else 0, m if cols else 0
+    sizes = (row, col, row, col, n if has_index else 0, row if totals else 0, col if totals else 0)
+    if n == 0 or m == 0:
+        values = [-torch.inf] * 5 + [0.0] * 2
+        return Statistics(*(problem.full((size,), value) for size, value in zip(sizes, values, strict=True)))
+    results = Statistics(*(problem.empty(size) for size in sizes))
+    block_rows, block_cols = kernels.forward_tiling(problem)
+    most_groups, most_strips = groups_and_strips(kernels, problem)
+    rows_per_group, cols_per_strip = share(n, block_rows, most_groups), share(m, block_cols, most_strips)
+    groups, strips = cdiv(n, rows_per_group), cdiv(m, cols_per_strip)
+    row_part = _part(problem, strips, n, totals) if rows else Part()
+    col_part = _part(problem, groups, m, totals) if cols or problem.mirrored else Part()
+    kernels.forward(problem, row_part, col_part, rows_per_group, cols_per_strip)
+    if has_index:
+        kernels.excluded(problem, results.excluded)
+    if rows:
+        mirror = (col_part, groups) if problem.mirrored else (Part(), 0)
+        kernels.merge(row_part, strips, *mirror, results.row_max, results.row_log_sum)
+    if cols:
+        kernels.merge(col_part, groups, Part(), 0, results.col_max, results.col_log_sum)
+    if row_part.total is not None:
+        torch.sum(row_part.total, 0, out=results.row_total)
+    if col_part.total is not None:
+        torch.sum(col_part.total, 0, out=results.col_total)
+    return results
+
+
+def cdiv(size: int, part: int) -> int:
+    return -(-size // part)
+
+
+def share(size: int, block: int, most: int) -> int:
+    """Rows of a part: whole tiles, so that there are at most `most` parts."""
+    return cdiv(cdiv(size, block), most) * block
+
+
+def groups_and_strips(kernels: Kernels, problem: Problem) -> tuple[int, int]:
+    """Groups of rows and strips of columns: about sqrt(programs) of each keep partials and traffic small."""
+    programs = kernels.programs(problem.x)
+    if problem.mirrored:  # those below the diagonal have nothing to do
+        groups = (math.isqrt(8 * programs + 1) - 1) // 2
+        return groups, groups
+    groups = math.isqrt(programs)
+    return groups, programs // groups
+
+
+def _part(problem: Problem, count: int, size: int, totals: bool) -> Part:
+    return Part(*(problem.empty(count, size) for _ in range(3 if totals else 2)))
+
+
+class Gradients(NamedTuple):
+    """None where not needed; y is [1, M, D], or for volumes the moments [P, M, D] of the tuples."""
+
+    x: Tensor | None
+    y: Tensor | None
+    row_scale: Tensor | None
+    col_scale: Tensor | None
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+
+
+def backward(
+    kernels: Kernels, problem: Problem, basis: Tensor | None, incoming: Incoming, needs: list[bool]
+) -> Gradients:
+    """Gradients where they are needed. `basis` is y again, or for volumes L^-1 y, whose products give dX."""
+    incoming = Incoming(*(None if grad is None else grad.contiguous() for grad in incoming))
+    unit = _unit(problem, incoming)
+    if kernels.rows_tiling(problem) is not None and problem.n > 0 and problem.m > 0:
+        return _backward_by_rows(kernels, problem, incoming, unit, needs)
+    return _backward_by_blocks(kernels, problem, basis, incoming, unit, needs)
+
+
+def _unit(problem: Problem, incoming: Incoming) -> Tensor | None:
+    """What the coefficients are divided by.
+
+    float16 has no room below 6e-8: the largest that its coefficients can be becomes 2^14.
+    """
+    if problem.x.dtype != torch.float16:
+        return None
+    bound = problem.full((), 2.0**-14)
+    grads = incoming[:2] + incoming[4:]  # without the maxima
+    sizes = [grad.abs().max() for grad in grads if grad is not None and grad.numel()]
+    bound = bound * sum(sizes, start=problem.full((), 0.0))
+    for scale in (problem.vectors.row_scale, problem.vectors.col_scale):
+        if scale is not None and scale.numel():
+            bound = bound * scale.abs().max()
+    if problem.members:  # q y <= g w |x| / distance, and the distance is not below this share of |x|
+        bound = bound / AT_MINIMUM**0.5
+    return torch.where(bound > 0, bound, 1.0).reshape(1)
+
+
+def _swapped(pairs: tuple[Any, ...]) -> list[Any]:
+    """(row, col, row, col, ...) with the sides swapped."""
+    return [value for row, col in zip(pairs[::2], pairs[1::2], strict=True) for value in (col, row)]
+
+
+def _backward_by_rows(
+    kernels: Kernels, problem: Problem, incoming: Incoming, unit: Tensor | None, needs: list[bool]
+) -> Gradients:
+    grad_x, row_scale, row_bias = _rows(kernels, problem, incoming, unit, needs[::2])
+    swapped = Incoming(*_swapped(incoming))
+    grad_y, col_scale, col_bias = _rows(kernels, problem.transposed(), swapped, unit, needs[1::2])
+    return Gradients(grad_x, None if grad_y is None else grad_y[None], row_scale, col_scale, row_bias, col_bias)
+
+
+def _rows(
+    kernels: Kernels, problem: Problem, incoming: Incoming, unit: Tensor | None, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the features, the scales and the biases of the rows."""
+    tiling = kernels.rows_tiling(problem)
+    if not any(needs) or tiling is None:
+        return None, None, None
+    n, m = problem.n, problem.m
+    block_rows, block_cols = tiling
+    cols_per_strip = share(m, block_cols, cdiv(kernels.programs(problem.x), cdiv(n, block_rows)))
+    strips = cdiv(m, cols_per_strip)
+    dtype = problem.x.dtype if strips == 1 else torch.float32
+    gradient = problem.x.new_empty((strips, n, problem.features), dtype=dtype) if needs[0] else None
+    sums = Sums(*(problem.empty(strips, n) if need else None for need in needs[1:]))
+    kernels.rows(problem, incoming, unit, gradient, sums, cols_per_strip)
+    return tuple(None if part is None else part.sum(0) if strips > 1 else part[0] for part in (gradient, *sums[:2]))
+
+
+def _backward_by_blocks(
+    kernels: Kernels,
+    problem: Problem,
+    basis: Tensor | None,
+    incoming: Incoming,
+    unit: Tensor | None,
+    needs: list[bool],
+) -> Gradients:
+    n, m, features, members, mirrored = problem.n, problem.m, problem.features, problem.members, problem.mirrored
+    block_rows, block_cols = kernels.block_tiling(problem)
+    need_x, need_y, need_row_scale, need_col_scale, need_row_bias, need_col_bias = needs
+    matrices = max(members, 1)
+    grad_x = problem.full((n, features), 0.0) if need_x else None
+    grad_y = problem.full((matrices, m, features), 0.0) if need_y else None
+    need_rows = (need_row_scale, need_row_bias, need_x and members > 0)
+    need_cols = (need_col_scale, need_col_bias) if not mirrored else need_rows[:2]
+    row_grads = [problem.full((n,), 0.0) if need else None for need in need_rows]
+    col_grads = row_grads[:2] if mirrored else [problem.full((m,), 0.0) if need else None for need in need_cols]
+    side = math.isqrt(WORKSPACE**2 // matrices) // block_rows * block_rows
+    size = min(n, side) * padded(min(m, side)) if need_x or need_y else 0
+    workspace = problem.x.new_empty(matrices * size)
+    for first_row in range(0, n, side):
+        rows = slice(first_row, min(first_row + side, n))
+        for first_col in range(first_row if mirrored else 0, m, side):
+            cols = slice(first_col, min(first_col + side, m))
+            height, width = rows.stop - rows.start, cols.stop - cols.start
+            block = Block(first_row, first_col, height, width, padded(width))
+            tiles_of_rows, tiles_of_cols = cdiv(height, block_rows), cdiv(width, block_cols)
+            row_sums = Sums(*(problem.empty(tiles_of_cols, height) if need else None for need in need_rows))
+            col_sums = Sums(*(problem.empty(tiles_of_rows, width) if need else None for need in need_cols))
+            coefficients = None
+            if size:
+                coefficients = workspace[: matrices * height * block.stride].view(matrices, height, block.stride)
+            kernels.block(problem, incoming, unit, coefficients, row_sums, col_sums, block)
+            # a block on the diagonal has both sides of its pairs
+            mirror = mirrored and first_row != first_col
+            for t, of_member in enumerate(() if coefficients is None else coefficients[:, :, :width]):
+                if grad_x is not None and basis is not None:
+                    _accumulate(grad_x[rows], of_member, basis[cols, t])
+                    if mirror:
+                        _accumulate(grad_x[cols], of_member.T, problem.x[rows])
+                if grad_y is not None:
+                    _accumulate(grad_y[t, cols], of_member.T, problem.x[rows])
+            _add_sums(row_grads, rows, row_sums)
+            if mirror or not mirrored:
+                _add_sums(col_grads, cols, col_sums)
+    if unit is not None:
+        for grad in (grad_x, grad_y):
+            if grad is not None:
+                grad.mul_(unit)
+    along = row_grads[2]
+    if grad_x is not None and along is not None:
+        grad_x = torch.addcmul(grad_x, along[:, None], problem.x, value=-1)
+    col_scale, col_bias = (None, None) if mirrored else col_grads  # in self-similarity those of the rows have them
+    return Gradients(grad_x, grad_y, row_grads[0], col_scale, row_grads[1], col_bias)
+
+
+def padded(size: int) -> int:
+    return cdiv(size, 16) * 16
+
+
+def _add_sums(totals: list[Tensor | None], part: slice, sums: Sums) -> None:
+    for total, of_block in zip(totals, sums, strict=False):
+        if total is not None and of_block is not None:
+            total[part] += of_block.sum(0)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in float32."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+@contextmanager
+def launching(x: Tensor) -> Iterator[None]:
+    """Launches are on the current device, which need not be that of the tensors; autocast would round operands."""
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
+
+
+def _incoming(
+    grads: tuple[Tensor, Tensor], statistics: tuple[Tensor, ...], rows: bool, cols: bool, **others: Tensor | None
+) -> Incoming:
+    """From the gradients of the log-sum-exps and row_max, col_max, row_log_sum, col_log_sum."""
+    weights: list[Tensor | None] = [None, None]
+    maxima: list[Tensor | None] = [None, None]
+    for side, wanted in enumerate((rows, cols)):
+        if wanted:
+            maximum, log_sum = statistics[side::2]
+            empty = maximum == -torch.inf
+            weights[side] = (grads[side] * (-log_sum).exp()).masked_fill(empty, 0.0)
+            maxima[side] = maximum.masked_fill(empty, torch.inf)
+    return Incoming(*weights, *maxima, **others)
+
+
+def _index_below(size: int, index: Tensor | None) -> Tensor | None:
+    """int32, half the registers of int64; what is not below size names none, and is -1."""
+    return None if index is None else index.where((index >= 0) & (index < size), -1).to(torch.int32)
+
+
+def _ranks(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids by their order among all, as int32: equal where they are, and half the registers."""
+    ids = torch.cat([row_ids, col_ids])
+    ordered, order = ids.sort()
+    rank = torch.zeros_like(ids, dtype=torch.int32)
+    rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    rank = torch.empty_like(rank).scatter_(0, order, rank)
+    return rank[: row_ids.shape[0]], rank[row_ids.shape[0] :]
+
+
+def _pairs(
+    x: Tensor,
+    y: Tensor | None,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    exclude: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    restrict: bool,
+) -> Problem:
+    mirrored = y is None
+    if y is None:
+        y, col_scale, col_bias, col_ids = x, row_scale, row_bias, row_ids
+    exclude = _index_below(y.shape[0], exclude)
+    if row_ids is not None and col_ids is not None:
+        row_ids, col_ids = _ranks(row_ids, row_ids if mirrored else col_ids)
+    vectors = Vectors(
+        row_scale, col_scale, row_bias, col_bias, exclude, exclude if mirrored else None, row_ids, col_ids
+    )
+    return Problem(x, y, vectors, Span(None, None), mirrored=mirrored, restrict=restrict)
+
+
+def similarity_logsumexp_forward(kernels: Kernels, *arguments: Any) -> tuple[Tensor, ...]:
+    *options, rows, cols, _keep = arguments
+    problem = _pairs(*options)
+    with launching(problem.x):
+        results = forward(kernels, problem, rows, cols)
+    return (*results[:4], problem.empty(0), results.excluded)
+
+
+def similarity_logsumexp_backward(
+    kernels: Kernels,
+    grad_row_lse: Tensor,
+    grad_col_lse: Tensor,
+    grad_excluded: Tensor,
+    row_max: Tensor,
+    col_max: Tensor,
+    row_log_sum: Tensor,
+    col_log_sum: Tensor,
+    _dots: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *options, rows, cols, needs = arguments
+    problem = _pairs(*options)
+    if problem.mirrored:
+        grad_col_lse, col_max, col_log_sum, cols = grad_row_lse, row_max, row_log_sum, rows
+    has_index = problem.vectors.row_exclude is not None
+    incoming = _incoming(
+        (grad_row_lse, grad_col_lse),
+        (row_max, col_max, row_log_sum, col_log_sum),
+        rows,
+        cols,
+        row_excluded=grad_excluded if has_index else None,
+        col_excluded=grad_excluded if has_index and problem.mirrored else None,
+    )
+    with launching(problem.x):
+        grads = backward(kernels, problem, problem.y[:, None], incoming, needs)
+    features = problem.x.new_empty(0)
+    return (
+        features if grads.x is None else grads.x.to(features.dtype),
+        features.clone() if grads.y is None else grads.y[0].to(features.dtype),
+        *(problem.empty(0) if grad is None else grad for grad in grads[2:]),
+    )
+
+
+def _volumes(
+    anchor: Tensor,
+    tuples: Tensor,
+    basis: tuple_basis.Basis,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    exclude: Tensor | None,
+) -> Problem:
+    weight = tuple_basis.column_weight(basis, col_scale, anchor)
+    vectors = Vectors(row_scale, weight, None, None, _index_below(tuples.shape[0], exclude), None, None, None)
+    return Problem(anchor, tuples, vectors, Span(*tuple_basis.packed(basis, anchor)))
+
+
+def volume_logsumexp_forward(kernels: Kernels, anchor: Tensor, tuples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *options, rows, cols, totals, _keep = arguments
+    with launching(anchor):
+        problem = _volumes(anchor, tuples, kernels.factor(tuples), *options)
+        results = forward(kernels, problem, rows, cols, totals)
+    return (*results[:4], problem.empty(0), results.row_total, results.col_total)
+
+
+def volume_logsumexp_backward(
+    kernels: Kernels,
+    grad_row_lse: Tensor,
+    grad_col_lse: Tensor,
+    grad_row_total: Tensor,
+    grad_col_total: Tensor,
+    row_max: Tensor,
+    col_max: Tensor,
+    row_log_sum: Tensor,
+    col_log_sum: Tensor,
+    _dots: Tensor,
+    anchor: Tensor,
+    tuples: Tensor,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    exclude: Tensor | None,
+    rows: bool,
+    cols: bool,
+    totals: bool,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    incoming = _incoming(
+        (grad_row_lse, grad_col_lse),
+        (row_max, col_max, row_log_sum, col_log_sum),
+        rows,
+        cols,
+        row_total=grad_row_total if rows and totals else None,
+        col_total=grad_col_total if cols and totals else None,
+    )
+    with launching(anchor):
+        basis = kernels.factor(tuples)
+        problem = _volumes(anchor, tuples, basis, row_scale, col_scale, exclude)
+        orthonormal = tuple_basis.orthonormal(tuples, basis) if needs[0] else None
+        needed = [*tuple_basis.needs_of_sweep(needs), False, False]
+        grads = backward(kernels, problem, orthonormal, incoming, needed)
+        empty = problem.empty(0)
+        sweep_grads = (
+            anchor.new_empty(0) if grads.x is None else grads.x.to(anchor.dtype),
+            empty if grads.y is None else grads.y.transpose(0, 1),
+            empty if grads.row_scale is None else grads.row_scale,
+            empty if grads.col_scale is None else grads.col_scale,
+        )
+        return tuple_basis.gradients(tuples, basis, col_scale, sweep_grads, needs)

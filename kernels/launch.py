@@ -1,0 +1,95 @@
+"""The kernels of the sweep, launched by Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_ops.backends.sweep import Block, Incoming, Kernels, Part, Problem, Sums, cdiv
+from contrastive_ops.kernels import tilings
+from contrastive_ops.kernels.sweep import block_kernel, excluded_kernel, forward_kernel, merge_kernel, rows_kernel
+
+PROGRAMS = 256  # of a launch, about two for each multiprocessor of an H100, where the device doesn't say
+EXCLUDED = 32  # rows of a program that looks up the excluded logits
+MERGE = 1024  # rows of a program that merges partials
+
+
+def options(problem: Problem, tiling: tilings.Tiling) -> dict[str, Any]:
+    return {
+        "RESTRICT": problem.restrict,
+        "PRECISION": "tf32" if problem.tf32 else "ieee",
+        "BLOCK_M": tiling.block_m,
+        "BLOCK_N": tiling.block_n,
+        "BLOCK_D": tiling.block_d,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }
+
+
+class TritonKernels(Kernels):
+    def programs(self, x: Tensor) -> int:
+        """Two waves of the multiprocessors, or one if each holds two."""
+        if x.device.type != "cuda":
+            return PROGRAMS
+        return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count
+
+    def forward_tiling(self, problem: Problem) -> tuple[int, int]:
+        return tilings.forward_tiling(problem)[:2]
+
+    def block_tiling(self, problem: Problem) -> tuple[int, int]:
+        return tilings.block_tiling(problem)[:2]
+
+    def rows_tiling(self, problem: Problem) -> tuple[int, int] | None:
+        tiling = tilings.rows_tiling(problem)
+        return None if tiling is None else tiling[:2]
+
+    def forward(self, problem: Problem, row: Part, col: Part, rows_per_group: int, cols_per_strip: int) -> None:
+        grid = (cdiv(problem.n, rows_per_group), cdiv(problem.m, cols_per_strip))
+        forward_kernel[grid](
+            problem.x, problem.y, problem.vectors, problem.span, row, col,
+            problem.n, problem.m, problem.features, rows_per_group, cols_per_strip,
+            MEMBERS=problem.members, MIRRORED=problem.mirrored, **options(problem, tilings.forward_tiling(problem)),
+        )  # fmt: skip
+
+    def excluded(self, problem: Problem, logits: Tensor) -> None:
+        excluded_kernel[(cdiv(problem.n, EXCLUDED),)](
+            problem.x, problem.y, problem.vectors, logits, problem.n, problem.features, BLOCK_M=EXCLUDED, BLOCK_D=128
+        )
+
+    def merge(self, part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor) -> None:
+        size = maximum.shape[0]
+        merge_kernel[(cdiv(size, MERGE),)](part, parts, mirror, mirrors, maximum, log_sum, size, BLOCK=MERGE)
+
+    def block(
+        self,
+        problem: Problem,
+        incoming: Incoming,
+        unit: Tensor | None,
+        coefficients: Tensor | None,
+        row: Sums,
+        col: Sums,
+        block: Block,
+    ) -> None:
+        tiling = tilings.block_tiling(problem)
+        block_kernel[(cdiv(block.rows, tiling.block_m), cdiv(block.cols, tiling.block_n))](
+            problem.x, problem.y, problem.vectors, problem.span, incoming, unit, coefficients, row, col,
+            problem.n, problem.m, problem.features, *block,
+            MEMBERS=problem.members, **options(problem, tiling),
+        )  # fmt: skip
+
+    def rows(
+        self,
+        problem: Problem,
+        incoming: Incoming,
+        unit: Tensor | None,
+        gradient: Tensor | None,
+        sums: Sums,
+        cols_per_strip: int,
+    ) -> None:
+        tiling = tilings.rows_tiling(problem)
+        rows_kernel[(cdiv(problem.n, tiling.block_m), cdiv(problem.m, cols_per_strip))](
+            problem.x, problem.y, problem.vectors, incoming, unit, gradient, sums,
+            problem.n, problem.m, problem.features, cols_per_strip, **options(problem, tiling),
+        )  # fmt: skip

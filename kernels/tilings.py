@@ -1,0 +1,143 @@
+"""How Triton cuts a problem: tiles, warps and stages by device, dtype and options, in one table."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_ops.backends.sweep import Problem
+
+
+class Tiling(NamedTuple):
+    """Rows, columns and features of a step; sizes are powers of two."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+class Tilings(NamedTuple):
+    """The tiling of each kernel. Many: with options that take registers for every column, see `_many`."""
+
+    forward: Tiling  # tiles of columns divide those of rows: in self-similarity the diagonal is between tiles of rows
+    forward_many: Tiling
+    block: Tiling
+    block_many: Tiling
+    volume: Tiling  # forward and block, P = 1 and 2
+    volume_many: Tiling  # P = 3 and 4
+    rows: Tiling | None  # its block_d is all features; None where it is not used
+
+
+# By class of device, then by bytes of an element. The largest that spill no registers: bench/RESOURCES.md has them all.
+TILINGS = {
+    "any": {
+        2: Tilings(
+            forward=Tiling(128, 128, 32, 8, 4),
+            forward_many=Tiling(128, 64, 64, 8, 3),
+            block=Tiling(128, 128, 64, 8, 3),
+            block_many=Tiling(128, 64, 64, 8, 3),
+            volume=Tiling(128, 64, 64, 8, 3),
+            volume_many=Tiling(64, 32, 64, 8, 3),
+            rows=Tiling(64, 32, 0, 8, 2),
+        ),
+        4: Tilings(*[Tiling(64, 64, 32, 8, 2)] * 5, volume_many=Tiling(64, 32, 16, 8, 3), rows=None),
+    },
+    "sm_90": {
+        2: Tilings(
+            forward=Tiling(128, 128, 64, 8, 3),
+            forward_many=Tiling(128, 64, 64, 8, 3),
+            block=Tiling(128, 128, 64, 8, 3),
+            block_many=Tiling(128, 64, 64, 8, 3),
+            volume=Tiling(128, 64, 32, 8, 4),
+            volume_many=Tiling(64, 32, 64, 8, 3),
+            rows=Tiling(64, 64, 0, 8, 2),
+        ),
+        4: Tilings(
+            forward=Tiling(64, 64, 32, 16, 2),
+            forward_many=Tiling(64, 32, 32, 8, 2),
+            block=Tiling(64, 64, 32, 16, 2),
+            block_many=Tiling(64, 64, 32, 16, 2),
+            volume=Tiling(64, 64, 32, 16, 2),
+            volume_many=Tiling(64, 32, 16, 8, 3),
+            rows=None,
+        ),
+    },
+    "sm_100": {
+        2: Tilings(
+            forward=Tiling(128, 64, 64, 8, 3),
+            forward_many=Tiling(64, 64, 64, 8, 3),
+            block=Tiling(64, 64, 64, 8, 3),
+            block_many=Tiling(64, 64, 64, 8, 3),
+            volume=Tiling(64, 32, 64, 8, 2),
+            volume_many=Tiling(64, 32, 64, 8, 2),
+            rows=Tiling(64, 64, 0, 8, 2),
+        ),
+        4: Tilings(
+            forward=Tiling(64, 64, 32, 8, 2),
+            forward_many=Tiling(64, 64, 32, 8, 2),
+            block=Tiling(64, 64, 32, 8, 2),
+            block_many=Tiling(64, 32, 32, 8, 2),
+            volume=Tiling(64, 32, 32, 8, 2),
+            volume_many=Tiling(64, 32, 32, 8, 2),
+            rows=None,
+        ),
+    },
+    "hip": {
+        2: Tilings(
+            forward=Tiling(128, 128, 64, 8, 2),
+            forward_many=Tiling(128, 128, 64, 8, 2),
+            block=Tiling(128, 128, 64, 8, 2),
+            block_many=Tiling(128, 64, 64, 8, 2),
+            volume=Tiling(128, 64, 64, 8, 2),
+            volume_many=Tiling(64, 32, 64, 4, 2),
+            rows=Tiling(64, 32, 0, 4, 2),
+        ),
+        4: Tilings(*[Tiling(64, 64, 16, 8, 3)] * 5, volume_many=Tiling(64, 32, 16, 4, 2), rows=None),
+    },
+}
+ROWS_FEATURES = 256  # most features of rows_kernel; beyond, bench/COST.md has the blocks ahead or the registers full
+
+
+def device_class(x: Tensor) -> str:
+    """The key of TILINGS for the device of a tensor."""
+    if x.device.type != "cuda":
+        return "any"
+    if torch.version.hip is not None:
+        return "hip"
+    generation = f"sm_{torch.cuda.get_device_capability(x.device)[0]}0"
+    return generation if generation in TILINGS else "any"
+
+
+def _many(problem: Problem) -> bool:
+    v = problem.vectors
+    return any(option is not None for option in (v.col_scale, v.row_bias, v.col_bias, v.row_ids))
+
+
+def _of(problem: Problem) -> Tilings:
+    return TILINGS[device_class(problem.x)][problem.x.element_size()]
+
+
+def forward_tiling(problem: Problem) -> Tiling:
+    tilings = _of(problem)
+    if problem.members:
+        return tilings.volume if problem.members <= 2 else tilings.volume_many
+    return tilings.forward_many if _many(problem) else tilings.forward
+
+
+def block_tiling(problem: Problem) -> Tiling:
+    tilings = _of(problem)
+    if problem.members:
+        return forward_tiling(problem)
+    return tilings.block_many if _many(problem) or problem.mirrored else tilings.block
+
+
+def rows_tiling(problem: Problem) -> Tiling | None:
+    """None where rows_kernel does not take the problem."""
+    tiling = _of(problem).rows
+    if tiling is None or problem.members or problem.features > ROWS_FEATURES:
+        return None
+    return tiling._replace(block_d=max(16, 1 << (problem.features - 1).bit_length()))
