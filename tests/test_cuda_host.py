@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cuda_host import build
 
-PROBE = [build.HERE / "probe.cpp"]
+PROBE = [build.HERE / "probe.cu"]
 SENTENCE = build.why_not()
 needs_compiler = pytest.mark.skipif(SENTENCE is not None, reason=f"cuda-host: {SENTENCE}")
 
@@ -38,13 +38,13 @@ def test_right_kernels(case, variant):
 
 WRONG = {
     # reported by launch(), with the place
-    "divergence": r"probe.cpp:\d+: lanes of a warp part: this one has come to a shuffle .* a shuffle .* at probe.cpp",
+    "divergence": r"probe.cu:\d+: lanes of a warp part: this one has come to a shuffle .* a shuffle .* at probe.cu",
     "different_masks": r"with mask fffffff[ef], others to a shuffle with mask fffffff[ef]",
     "foreign_lane": r"a lane asks for the value of one that is not in the mask; block \(0, 0\), thread \d+",
     "foreign_mask": r"a lane is not in the mask that it names",
-    "parted_barriers": r"threads of a block part: this one has come to __syncthreads here, others at probe.cpp:\d+",
-    "deadlock": r"deadlock in block \(0, 0\): 1 threads wait in __syncthreads at probe.cpp:\d+, the first is 40; "
-    r"31 threads wait in a shuffle at probe.cpp:\d+, the first is 32; 32 have ended",
+    "parted_barriers": r"threads of a block part: this one has come to __syncthreads here, others at probe.cu:\d+",
+    "deadlock": r"deadlock in block \(0, 0\): 1 threads wait in __syncthreads at probe.cu:\d+, the first is 40; "
+    r"31 threads wait in a shuffle at probe.cu:\d+, the first is 32; 32 have ended",
     "copy_to_misaligned": r"copy_async: byte 8 of 64 of shared memory is not aligned to 16 bytes",
     "copy_from_misaligned": r"copy_async: the address in global memory is not aligned to 16 bytes",
     "copy_beyond": r"copy_async: byte 64 of 64 of shared memory is outside of the shared memory of the block",
@@ -88,12 +88,12 @@ def test_buffer_reused_too_early():
 def test_bounds(case):
     report = probe(case, "asan")
     assert "AddressSanitizer: heap-buffer-overflow" in report
-    assert re.search(r"probe.cpp:\d+", report), "the place in the kernel"
+    assert re.search(r"probe.cu:\d+", report), "the place in the kernel"
 
 
 @needs_compiler
 def test_alignment():
-    assert re.search(r"probe.cpp:\d+:\d+: runtime error: .* misaligned address", probe("misaligned", "asan"))
+    assert re.search(r"probe.cu:\d+:\d+: runtime error: .* misaligned address", probe("misaligned", "asan"))
 
 
 @needs_compiler
@@ -110,7 +110,7 @@ def test_alignment():
 def test_races(case, eager):
     report = probe(case, "tsan", eager=eager)
     assert "ThreadSanitizer: data race" in report
-    assert re.search(r"probe.cpp:\d+", report), "the place in the kernel"
+    assert re.search(r"probe.cu:\d+", report), "the place in the kernel"
 
 
 @needs_compiler
@@ -189,7 +189,7 @@ def test_wavefronts(stride, library):
     counts = {name: (site, int(taken), int(least)) for name, site, taken, least in (re.split(",? ", x) for x in lines)}
     assert counts.keys() == {"copy_async", "load_matrices", "load_matrices_transposed"}
     for site, taken, least in counts.values():
-        assert re.fullmatch(r"probe.cpp:\d+", site)
+        assert re.fullmatch(r"probe.cu:\d+", site)
         assert (taken, least) == (4 * ways, 4)
     assert library.contrastive_ops_host_wavefronts() == b"", "since the last call"
 
@@ -214,7 +214,7 @@ def test_round_to_tf32(library):
 @needs_compiler
 def test_build_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "CACHE", tmp_path / "cache")
-    source, header = tmp_path / "one.cpp", tmp_path / "one.h"
+    source, header = tmp_path / "one.cu", tmp_path / "one.h"
     source.write_text('#include "one.h"\nextern "C" int one() { return ONE; }\n')
     header.write_text("#define ONE 1\n")
     first = build.library([source])
@@ -226,7 +226,7 @@ def test_build_is_kept(tmp_path, monkeypatch):
     assert ctypes.CDLL(str(build.library([source]))).one() == 2
     assert build.library([source], definitions=["TWO"]) != build.library([source])
     source.write_text("int one(")
-    with pytest.raises(build.BuildError, match=r"one\.cpp:1:.*error"):
+    with pytest.raises(build.BuildError, match=r"one\.cu:1:.*error"):
         build.library([source])
 
 

@@ -1,5 +1,7 @@
 """Compile CUDA sources for the CPU, with g++ and the headers of a CUDA toolkit.
 
+Sanitizers see what is in .cu files: the kernels. runtime.cpp must be without them, the rest is faster so.
+
     python tests/cuda_host/build.py           the engine as a backend: prints the path of the shared object
 
 Objects are kept in build/cuda_host under a hash of all they are made from. Several processes may build at once.
@@ -26,13 +28,12 @@ ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cuda_host"
 
-FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DCONTRASTIVE_OPS_CUDA_HOST")
+FLAGS = ("-std=c++17", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DCONTRASTIVE_OPS_CUDA_HOST")
 VARIANTS = {
     "plain": (),
-    "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DCUDA_HOST_ASAN"),
-    "tsan": ("-fsanitize=thread", "-DCUDA_HOST_TSAN"),
+    "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "tsan": ("-fsanitize=thread",),
 }
-# Without sanitizers, as runtime.cpp says; its speed is that of all tests
 RUNTIME = (HERE / "runtime.cpp", HERE / "fiber.cpp")
 
 
@@ -118,26 +119,20 @@ def _linked(
     sentence = why_not()
     if sentence is not None:
         raise BuildError(sentence)
-    sanitizers = VARIANTS[variant]
-    of_source = (
+    common = (
         *FLAGS,
-        *sanitizers,
         *(f"-D{definition}" for definition in definitions),
         f"-I{kernels}",
         f"-I{HERE}",
         f"-isystem{_cuda_headers()}",
         *flags,
     )
-    of_runtime = (
-        *FLAGS,
-        "-O2",
-        *(flag for flag in sanitizers if flag.startswith("-D")),
-        f"-isystem{_cuda_headers()}",
-    )
-    jobs = [(path, of_runtime) for path in RUNTIME] + [(path, of_source) for path in sources]
+    sanitizers = VARIANTS[variant]
+    by_suffix = {".cu": (*common, "-O1", *sanitizers), ".cpp": (*common, "-O2", f"-DCUDA_HOST_{variant.upper()}")}
+    jobs = [(path, by_suffix[path.suffix]) for path in (*RUNTIME, *sources)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: _object(*job, kernels), jobs))
-    command = [*map(str, objects), *(flag for flag in sanitizers if flag.startswith("-f")), *link]
+    command = [*map(str, objects), *sanitizers, *link]
     name = f"{objects[-1].name.split('-')[0]}-{_digest(command)}{suffix}"
     return _made(CACHE / name, [_compiler(), *command])
 
