@@ -8,13 +8,8 @@
 // function returns the error in words, or null.
 #pragma once
 
-#include <cstdint>
-
-#ifdef CONTRASTIVE_OPS_CUDA_HOST
-using cudaStream_t = void*;
-#else
 #include <cuda_runtime_api.h>
-#endif
+#include <cstdint>
 
 namespace contrastive_ops::cuda {
 

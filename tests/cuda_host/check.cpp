@@ -1,0 +1,839 @@
+// The functions of csrc/cuda/sweep.h on small problems, compared with plain loops in float64. For sanitizers: no torch.
+//
+//     check [CASE [SEED [eager]]]   all cases in both modes of copies on three seeds, or one; prints what is wrong, and
+//                                   the wavefronts of shared memory that all took
+//
+// Buffers are as large as they must be and no larger, and what the kernels write is NaN before.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "device.cuh"
+#include "sweep.h"
+
+using namespace contrastive_ops::cuda;
+
+namespace {
+
+constexpr double INFINITE = std::numeric_limits<double>::infinity();
+constexpr float UNWRITTEN = std::numeric_limits<float>::quiet_NaN();
+
+struct Case {
+  const char* name;
+  Dtype dtype;
+  int features;
+  int members = 0;
+  bool scales = false, biases = false, exclude = false, ids = false, equal = false;
+  bool mirrored = false;
+  bool tf32 = false;
+  bool rows = true, cols = true;  // the directions that are asked for
+  bool small = false;             // less than a tile
+  bool misaligned = false;        // x and y begin where no 16 bytes do
+  bool no_gradient = false;       // of the features: sums only
+};
+
+const Case CASES[] = {
+    {.name = "float32", .dtype = Dtype::float32, .features = 20},
+    {.name = "float32 rows", .dtype = Dtype::float32, .features = 8, .cols = false},
+    {.name = "float32 odd", .dtype = Dtype::float32, .features = 37, .scales = true, .rows = false},
+    {.name = "float32 all",
+     .dtype = Dtype::float32,
+     .features = 24,
+     .scales = true,
+     .biases = true,
+     .exclude = true,
+     .ids = true},
+    {.name = "float32 self",
+     .dtype = Dtype::float32,
+     .features = 20,
+     .scales = true,
+     .exclude = true,
+     .mirrored = true},
+    {.name = "tf32", .dtype = Dtype::float32, .features = 40, .scales = true, .tf32 = true},
+    {.name = "bfloat16", .dtype = Dtype::bfloat16, .features = 64},
+    {.name = "bfloat16 steps", .dtype = Dtype::bfloat16, .features = 200, .exclude = true},
+    {.name = "bfloat16 odd", .dtype = Dtype::bfloat16, .features = 33, .biases = true},
+    {.name = "bfloat16 misaligned", .dtype = Dtype::bfloat16, .features = 32, .scales = true, .misaligned = true},
+    {.name = "bfloat16 small", .dtype = Dtype::bfloat16, .features = 16, .exclude = true, .small = true},
+    {.name = "bfloat16 cols", .dtype = Dtype::bfloat16, .features = 16, .ids = true, .equal = true, .rows = false},
+    {.name = "bfloat16 self",
+     .dtype = Dtype::bfloat16,
+     .features = 48,
+     .scales = true,
+     .biases = true,
+     .exclude = true,
+     .ids = true,
+     .mirrored = true},
+    {.name = "float16 all",
+     .dtype = Dtype::float16,
+     .features = 72,
+     .scales = true,
+     .biases = true,
+     .exclude = true,
+     .ids = true},
+    {.name = "float16 equal",
+     .dtype = Dtype::float16,
+     .features = 20,
+     .scales = true,
+     .exclude = true,
+     .ids = true,
+     .equal = true},
+    {.name = "float16 sums", .dtype = Dtype::float16, .features = 16, .scales = true, .no_gradient = true},
+    {.name = "volume 1", .dtype = Dtype::float32, .features = 20, .members = 1, .scales = true},
+    {.name = "volume 2", .dtype = Dtype::bfloat16, .features = 40, .members = 2, .scales = true, .exclude = true},
+    {.name = "volume 2 tf32", .dtype = Dtype::float32, .features = 36, .members = 2, .tf32 = true},
+    {.name = "volume 3", .dtype = Dtype::float16, .features = 21, .members = 3, .rows = false},
+    {.name = "volume 4", .dtype = Dtype::float32, .features = 33, .members = 4, .exclude = true, .cols = false},
+    {.name = "volume 4 half", .dtype = Dtype::bfloat16, .features = 24, .members = 4, .small = true},
+};
+
+// An order of threads and blocks, and a mode of copies.
+struct Run {
+  uint64_t seed;
+  bool eager;
+};
+
+std::string current;
+
+void begin(const char* name, const Run& run) {
+  current = std::string(name) + ", seed " + std::to_string(run.seed) + (run.eager ? ", eager" : "");
+  contrastive_ops_host_configure(run.seed, run.eager);
+}
+
+[[noreturn]] void stop(const std::string& what) {
+  std::printf("%s: %s\n", current.c_str(), what.c_str());
+  std::exit(1);
+}
+
+void succeed(const char* what, const char* error) {
+  if (error != nullptr) {
+    stop(std::string(what) + ": " + error);
+  }
+}
+
+// A sum, and the size of its terms: what errors are measured by.
+struct Sum {
+  double value = 0;
+  double size = 0;
+
+  void add(double term) {
+    value += term;
+    size += std::fabs(term);
+  }
+};
+
+void expect(const char* what, size_t index, double value, double expected, double allowed) {
+  const bool right = std::isfinite(expected) ? std::fabs(value - expected) <= allowed : value == expected;
+  if (!right) {
+    char text[256];
+    std::snprintf(
+        text,
+        sizeof(text),
+        "%s[%zu] is %.9g instead of %.9g, off by %.2g where %.2g is allowed",
+        what,
+        index,
+        value,
+        expected,
+        std::fabs(value - expected),
+        allowed);
+    stop(text);
+  }
+}
+
+// Elements of a dtype, in memory of their own, which begins one element late if `misaligned`.
+class Features {
+ public:
+  Features(Dtype dtype, size_t size, bool misaligned = false)
+      : dtype_(dtype), first_(misaligned), bytes_((size + first_) * width(), 0xff) {}
+
+  size_t width() const {
+    return dtype_ == Dtype::float32 ? 4 : 2;
+  }
+
+  void* data() {
+    return bytes_.data() + first_ * width();
+  }
+
+  void set(size_t index, float value) {
+    unsigned char* place = bytes_.data() + (first_ + index) * width();
+    if (dtype_ == Dtype::float32) {
+      std::memcpy(place, &value, 4);
+    } else if (dtype_ == Dtype::bfloat16) {
+      const __nv_bfloat16 rounded = __float2bfloat16_rn(value);
+      std::memcpy(place, &rounded, 2);
+    } else {
+      const __half rounded = __float2half_rn(value);
+      std::memcpy(place, &rounded, 2);
+    }
+  }
+
+  double operator[](size_t index) const {
+    const unsigned char* place = bytes_.data() + (first_ + index) * width();
+    if (dtype_ == Dtype::float32) {
+      float value;
+      std::memcpy(&value, place, 4);
+      return value;
+    }
+    if (dtype_ == Dtype::bfloat16) {
+      __nv_bfloat16 value;
+      std::memcpy(&value, place, 2);
+      return __bfloat162float(value);
+    }
+    __half value;
+    std::memcpy(&value, place, 2);
+    return __half2float(value);
+  }
+
+ private:
+  Dtype dtype_;
+  size_t first_;
+  std::vector<unsigned char> bytes_;
+};
+
+double rounding_of(Dtype dtype) {
+  return dtype == Dtype::float32 ? 0x1p-23 : dtype == Dtype::bfloat16 ? 0x1p-8 : 0x1p-11;
+}
+
+using Floats = std::vector<float>;
+using Ints = std::vector<int>;
+
+template <typename T>
+const T* if_any(const std::vector<T>& values) {
+  return values.empty() ? nullptr : values.data();
+}
+
+float* if_any(Floats& values) {
+  return values.empty() ? nullptr : values.data();
+}
+
+std::mt19937 generator;
+
+double normal() {
+  return std::normal_distribution<double>()(generator);
+}
+
+int below(int bound) {
+  return static_cast<int>(generator() % static_cast<unsigned>(bound));
+}
+
+Floats random_floats(int size, double mean, double deviation) {
+  Floats values(size);
+  for (float& value : values) {
+    value = static_cast<float>(mean + deviation * normal());
+  }
+  return values;
+}
+
+// L^-1 and the volume of a set of vectors, by Gram and Schmidt: row t of L^-1 has what makes the t-th unit vector.
+struct Factor {
+  std::vector<double> inverse;  // [P, P]
+  double volume = 1;
+};
+
+Factor factor_of(const Features& vectors, size_t set, int members, int features) {
+  const auto element = [&](int t, int k) { return vectors[(set * members + t) * features + k]; };
+  Factor result;
+  result.inverse.assign(static_cast<size_t>(members) * members, 0);
+  std::vector<std::vector<double>> units;
+  for (int t = 0; t < members; ++t) {
+    std::vector<double> rest(features), combination(members);
+    combination[t] = 1;
+    double square = 0;
+    for (int k = 0; k < features; ++k) {
+      rest[k] = element(t, k);
+      square += rest[k] * rest[k];
+    }
+    for (int s = 0; s < t; ++s) {
+      double dot = 0;
+      for (int k = 0; k < features; ++k) {
+        dot += units[s][k] * rest[k];
+      }
+      for (int k = 0; k < features; ++k) {
+        rest[k] -= dot * units[s][k];
+      }
+      for (int r = 0; r <= s; ++r) {
+        combination[r] -= dot * result.inverse[s * members + r];
+      }
+    }
+    double length = 0;
+    for (double value : rest) {
+      length += value * value;
+    }
+    const bool inside = length <= 1e-12 * square;  // the share of contrastive_ops/backends/tuples.py
+    length = inside ? 0 : std::sqrt(length);
+    result.volume *= length;
+    for (double& value : rest) {
+      value = inside ? 0 : value / length;
+    }
+    for (int r = 0; r <= t; ++r) {
+      result.inverse[t * members + r] = inside ? 0 : combination[r] / length;
+    }
+    units.push_back(rest);
+  }
+  return result;
+}
+
+struct Inputs {
+  Case options;
+  int n, m;
+  Features x, y;
+  Floats row_scale, col_scale, row_bias, col_bias, inverse, square;
+  Ints row_exclude, col_exclude, row_ids, col_ids;
+
+  Inputs(const Case& options, int n, int m)
+      : options(options),
+        n(n),
+        m(m),
+        x(options.dtype, static_cast<size_t>(n) * options.features, options.misaligned),
+        y(options.dtype, static_cast<size_t>(m) * columns() * options.features, options.misaligned) {
+    for (size_t i = 0; i < static_cast<size_t>(n) * options.features; ++i) {
+      x.set(i, static_cast<float>(normal()));
+    }
+    for (size_t j = 0; j < static_cast<size_t>(m) * columns() * options.features; ++j) {
+      y.set(j, static_cast<float>(options.mirrored ? x[j] : normal()));
+    }
+    const double scale = 4 / std::sqrt(options.features);
+    if (options.scales) {
+      row_scale = random_floats(n, scale, 0.1);
+      col_scale = random_floats(m, 1, 0.1);
+    }
+    if (options.biases) {
+      row_bias = random_floats(n, 0, 1);
+      col_bias = random_floats(m, 0, 1);
+    }
+    if (options.exclude) {
+      for (int i = 0; i < n; ++i) {
+        row_exclude.push_back(below(4) == 0 ? -1 : below(3) == 0 ? below(m) : i % m);
+      }
+    }
+    if (options.ids) {  // in order, so that tiles may be left out
+      const int groups = 9;
+      for (int i = 0; i < n; ++i) {
+        row_ids.push_back(i == 0 ? groups : i * groups / n);  // the first is in no group
+      }
+      for (int j = 0; j < m; ++j) {
+        col_ids.push_back(j * groups / m);
+      }
+    }
+    if (options.mirrored) {
+      col_scale = row_scale;
+      col_bias = row_bias;
+      col_exclude = row_exclude;
+      col_ids = row_ids;
+    }
+    if (options.members > 0) {
+      const int members = options.members;
+      inverse.resize(static_cast<size_t>(members * (members + 1) / 2) * m);
+      for (int j = 0; j < m; ++j) {
+        const Factor factor = factor_of(y, j, members, options.features);
+        for (int t = 0, place = 0; t < members; ++t) {
+          for (int s = 0; s <= t; ++s, ++place) {
+            inverse[static_cast<size_t>(place) * m + j] = static_cast<float>(factor.inverse[t * members + s]);
+          }
+        }
+      }
+      square.resize(n);
+      for (int i = 0; i < n; ++i) {
+        double sum = 0;
+        for (int k = 0; k < options.features; ++k) {
+          const double value = x[static_cast<size_t>(i) * options.features + k];
+          sum += value * value;
+        }
+        square[i] = static_cast<float>(sum);
+      }
+    }
+  }
+
+  int columns() const {
+    return options.members > 0 ? options.members : 1;
+  }
+
+  Problem problem() {
+    return {
+        options.dtype,
+        x.data(),
+        y.data(),
+        n,
+        m,
+        options.features,
+        options.members,
+        {if_any(row_scale),
+         if_any(col_scale),
+         if_any(row_bias),
+         if_any(col_bias),
+         if_any(row_exclude),
+         if_any(col_exclude),
+         if_any(row_ids),
+         if_any(col_ids)},
+        {if_any(inverse), if_any(square)},
+        options.mirrored,
+        options.equal,
+        options.tf32};
+  }
+};
+
+// Everything about a pair, in float64.
+struct Pair {
+  double value;  // <x, y>, or minus the distance
+  double scale;  // a b
+  double logit;
+  bool takes_part;
+  bool named_by_row, named_by_col;
+  std::vector<double> coordinates;  // of volumes
+};
+
+struct Truth {
+  const Inputs& inputs;
+  std::vector<Pair> pairs;
+  std::vector<double> row_max, col_max, row_log_sum, col_log_sum;
+  std::vector<Sum> row_total, col_total;
+
+  explicit Truth(const Inputs& inputs)
+      : inputs(inputs),
+        row_max(inputs.n, -INFINITE),
+        col_max(inputs.m, -INFINITE),
+        row_log_sum(inputs.n),
+        col_log_sum(inputs.m),
+        row_total(inputs.n),
+        col_total(inputs.m) {
+    for (int i = 0; i < inputs.n; ++i) {
+      for (int j = 0; j < inputs.m; ++j) {
+        pairs.push_back(pair_of(i, j));
+        const Pair& pair = pairs.back();
+        if (pair.takes_part) {
+          row_max[i] = std::fmax(row_max[i], pair.logit);
+          col_max[j] = std::fmax(col_max[j], pair.logit);
+          row_total[i].add(pair.logit);
+          col_total[j].add(pair.logit);
+        }
+      }
+    }
+    for (int i = 0; i < inputs.n; ++i) {
+      for (int j = 0; j < inputs.m; ++j) {
+        if (at(i, j).takes_part) {
+          row_log_sum[i] += std::exp(at(i, j).logit - row_max[i]);
+          col_log_sum[j] += std::exp(at(i, j).logit - col_max[j]);
+        }
+      }
+    }
+    for (std::vector<double>* sums : {&row_log_sum, &col_log_sum}) {
+      for (double& sum : *sums) {
+        sum = std::log(sum);
+      }
+    }
+  }
+
+  const Pair& at(int i, int j) const {
+    return pairs[static_cast<size_t>(i) * inputs.m + j];
+  }
+
+ private:
+  double dot(int i, size_t vector) const {
+    double sum = 0;
+    for (int k = 0; k < inputs.options.features; ++k) {
+      sum += inputs.x[static_cast<size_t>(i) * inputs.options.features + k] *
+             inputs.y[vector * inputs.options.features + k];
+    }
+    return sum;
+  }
+
+  Pair pair_of(int i, int j) const {
+    const auto value_or = [](const Floats& values, int index, double otherwise) {
+      return values.empty() ? otherwise : values[index];
+    };
+    const int members = inputs.options.members;
+    Pair pair;
+    if (members == 0) {
+      pair.value = dot(i, j);
+    } else {
+      double outside = inputs.square[i];
+      for (int t = 0, place = 0; t < members; ++t) {
+        double coordinate = 0;
+        for (int s = 0; s <= t; ++s, ++place) {
+          coordinate += double{inputs.inverse[static_cast<size_t>(place) * inputs.m + j]} *
+                        dot(i, static_cast<size_t>(j) * members + s);
+        }
+        pair.coordinates.push_back(coordinate);
+        outside -= coordinate * coordinate;
+      }
+      pair.value = -std::sqrt(std::fmax(outside, 0));
+    }
+    pair.scale = value_or(inputs.row_scale, i, 1) * value_or(inputs.col_scale, j, 1);
+    pair.logit = pair.value * pair.scale + value_or(inputs.row_bias, i, 0) + value_or(inputs.col_bias, j, 0);
+    pair.named_by_row = !inputs.row_exclude.empty() && inputs.row_exclude[i] == j;
+    pair.named_by_col = !inputs.col_exclude.empty() && inputs.col_exclude[j] == i;
+    const bool by_ids = inputs.row_ids.empty() || (inputs.row_ids[i] == inputs.col_ids[j]) == inputs.options.equal;
+    pair.takes_part = by_ids && !pair.named_by_row && !pair.named_by_col;
+    return pair;
+  }
+};
+
+// Relative to the size of a logit's terms: of products in float32, or in TF32, whose operands have 11 bits.
+double tolerance_of(const Case& options) {
+  return (options.tf32 ? 2e-2 : 2e-5) * (options.members > 0 ? 5 : 1);
+}
+
+int divide_up(int a, int b) {
+  return (a + b - 1) / b;
+}
+
+struct Partials {
+  Floats maximum, sum, total;
+
+  Partials(bool wanted, bool totals, size_t size)
+      : maximum(wanted ? size : 0, UNWRITTEN), sum(maximum), total(totals ? maximum : Floats()) {}
+
+  Part part() {
+    return {if_any(maximum), if_any(sum), if_any(total)};
+  }
+};
+
+void expect_statistics(
+    const char* what,
+    const Case& options,
+    const Floats& maximum,
+    const Floats& log_sum,
+    const std::vector<double>& true_maximum,
+    const std::vector<double>& true_log_sum) {
+  for (size_t i = 0; i < maximum.size(); ++i) {
+    const double allowed = tolerance_of(options) * (5 + std::fabs(true_maximum[i]));
+    expect((std::string(what) + "_max").c_str(), i, maximum[i], true_maximum[i], allowed);
+    if (std::isfinite(true_maximum[i])) {
+      const double lse = true_maximum[i] + true_log_sum[i];
+      expect((std::string(what) + "_lse").c_str(), i, double{maximum[i]} + log_sum[i], lse, allowed);
+    } else {
+      expect((std::string(what) + "_log_sum").c_str(), i, log_sum[i], -INFINITE, 0);
+    }
+  }
+}
+
+void expect_totals(
+    const char* what, const Case& options, const Floats& partials, int parts, const std::vector<Sum>& totals) {
+  for (size_t i = 0; i < totals.size() && !partials.empty(); ++i) {
+    double total = 0;
+    for (int part = 0; part < parts; ++part) {
+      total += partials[part * totals.size() + i];
+    }
+    expect(what, i, total, totals[i].value, tolerance_of(options) * (1 + totals[i].size));
+  }
+}
+
+// `tiles` in a group of rows and in a strip of columns.
+void check_forward(Inputs& inputs, const Truth& truth, int tiles) {
+  const Case& options = inputs.options;
+  const int n = inputs.n, m = inputs.m;
+  const Tiling tile = tiling(options.members);
+  const int rows_per_group = tiles * tile.rows, cols_per_strip = tiles * tile.cols;
+  const int groups = divide_up(n, rows_per_group), strips = divide_up(m, cols_per_strip);
+  const bool totals = options.members > 0;
+  Partials row(options.rows || options.mirrored, totals, static_cast<size_t>(strips) * n);
+  Partials col(options.cols || options.mirrored, totals, static_cast<size_t>(groups) * m);
+  succeed("forward", forward(inputs.problem(), row.part(), col.part(), rows_per_group, cols_per_strip, nullptr));
+  Floats maximum(n, UNWRITTEN), log_sum(n, UNWRITTEN);
+  if (!row.maximum.empty()) {
+    const Part mirror = options.mirrored ? col.part() : Part{};
+    succeed(
+        "merge",
+        merge(row.part(), strips, mirror, options.mirrored ? groups : 0, maximum.data(), log_sum.data(), n, nullptr));
+    expect_statistics("row", options, maximum, log_sum, truth.row_max, truth.row_log_sum);
+    expect_totals("row_total", options, row.total, strips, truth.row_total);
+  }
+  if (!col.maximum.empty() && !options.mirrored) {
+    maximum.assign(m, UNWRITTEN);
+    log_sum.assign(m, UNWRITTEN);
+    succeed("merge", merge(col.part(), groups, Part{}, 0, maximum.data(), log_sum.data(), m, nullptr));
+    expect_statistics("col", options, maximum, log_sum, truth.col_max, truth.col_log_sum);
+    expect_totals("col_total", options, col.total, groups, truth.col_total);
+  }
+}
+
+void check_excluded(Inputs& inputs, const Truth& truth) {
+  Floats logits(inputs.n, UNWRITTEN);
+  succeed("excluded", excluded(inputs.problem(), logits.data(), nullptr));
+  for (int i = 0; i < inputs.n; ++i) {
+    const int j = inputs.row_exclude[i];
+    const double expected = j < 0 ? -INFINITE : truth.at(i, j).logit;
+    expect("excluded", i, logits[i], expected, 2e-5 * (5 + std::fabs(expected)));
+  }
+}
+
+// Gradients that come in, and with them those of every logit.
+struct Gradients {
+  Floats row_weight, col_weight, row_max, col_max, row_excluded, col_excluded, row_total, col_total;
+  std::vector<double> of_logits;
+  float unit = 1;
+
+  explicit Gradients(const Truth& truth) {
+    const Inputs& inputs = truth.inputs;
+    const Case& options = inputs.options;
+    if (options.rows) {
+      weigh(truth.row_max, truth.row_log_sum, row_weight, row_max);
+    }
+    if (options.cols) {
+      weigh(truth.col_max, truth.col_log_sum, col_weight, col_max);
+    }
+    if (options.exclude && options.members == 0) {
+      row_excluded = random_floats(inputs.n, 0, 0.1);
+      col_excluded = options.mirrored ? row_excluded : Floats();
+    }
+    if (options.members > 0) {
+      row_total = options.rows ? random_floats(inputs.n, 0, 0.01) : Floats();
+      col_total = options.cols ? random_floats(inputs.m, 0, 0.01) : Floats();
+    }
+    double largest = 0;
+    for (int i = 0; i < inputs.n; ++i) {
+      for (int j = 0; j < inputs.m; ++j) {
+        of_logits.push_back(of_logit(truth.at(i, j), i, j));
+        largest = std::fmax(largest, std::fabs(of_logits.back() * truth.at(i, j).scale));
+      }
+    }
+    if (options.dtype == Dtype::float16) {
+      unit = static_cast<float>(largest * 0x1p-14);
+    }
+  }
+
+  Incoming incoming() const {
+    return {
+        if_any(row_weight),
+        if_any(col_weight),
+        if_any(row_max),
+        if_any(col_max),
+        if_any(row_excluded),
+        if_any(col_excluded),
+        if_any(row_total),
+        if_any(col_total)};
+  }
+
+ private:
+  static void weigh(
+      const std::vector<double>& true_max, const std::vector<double>& log_sum, Floats& weight, Floats& maximum) {
+    weight = random_floats(static_cast<int>(true_max.size()), 0, 1);
+    for (size_t i = 0; i < weight.size(); ++i) {
+      const bool empty = true_max[i] == -INFINITE;
+      weight[i] = empty ? 0 : static_cast<float>(weight[i] * std::exp(-log_sum[i]));
+      maximum.push_back(static_cast<float>(empty ? INFINITE : true_max[i]));
+    }
+  }
+
+  double of_logit(const Pair& pair, int i, int j) const {
+    if (pair.named_by_row || pair.named_by_col) {
+      return (pair.named_by_row && !row_excluded.empty() ? row_excluded[i] : 0) +
+             (pair.named_by_col && !col_excluded.empty() ? col_excluded[j] : 0);
+    }
+    if (!pair.takes_part) {
+      return 0;
+    }
+    double gradient = 0;
+    if (!row_max.empty()) {
+      gradient += row_weight[i] * std::exp(pair.logit - row_max[i]);
+    }
+    if (!col_max.empty()) {
+      gradient += col_weight[j] * std::exp(pair.logit - col_max[j]);
+    }
+    return gradient + (row_total.empty() ? 0 : row_total[i]) + (col_total.empty() ? 0 : col_total[j]);
+  }
+};
+
+double scale_or_one(const Floats& scales, int index) {
+  return scales.empty() ? 1 : scales[index];
+}
+
+void expect_sums(
+    const char* what, const Case& options, const Floats& partials, int parts, const std::vector<Sum>& expected) {
+  for (size_t i = 0; i < expected.size() && !partials.empty(); ++i) {
+    double sum = 0;
+    for (int part = 0; part < parts; ++part) {
+      sum += partials[part * expected.size() + i];
+    }
+    expect(what, i, sum, expected[i].value, 5 * tolerance_of(options) * (1e-3 + expected[i].size));
+  }
+}
+
+// A part of the plane that begins at `first_row` and `first_col`.
+void check_block(
+    Inputs& inputs, const Truth& truth, const Gradients& gradients, int first_row, int first_col, int rows, int cols) {
+  const Case& options = inputs.options;
+  const Tiling tile = tiling(options.members);
+  const int row_parts = divide_up(cols, tile.cols), col_parts = divide_up(rows, tile.rows);
+  const int stride = divide_up(cols, 16) * 16;
+  const bool volumes = options.members > 0, features = !options.no_gradient;
+  const size_t matrix = static_cast<size_t>(rows) * stride;
+  Features coefficients(options.dtype, features ? matrix * inputs.columns() : 0);
+  Floats row_scale(static_cast<size_t>(row_parts) * rows, UNWRITTEN), row_bias(row_scale);
+  Floats along(volumes && features ? row_scale : Floats());
+  Floats col_scale(static_cast<size_t>(col_parts) * cols, UNWRITTEN), col_bias(col_scale);
+  succeed(
+      "block",
+      block(
+          inputs.problem(),
+          gradients.incoming(),
+          options.dtype == Dtype::float16 ? &gradients.unit : nullptr,
+          features ? coefficients.data() : nullptr,
+          {row_scale.data(), row_bias.data(), if_any(along)},
+          {col_scale.data(), col_bias.data(), nullptr},
+          {first_row, first_col, rows, cols, stride},
+          nullptr));
+  std::vector<Sum> row_scales(rows), row_biases(rows), alongs(rows), col_scales(cols), col_biases(cols);
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; ++j) {
+      const Pair& pair = truth.at(first_row + i, first_col + j);
+      const double gradient = gradients.of_logits[static_cast<size_t>(first_row + i) * inputs.m + first_col + j];
+      row_scales[i].add(gradient * pair.value * scale_or_one(inputs.col_scale, first_col + j));
+      col_scales[j].add(gradient * pair.value * scale_or_one(inputs.row_scale, first_row + i));
+      row_biases[i].add(gradient);
+      col_biases[j].add(gradient);
+      double factor = gradient * pair.scale;
+      if (volumes) {
+        factor /= -pair.value;  // no distance of a random x is at its minimum
+        alongs[i].add(factor);
+      }
+      factor /= gradients.unit;
+      for (int t = 0; t < inputs.columns() && features; ++t) {
+        const double expected = volumes ? factor * pair.coordinates[t] : factor;
+        const double relative = rounding_of(options.dtype) + 5 * tolerance_of(options);
+        const size_t place = t * matrix + static_cast<size_t>(i) * stride + j;
+        const double least = options.dtype == Dtype::float16 ? 0x1p-24 : 1e-9;
+        const double size = volumes ? std::fabs(factor) * std::sqrt(inputs.square[first_row + i]) : std::fabs(factor);
+        expect("coefficients", place, coefficients[place], expected, relative * size + least);
+      }
+    }
+  }
+  expect_sums("row_sums.scale", options, row_scale, row_parts, row_scales);
+  expect_sums("row_sums.bias", options, row_bias, row_parts, row_biases);
+  expect_sums("row_sums.along", options, along, row_parts, alongs);
+  expect_sums("col_sums.scale", options, col_scale, col_parts, col_scales);
+  expect_sums("col_sums.bias", options, col_bias, col_parts, col_biases);
+}
+
+void check_rows(Inputs& inputs, const Truth& truth, const Gradients& gradients, int cols_per_strip) {
+  const Case& options = inputs.options;
+  const int n = inputs.n, depth = options.features;
+  const int strips = divide_up(inputs.m, cols_per_strip);
+  const bool is_float = strips > 1, features = !options.no_gradient;
+  const size_t size = static_cast<size_t>(n) * depth;
+  Features gradient(is_float ? Dtype::float32 : options.dtype, features ? strips * size : 0);
+  Floats scale(static_cast<size_t>(strips) * n, UNWRITTEN), bias(scale);
+  succeed(
+      "rows",
+      rows(
+          inputs.problem(),
+          gradients.incoming(),
+          options.dtype == Dtype::float16 ? &gradients.unit : nullptr,
+          features ? gradient.data() : nullptr,
+          is_float,
+          {scale.data(), bias.data(), nullptr},
+          cols_per_strip,
+          nullptr));
+  std::vector<Sum> scales(n), biases(n), of_features(features ? size : 0);
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < inputs.m; ++j) {
+      const Pair& pair = truth.at(i, j);
+      const double of_logit = gradients.of_logits[static_cast<size_t>(i) * inputs.m + j];
+      scales[i].add(of_logit * pair.value * scale_or_one(inputs.col_scale, j));
+      biases[i].add(of_logit);
+      for (int k = 0; k < depth && features; ++k) {
+        of_features[static_cast<size_t>(i) * depth + k].add(
+            of_logit * pair.scale * inputs.y[static_cast<size_t>(j) * depth + k]);
+      }
+    }
+  }
+  for (size_t place = 0; place < of_features.size(); ++place) {
+    double sum = 0;
+    for (int strip = 0; strip < strips; ++strip) {
+      sum += gradient[strip * size + place];
+    }
+    // once for the coefficients, and once for the result
+    const double relative = 2 * rounding_of(options.dtype) + 5 * tolerance_of(options);
+    expect("gradient", place, sum, of_features[place].value, relative * (1e-3 + of_features[place].size));
+  }
+  expect_sums("sums.scale", options, scale, strips, scales);
+  expect_sums("sums.bias", options, bias, strips, biases);
+}
+
+void check_factor(Dtype dtype, int count, int members, int features) {
+  Features vectors(dtype, static_cast<size_t>(count) * members * features);
+  for (size_t i = 0; i < static_cast<size_t>(count) * members * features; ++i) {
+    vectors.set(i, static_cast<float>(normal()));
+  }
+  for (int k = 0; k < features && members > 1; ++k) {  // in the first set, one vector is twice another
+    const float value = static_cast<float>(vectors[k]);
+    vectors.set(static_cast<size_t>(members - 1) * features + k, 2 * value);
+  }
+  const size_t matrix = static_cast<size_t>(members) * members;
+  std::vector<double> inverse(count * matrix, UNWRITTEN), volume(count, UNWRITTEN);
+  succeed("factor", factor(vectors.data(), dtype, count, members, features, inverse.data(), volume.data(), nullptr));
+  for (int set = 0; set < count; ++set) {
+    const Factor expected = factor_of(vectors, set, members, features);
+    expect("volume", set, volume[set], expected.volume, 1e-9 * (1e-3 + expected.volume));
+    for (size_t entry = 0; entry < matrix; ++entry) {
+      expect("inverse", set * matrix + entry, inverse[set * matrix + entry], expected.inverse[entry], 1e-9);
+    }
+  }
+}
+
+void check(const Case& options, const std::vector<Run>& runs) {
+  generator.seed(1);
+  // tails of rows and columns, of which there are more than two tiles
+  const Tiling tile = tiling(options.members);
+  const int n = options.small ? 5 : 2 * tile.rows + 7;
+  const int m = options.mirrored ? n : options.small ? 3 : 2 * tile.cols + 5;
+  Inputs inputs(options, n, m);
+  const Truth truth(inputs);
+  const Gradients gradients(truth);
+  const Tiling of_rows = rows_tiling(options.dtype, options.features);
+  for (const Run& run : runs) {
+    begin(options.name, run);
+    check_forward(inputs, truth, 1);
+    check_forward(inputs, truth, 2);
+    if (options.exclude && options.members == 0) {
+      check_excluded(inputs, truth);
+    }
+    check_block(inputs, truth, gradients, 0, 0, n, m);
+    check_block(inputs, truth, gradients, n / 3, m / 3, n / 2, m / 2);
+    if (options.members == 0 && of_rows.rows > 0) {
+      check_rows(inputs, truth, gradients, of_rows.cols);
+      check_rows(inputs, truth, gradients, divide_up(m, of_rows.cols) * of_rows.cols);
+    }
+  }
+}
+
+void check_factors(const std::vector<Run>& runs) {
+  const Dtype dtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
+  for (const Run& run : runs) {
+    begin("factor", run);
+    generator.seed(2);
+    for (int members = 1; members <= 5; ++members) {
+      check_factor(dtypes[members % 3], 35, members, 16 + members);
+    }
+    check_factor(Dtype::bfloat16, 3, 3, 72);
+  }
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+  const std::string wanted = count > 1 ? values[1] : "";
+  std::vector<Run> runs;
+  if (count > 2) {
+    runs.push_back({std::strtoull(values[2], nullptr, 10), count > 3});
+  } else {
+    runs = {{0, false}, {0, true}, {1, false}, {1, true}, {2, false}, {2, true}};
+  }
+  for (const Case& options : CASES) {
+    if (wanted.empty() || wanted == options.name) {
+      check(options, runs);
+    }
+  }
+  if (wanted.empty() || wanted == "factor") {
+    check_factors(runs);
+  }
+  if (current.empty()) {
+    stop("there is no such case: " + wanted);
+  }
+  std::printf("ok\n%s", contrastive_ops_host_wavefronts());
+}
