@@ -1,0 +1,499 @@
+// The operators contrastive_ops_cuda::*, the functions of sweep.h on tensors, by headers of torch's stable ABI alone:
+// one library for every torch from 2.13 on, with or without CUDA. contrastive_ops/backends/cuda.py calls them.
+//
+// A struct of sweep.h is a list of optional tensors in the order of its fields. No pointer leaves its tensor, whatever
+// calls the operators: everything is checked before a kernel starts.
+
+#include "sweep.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#ifdef CONTRASTIVE_OPS_CUDA_HOST
+#define CONTRASTIVE_OPS_LIBRARY contrastive_ops_cuda_host
+#define CONTRASTIVE_OPS_KEY CPU
+#else
+#define CONTRASTIVE_OPS_LIBRARY contrastive_ops_cuda
+#define CONTRASTIVE_OPS_KEY CUDA
+#endif
+
+namespace contrastive_ops::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<OptionalTensor>;
+using Shape = std::initializer_list<int64_t>;
+
+// Indices of rows and columns are int, also those of the rest of a tile beyond the last one.
+constexpr int64_t kLargestSize = std::numeric_limits<int>::max() / 2;
+constexpr int64_t kMembers = 4;
+
+template <typename Sizes>
+std::string text_of(const Sizes& sizes) {
+  std::ostringstream text;
+  const char* separator = "(";
+  for (const int64_t size : sizes) {
+    text << separator << size;
+    separator = ", ";
+  }
+  text << (sizes.size() == 0 ? "()" : ")");
+  return text.str();
+}
+
+int64_t parts_of(int64_t size, int64_t part) {
+  return (size + part - 1) / part;
+}
+
+template <typename T>
+constexpr ScalarType kScalarType = torch::headeronly::CppTypeToScalarType<std::remove_const_t<T>>::value;
+
+// One call of an operator: its tensors are contiguous, on one device, which is the current one as long as this lives.
+class Call {
+ public:
+  Call(const char* name, const Tensor& tensor)
+      : name_(name),
+        device_(tensor.device())
+#ifndef CONTRASTIVE_OPS_CUDA_HOST
+        ,
+        guard_(device_.index())
+#endif
+  {
+  }
+
+  template <typename... Parts>
+  void check(bool holds, const Parts&... sentence) const {
+    if (!holds) {
+      std::ostringstream text;
+      text << name_ << ": ";
+      (text << ... << sentence);
+      throw std::invalid_argument(text.str());
+    }
+  }
+
+  int size(const char* name, int64_t value) const {
+    check(1 <= value && value <= kLargestSize, name, " must be from 1 to ", kLargestSize, ", got ", value);
+    return static_cast<int>(value);
+  }
+
+  // Null where no tensor is given.
+  template <typename T>
+  T* pointer(const char* name, const OptionalTensor& tensor, Shape shape, ScalarType dtype = kScalarType<T>) const {
+    if (!tensor.has_value()) {
+      return nullptr;
+    }
+    const auto sizes = tensor->sizes();
+    check(
+        std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()),
+        name,
+        " must have shape ",
+        text_of(shape),
+        ", got ",
+        text_of(sizes));
+    check(
+        tensor->scalar_type() == dtype,
+        name,
+        " must be of type ",
+        torch::headeronly::toString(dtype),
+        ", got ",
+        torch::headeronly::toString(tensor->scalar_type()));
+    check(tensor->device() == device_, name, " must be on the device of the other tensors");
+    check(tensor->is_contiguous(), name, " must be contiguous");
+    if constexpr (std::is_const_v<T>) {
+      return static_cast<T*>(tensor->const_data_ptr());
+    } else {
+      return static_cast<T*>(tensor->mutable_data_ptr());
+    }
+  }
+
+  cudaStream_t stream() const {
+#ifdef CONTRASTIVE_OPS_CUDA_HOST
+    return nullptr;
+#else
+    return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device_.index()).nativeHandle());
+#endif
+  }
+
+  // Takes what a function of sweep.h returns.
+  void finish(const char* error) const {
+    if (error != nullptr) {
+      throw std::runtime_error(std::string(name_) + ": " + error);
+    }
+  }
+
+ private:
+  const char* name_;
+  torch::stable::Device device_;
+#ifndef CONTRASTIVE_OPS_CUDA_HOST
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+// The fields of a struct, one after another.
+class Fields {
+ public:
+  Fields(const Call& call, const char* name, const Tensors& tensors, size_t count) : call_(call), tensors_(tensors) {
+    call.check(tensors.size() == count, name, " must be ", count, " optional tensors, got ", tensors.size());
+  }
+
+  template <typename T>
+  T* next(const char* name, Shape shape) {
+    return call_.pointer<T>(name, tensors_[position_++], shape);
+  }
+
+ private:
+  const Call& call_;
+  const Tensors& tensors_;
+  size_t position_ = 0;
+};
+
+Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      throw std::invalid_argument(
+          std::string("features must be of type Float, BFloat16 or Half, got ") + torch::headeronly::toString(type));
+  }
+}
+
+Problem problem_of(
+    const Call& call,
+    const Tensor& x,
+    const Tensor& y,
+    const Tensors& vectors,
+    const Tensors& span,
+    bool mirrored,
+    bool equal,
+    bool tf32) {
+  call.check(x.dim() == 2, "x must have shape (N, D), got ", text_of(x.sizes()));
+  call.check(y.dim() == 2 || y.dim() == 3, "y must have shape (M, D) or (M, P, D), got ", text_of(y.sizes()));
+  Problem problem{};
+  problem.dtype = dtype_of(x.scalar_type());
+  const int64_t n = problem.n = call.size("N", x.size(0));
+  const int64_t m = problem.m = call.size("M", y.size(0));
+  const int64_t features = problem.features = call.size("D", x.size(1));
+  problem.x = call.pointer<const void>("x", x, {n, features}, x.scalar_type());
+  if (y.dim() == 2) {
+    problem.y = call.pointer<const void>("y", y, {m, features}, x.scalar_type());
+  } else {
+    const int64_t members = y.size(1);
+    call.check(1 <= members && members <= kMembers, "P must be from 1 to ", kMembers, ", got ", members);
+    problem.members = static_cast<int>(members);
+    problem.y = call.pointer<const void>("y", y, {m, members, features}, x.scalar_type());
+  }
+
+  Fields given(call, "vectors", vectors, 8);
+  problem.vectors = {
+      given.next<const float>("row_scale", {n}),
+      given.next<const float>("col_scale", {m}),
+      given.next<const float>("row_bias", {n}),
+      given.next<const float>("col_bias", {m}),
+      given.next<const int>("row_exclude", {n}),
+      given.next<const int>("col_exclude", {m}),
+      given.next<const int>("row_ids", {n}),
+      given.next<const int>("col_ids", {m})};
+  const bool ids = problem.vectors.row_ids != nullptr;
+  call.check(ids == (problem.vectors.col_ids != nullptr), "row_ids and col_ids must be given together");
+  call.check(ids || !equal, "equal needs row_ids and col_ids");
+
+  const int64_t triangle = problem.members * (problem.members + 1) / 2;
+  Fields distances(call, "span", span, 2);
+  problem.span = {distances.next<const float>("inverse", {triangle, m}), distances.next<const float>("square", {n})};
+  const bool has_span = problem.span.inverse != nullptr && problem.span.square != nullptr;
+  call.check(has_span || problem.members == 0, "volumes need inverse and square");
+
+  call.check(!mirrored || (problem.x == problem.y && n == m && problem.members == 0), "mirrored needs y to be x");
+  problem.mirrored = mirrored;
+  problem.equal = equal;
+  problem.tf32 = tf32;
+  return problem;
+}
+
+Incoming incoming_of(const Call& call, const Tensors& incoming, const Problem& problem) {
+  const int64_t n = problem.n, m = problem.m;
+  Fields given(call, "incoming", incoming, 8);
+  const Incoming result{
+      given.next<const float>("row_weight", {n}),
+      given.next<const float>("col_weight", {m}),
+      given.next<const float>("row_max", {n}),
+      given.next<const float>("col_max", {m}),
+      given.next<const float>("row_excluded", {n}),
+      given.next<const float>("col_excluded", {m}),
+      given.next<const float>("row_total", {n}),
+      given.next<const float>("col_total", {m})};
+  call.check((result.row_weight == nullptr) == (result.row_max == nullptr), "row_weight and row_max go together");
+  call.check((result.col_weight == nullptr) == (result.col_max == nullptr), "col_weight and col_max go together");
+  return result;
+}
+
+Part part_of(const Call& call, const char* name, const Tensors& part, int64_t parts, int64_t size) {
+  Fields given(call, name, part, 3);
+  const Part result{
+      given.next<float>("maximum", {parts, size}),
+      given.next<float>("sum", {parts, size}),
+      given.next<float>("total", {parts, size})};
+  const bool statistics = result.maximum != nullptr;
+  call.check(statistics == (result.sum != nullptr), name, " must have maximum and sum, or neither");
+  call.check(statistics || result.total == nullptr, name, " has a total, but no maximum");
+  return result;
+}
+
+Sums sums_of(const Call& call, const char* name, const Tensors& sums, int64_t parts, int64_t size) {
+  Fields given(call, name, sums, 3);
+  return {
+      given.next<float>("scale", {parts, size}),
+      given.next<float>("bias", {parts, size}),
+      given.next<float>("along", {parts, size})};
+}
+
+void check_tiles(const Call& call, const char* name, int64_t value, int tile) {
+  call.check(value % tile == 0, name, " must be a multiple of ", tile, ", got ", value);
+}
+
+void forward(
+    const Tensor& x,
+    const Tensor& y,
+    const Tensors& vectors,
+    const Tensors& span,
+    bool mirrored,
+    bool equal,
+    bool tf32,
+    const Tensors& row,
+    const Tensors& col,
+    int64_t rows_per_group,
+    int64_t cols_per_strip) {
+  const Call call("forward", x);
+  const Problem problem = problem_of(call, x, y, vectors, span, mirrored, equal, tf32);
+  const Tiling tile = tiling(problem.members);
+  const int group = call.size("rows_per_group", rows_per_group), strip = call.size("cols_per_strip", cols_per_strip);
+  check_tiles(call, "rows_per_group", group, tile.rows);
+  check_tiles(call, "cols_per_strip", strip, tile.cols);
+  const Part rows = part_of(call, "row", row, parts_of(problem.m, strip), problem.n);
+  const Part cols = part_of(call, "col", col, parts_of(problem.n, group), problem.m);
+  call.check(rows.maximum != nullptr || cols.maximum != nullptr, "row or col must be given");
+  call.check(!mirrored || cols.maximum != nullptr, "mirrored needs col");
+  call.finish(cuda::forward(problem, rows, cols, group, strip, call.stream()));
+}
+
+void excluded(
+    const Tensor& x,
+    const Tensor& y,
+    const Tensors& vectors,
+    const Tensors& span,
+    bool mirrored,
+    bool equal,
+    bool tf32,
+    const Tensor& logits) {
+  const Call call("excluded", x);
+  const Problem problem = problem_of(call, x, y, vectors, span, mirrored, equal, tf32);
+  call.check(problem.members == 0, "y must have shape (M, D)");
+  call.check(problem.vectors.row_exclude != nullptr, "row_exclude must be given");
+  float* out = call.pointer<float>("logits", logits, {problem.n});
+  call.finish(cuda::excluded(problem, out, call.stream()));
+}
+
+void merge(const Tensors& part, const Tensors& mirror, const Tensor& maximum, const Tensor& log_sum) {
+  const Call call("merge", maximum);
+  const auto parts_in = [](const Tensors& given) -> int64_t {
+    return given.empty() || !given[0].has_value() || given[0]->dim() == 0 ? 0 : given[0]->size(0);
+  };
+  call.check(maximum.dim() == 1, "maximum must have shape (N,), got ", text_of(maximum.sizes()));
+  const int size = call.size("N", maximum.size(0));
+  const int64_t parts = parts_in(part), mirrors = parts_in(mirror);
+  const Part rows = part_of(call, "part", part, parts, size), cols = part_of(call, "mirror", mirror, mirrors, size);
+  call.check(mirrors <= kLargestSize, "mirror has too many parts: ", mirrors);
+  float* out_maximum = call.pointer<float>("maximum", maximum, {size});
+  float* out_log_sum = call.pointer<float>("log_sum", log_sum, {size});
+  call.finish(
+      cuda::merge(
+          rows,
+          call.size("parts", parts),
+          cols,
+          static_cast<int>(mirrors),
+          out_maximum,
+          out_log_sum,
+          size,
+          call.stream()));
+}
+
+void block(
+    const Tensor& x,
+    const Tensor& y,
+    const Tensors& vectors,
+    const Tensors& span,
+    bool mirrored,
+    bool equal,
+    bool tf32,
+    const Tensors& incoming,
+    const OptionalTensor& unit,
+    const OptionalTensor& coefficients,
+    const Tensors& row_sums,
+    const Tensors& col_sums,
+    int64_t first_row,
+    int64_t first_col,
+    int64_t rows,
+    int64_t cols,
+    int64_t stride) {
+  const Call call("block", x);
+  const Problem problem = problem_of(call, x, y, vectors, span, mirrored, equal, tf32);
+  const Tiling tile = tiling(problem.members);
+  const auto inside = [&](int64_t first, int64_t count, int64_t size) { return 0 <= first && first <= size - count; };
+  const Block where{
+      static_cast<int>(first_row),
+      static_cast<int>(first_col),
+      call.size("rows", rows),
+      call.size("cols", cols),
+      call.size("stride", stride)};
+  call.check(inside(first_row, rows, problem.n), "rows from ", first_row, " to ", first_row + rows, " are not in x");
+  call.check(inside(first_col, cols, problem.m), "columns from ", first_col, " to ", first_col + cols, " are not in y");
+  call.check(stride >= cols, "stride must be at least the columns, ", cols, ", got ", stride);
+  check_tiles(call, "stride", stride, 16);
+  const int64_t matrices = problem.members == 0 ? 1 : problem.members;
+  void* out = call.pointer<void>("coefficients", coefficients, {matrices, rows, stride}, x.scalar_type());
+  call.finish(
+      cuda::block(
+          problem,
+          incoming_of(call, incoming, problem),
+          call.pointer<const float>("unit", unit, {1}),
+          out,
+          sums_of(call, "row_sums", row_sums, parts_of(cols, tile.cols), rows),
+          sums_of(call, "col_sums", col_sums, parts_of(rows, tile.rows), cols),
+          where,
+          call.stream()));
+}
+
+void rows(
+    const Tensor& x,
+    const Tensor& y,
+    const Tensors& vectors,
+    const Tensors& span,
+    bool mirrored,
+    bool equal,
+    bool tf32,
+    const Tensors& incoming,
+    const OptionalTensor& unit,
+    const OptionalTensor& gradient,
+    const Tensors& sums,
+    int64_t cols_per_strip) {
+  const Call call("rows", x);
+  const Problem problem = problem_of(call, x, y, vectors, span, mirrored, equal, tf32);
+  call.check(problem.members == 0, "y must have shape (M, D)");
+  const Tiling tile = rows_tiling(problem.dtype, problem.features);
+  call.check(tile.rows > 0, "there is no such kernel for D = ", problem.features, " and the type of x");
+  const int strip = call.size("cols_per_strip", cols_per_strip);
+  check_tiles(call, "cols_per_strip", strip, tile.cols);
+  const int64_t strips = parts_of(problem.m, strip);
+  const bool in_float = gradient.has_value() && gradient->scalar_type() == ScalarType::Float;
+  void* out = call.pointer<void>(
+      "gradient", gradient, {strips, problem.n, problem.features}, in_float ? ScalarType::Float : x.scalar_type());
+  call.finish(
+      cuda::rows(
+          problem,
+          incoming_of(call, incoming, problem),
+          call.pointer<const float>("unit", unit, {1}),
+          out,
+          in_float,
+          sums_of(call, "sums", sums, strips, problem.n),
+          strip,
+          call.stream()));
+}
+
+void factor(const Tensor& vectors, const Tensor& inverse, const Tensor& volume) {
+  const Call call("factor", vectors);
+  call.check(vectors.dim() == 3, "vectors must have shape (count, K, D), got ", text_of(vectors.sizes()));
+  const int64_t count = vectors.size(0), members = vectors.size(1);
+  const int features = call.size("D", vectors.size(2));
+  call.check(count >= 1, "vectors must have at least one set");
+  call.check(1 <= members && members <= kMembers + 1, "K must be from 1 to ", kMembers + 1, ", got ", members);
+  call.finish(
+      cuda::factor(
+          call.pointer<const void>("vectors", vectors, {count, members, features}, vectors.scalar_type()),
+          dtype_of(vectors.scalar_type()),
+          count,
+          static_cast<int>(members),
+          features,
+          call.pointer<double>("inverse", inverse, {count, members, members}),
+          call.pointer<double>("volume", volume, {count}),
+          call.stream()));
+}
+
+std::tuple<int64_t, int64_t> tiling_of_pairs_or_volumes(int64_t members) {
+  const Tiling tile = tiling(static_cast<int>(members));
+  return {tile.rows, tile.cols};
+}
+
+std::tuple<int64_t, int64_t> tiling_of_rows(ScalarType dtype, int64_t features) {
+  const Tiling tile = rows_tiling(dtype_of(dtype), static_cast<int>(features));
+  return {tile.rows, tile.cols};
+}
+
+#ifndef CONTRASTIVE_OPS_CUDA_HOST
+#define CONTRASTIVE_OPS_TEXT(...) #__VA_ARGS__
+#define CONTRASTIVE_OPS_TEXT_OF(...) CONTRASTIVE_OPS_TEXT(__VA_ARGS__)
+
+// The version of nvcc, and what it made code for: sm_80, of compute_80 PTX.
+std::tuple<std::string, std::string> build_info() {
+  return {CONTRASTIVE_OPS_TEXT_OF(CONTRASTIVE_OPS_NVCC), CONTRASTIVE_OPS_TEXT_OF(CONTRASTIVE_OPS_ARCHITECTURES)};
+}
+#endif
+
+STABLE_TORCH_LIBRARY(CONTRASTIVE_OPS_LIBRARY, library) {
+  const std::string problem =
+      "Tensor x, Tensor y, Tensor?[] vectors, Tensor?[] span, bool mirrored, bool equal, bool tf32, ";
+  const std::string incoming = "Tensor?[] incoming, Tensor? unit, ";
+  for (const std::string& schema : {
+           "forward(" + problem + "Tensor(a!)?[] row, Tensor(b!)?[] col, int rows_per_group, int cols_per_strip) -> ()",
+           "excluded(" + problem + "Tensor(a!) logits) -> ()",
+           std::string("merge(Tensor?[] part, Tensor?[] mirror, Tensor(a!) maximum, Tensor(b!) log_sum) -> ()"),
+           "block(" + problem + incoming +
+               "Tensor(a!)? coefficients, Tensor(b!)?[] row_sums, Tensor(c!)?[] col_sums, "
+               "int first_row, int first_col, int rows, int cols, int stride) -> ()",
+           "rows(" + problem + incoming + "Tensor(a!)? gradient, Tensor(b!)?[] sums, int cols_per_strip) -> ()",
+           std::string("factor(Tensor vectors, Tensor(a!) inverse, Tensor(b!) volume) -> ()"),
+           std::string("tiling(int members) -> (int, int)"),
+           std::string("rows_tiling(ScalarType dtype, int features) -> (int, int)"),
+#ifndef CONTRASTIVE_OPS_CUDA_HOST
+           std::string("build_info() -> (str, str)"),
+#endif
+       }) {
+    library.def(schema.c_str());
+  }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(CONTRASTIVE_OPS_LIBRARY, CONTRASTIVE_OPS_KEY, library) {
+  library.impl("forward", TORCH_BOX(&forward));
+  library.impl("excluded", TORCH_BOX(&excluded));
+  library.impl("merge", TORCH_BOX(&merge));
+  library.impl("block", TORCH_BOX(&block));
+  library.impl("rows", TORCH_BOX(&rows));
+  library.impl("factor", TORCH_BOX(&factor));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(CONTRASTIVE_OPS_LIBRARY, CompositeExplicitAutograd, library) {
+  library.impl("tiling", TORCH_BOX(&tiling_of_pairs_or_volumes));
+  library.impl("rows_tiling", TORCH_BOX(&tiling_of_rows));
+#ifndef CONTRASTIVE_OPS_CUDA_HOST
+  library.impl("build_info", TORCH_BOX(&build_info));
+#endif
+}
+
+}  // namespace
+}  // namespace contrastive_ops::cuda
