@@ -1,16 +1,28 @@
 """Build of the compiled parts. Everything declarative is in pyproject.toml.
 
 CONTRASTIVE_OPS_BUILD chooses: "auto" compiles what this machine can and installs as pure Python otherwise, "python"
-compiles nothing, "cpp" (and "cuda") compile or fail. MAX_JOBS bounds the parallel compilations.
+compiles nothing, "cpp" the C++ engine, "cuda" the CUDA kernels, too; the last two compile or fail.
+CUDA_HOME or CUDA_PATH name the CUDA toolkit, TORCH_CUDA_ARCH_LIST the architectures. MAX_JOBS bounds the parallel
+compilations.
 """
 
+import functools
+import hashlib
+import importlib.util
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import setup
 from setuptools.command.sdist import sdist
+from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 MODES = ("auto", "python", "cpp", "cuda")
 MODE = os.environ.get("CONTRASTIVE_OPS_BUILD", "auto")
@@ -22,6 +34,10 @@ if X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["AVX2"] = avx2
     INSTRUCTION_SETS["AVX512"] = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+
+CUDA_NAME = "contrastive_ops._cuda"  # a library for torch.ops.load_library, not a Python module
+# sm_80 code runs on 8.x, and PTX of it on what comes later; code of 9.0a and 10.0a nowhere else
+CUDA_ARCHITECTURES = "8.0+PTX;9.0a;10.0a"
 
 
 class SourceDistribution(sdist):
@@ -38,16 +54,130 @@ def say(text: str) -> None:
     print(f"contrastive_ops: {text}", file=sys.stderr)
 
 
-def cpp_extension():
-    """The C++ engine and the command that builds it; raises where it can't be built."""
-    import torch  # noqa: F401  says why in its own words when it is missing
+class Toolkit(NamedTuple):
+    """A CUDA toolkit, as its nvcc describes it."""
+
+    nvcc: str
+    version: str
+    codes: list[str]  # sm_80 and so on
+    include_dirs: list[str]
+    library_dirs: list[str]
+
+
+def find_nvcc() -> str:
+    """That of the toolkit which the environment names, or the first one there is."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            nvcc = shutil.which("nvcc", path=os.path.join(os.environ[variable], "bin"))
+            if nvcc is None:
+                raise RuntimeError(f"{variable} is {os.environ[variable]}, where there is no bin/nvcc")
+            return nvcc
+    wheels = importlib.util.find_spec("nvidia")
+    homes = [Path("/usr/local/cuda")]
+    for folder in wheels.submodule_search_locations if wheels else ():
+        homes += sorted(Path(folder).glob("cu*"), reverse=True)
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(str(home / "bin") for home in homes)])
+    nvcc = shutil.which("nvcc", path=path)
+    if nvcc is None:
+        raise RuntimeError("no nvcc in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and the nvidia packages of pip")
+    return nvcc
+
+
+@functools.cache
+def toolkit() -> Toolkit:
+    nvcc = find_nvcc()
+
+    def ask(*arguments):
+        result = subprocess.run([nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"{nvcc} does not work: {result.stdout.strip()}")
+        return result.stdout
+
+    # where nvcc is says little of the toolkit: it may be a script that calls another one
+    plan = ask("--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull)
+    folders = [re.search(rf"^#\$ {name}=(.*)$", plan, re.MULTILINE) for name in ("INCLUDES", "LIBRARIES")]
+    version = re.search(r"V(\d+\.\d+\.\d+)", ask("--version"))
+    return Toolkit(
+        nvcc,
+        version[1] if version else "of unknown version",
+        ask("--list-gpu-code").split(),
+        *(re.findall(r'"-[IL]([^"]+)"', found[1]) if found else [] for found in folders),
+    )
+
+
+def cuda_architectures(codes: list[str]) -> list[str]:
+    """What nvcc is to make: code for an architecture (sm_80), and PTX for it and later ones (compute_80)."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    names = []
+    for entry in re.split(r"[;\s]+", (listed or CUDA_ARCHITECTURES).strip()):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if found is None:
+            raise RuntimeError(f'TORCH_CUDA_ARCH_LIST must be a list such as "{CUDA_ARCHITECTURES}", got "{listed}"')
+        major, minor, specific, ptx = found.groups()
+        if int(major) < 8:
+            say(f"no CUDA kernels for {entry}: they need compute capability 8.0.")
+        elif not listed and f"sm_{major}{minor}" not in codes:
+            say(f"no CUDA kernels for {entry}: this nvcc does not know it.")
+        else:
+            names += [f"{kind}_{major}{minor}{specific}" for kind in (("sm", "compute") if ptx else ("sm",))]
+    if not names:
+        raise RuntimeError(f'TORCH_CUDA_ARCH_LIST is "{listed}", where nothing has compute capability 8.0')
+    return names
+
+
+def cuda_objects(build_temp: str) -> list[str]:
+    """Compiles csrc/cuda/*.cu, each unless it is as it was."""
+    nvcc = toolkit().nvcc
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    for name in cuda_architectures(toolkit().codes):
+        flags.append(f"-gencode=arch={name.replace('sm', 'compute')},code={name}")
+    if os.environ.get("CONTRASTIVE_OPS_WERROR"):  # registers that spill are errors, too
+        flags += ["-Werror=all-warnings", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
+    folder = Path(build_temp) / f"cuda-{hashlib.sha256(repr((nvcc, flags)).encode()).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sorted(Path("csrc/cuda").glob("*.cu"))
+    headers = [str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc/cuda").glob(pattern)]
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    threads = max(1, jobs // len(sources))  # of each nvcc, for its architectures
+
+    def compile_one(source):
+        target = folder / f"{source.stem}.o"
+        if newer_group([str(source), *headers], str(target)):
+            command = [nvcc, *flags, f"--threads={threads}", "-c", str(source), "-o", str(target)]
+            say(" ".join(command))
+            if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+                raise CompileError(
+                    f"nvcc did not compile {source}, it says above why; NVCC_CCBIN names another host compiler"
+                )
+        return str(target)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def build_command():
+    """The setuptools command that builds the extensions; needs torch."""
     from torch.utils import cpp_extension as torch_build
 
     class Build(torch_build.BuildExtension):
+        def get_ext_filename(self, name):
+            filename = super().get_ext_filename(name)
+            if name.endswith(CUDA_NAME.split(".")[-1]):  # it comes with its package, and without
+                return os.path.join(os.path.dirname(filename), "_cuda.so")
+            return filename
+
         def build_extension(self, extension):
+            extension.extra_objects = (
+                cuda_objects(self.build_temp) if extension.name == CUDA_NAME else self.tile_objects(extension)
+            )
+            extension.depends += extension.extra_objects
+            super().build_extension(extension)
+
+        def tile_objects(self, extension):
             # PyTorch's ninja build has one set of flags per extension, so these objects are made beforehand
+            objects = []
             for name, flags in INSTRUCTION_SETS.items():
-                extension.extra_objects += self.compiler.compile(
+                objects += self.compiler.compile(
                     ["csrc/cpu/tile.cpp"],
                     output_dir=os.path.join(self.build_temp, name),
                     include_dirs=extension.include_dirs,
@@ -59,11 +189,12 @@ def cpp_extension():
                     ],
                     depends=extension.depends,
                 )
-            super().build_extension(extension)
+            return objects
 
-    compiler = torch_build.get_cxx_compiler()
-    if torch_build.get_compiler_abi_compatibility_and_version(compiler)[0] is False:
-        raise RuntimeError(f"the compiler {compiler} does not fit the one that built torch")
+    return Build.with_options(use_ninja=True)
+
+
+def compiler_flags() -> list[str]:
     flags = [
         "-O3",
         "-fvisibility=hidden",
@@ -76,52 +207,108 @@ def cpp_extension():
     flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 finds them in its own AVX-512 headers
     if os.environ.get("CONTRASTIVE_OPS_WERROR"):
         flags.append("-Werror")
+    return flags
+
+
+def cpp_extension():
+    """The C++ engine; raises where it can't be built."""
+    import torch  # noqa: F401  says why in its own words when it is missing
+    from torch.utils import cpp_extension as torch_build
+
+    compiler = torch_build.get_cxx_compiler()
+    if torch_build.get_compiler_abi_compatibility_and_version(compiler)[0] is False:
+        raise RuntimeError(f"the compiler {compiler} does not fit the one that built torch")
+    flags = compiler_flags()
     if sys.platform.startswith("linux"):
         flags += ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
     if X86:
         flags.append("-DCONTRASTIVE_OPS_X86")
-    extension = torch_build.CppExtension(
+    return torch_build.CppExtension(
         "contrastive_ops._C",
         ["csrc/extension.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/similarity_logsumexp.cpp"],
         extra_compile_args={"cxx": flags},
-        depends=[str(path) for path in Path("csrc").rglob("*.h")],
+        depends=[str(path) for path in Path("csrc/cpu").glob("*.h")],
     )
-    return [extension], {"build_ext": Build.with_options(use_ninja=True)}
+
+
+def cuda_extension():
+    """The CUDA kernels, for any torch from 2.13 on; raises where they can't be built."""
+    import torch
+    from torch.utils import cpp_extension as torch_build
+
+    if not sys.platform.startswith("linux"):
+        raise RuntimeError("they are built on Linux only")
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
+        raise RuntimeError(f"they need torch 2.13, here is {torch.__version__}")
+    cuda = toolkit()
+    if torch.version.cuda and torch.version.cuda.split(".")[0] != cuda.version.split(".")[0]:
+        raise RuntimeError(
+            f"torch is for CUDA {torch.version.cuda}, and {cuda.nvcc} of CUDA {cuda.version}; CUDA_HOME names another"
+        )
+    return torch_build.CppExtension(
+        CUDA_NAME,
+        ["csrc/cuda/binding.cpp"],
+        include_dirs=cuda.include_dirs,
+        library_dirs=cuda.library_dirs,
+        libraries=["cudart_static", "dl", "rt", "pthread"],
+        # that runtime must not take the place of torch's own in other libraries, nor give way to it
+        extra_link_args=["-Wl,--exclude-libs,libcudart_static.a"],
+        extra_compile_args={"cxx": compiler_flags()},
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020d000000000000"),
+            ("CONTRASTIVE_OPS_NVCC", cuda.version),
+            ("CONTRASTIVE_OPS_ARCHITECTURES", ",".join(cuda_architectures(cuda.codes))),
+        ],
+        depends=[str(path) for path in Path("csrc/cuda").iterdir()],
+        optional=MODE == "auto",
+        py_limited_api=True,  # it uses nothing of Python
+    )
 
 
 def compiled_parts():
     if MODE not in MODES:
         raise SystemExit(f"CONTRASTIVE_OPS_BUILD must be one of {', '.join(MODES)}, got {MODE!r}.")
-    if MODE == "cuda":
-        raise SystemExit("CONTRASTIVE_OPS_BUILD=cuda: this version has no CUDA kernels; use auto or cpp.")
     if MODE == "python":
         return [], {}
     try:
-        return cpp_extension()
+        extensions, commands = [cpp_extension()], {"build_ext": build_command()}
     except Exception as error:
-        if MODE == "cpp":
+        if MODE != "auto":
             raise
         say(
             f"installing as pure Python, without the C++ engine ({error}). "
             "With torch and a C++ compiler: pip install --no-build-isolation ."
         )
         return [], {}
+    if MODE != "cpp":
+        try:
+            extensions.append(cuda_extension())
+        except RuntimeError as error:
+            if MODE == "cuda":
+                raise SystemExit(f"CONTRASTIVE_OPS_BUILD=cuda: no CUDA kernels: {error}.") from error
+            say(f"installing without the CUDA kernels: {error}.")
+    return extensions, commands
 
 
-extensions, commands = compiled_parts()
-setup(
-    packages=[
-        "contrastive_ops",
-        "contrastive_ops.backends",
-        "contrastive_ops.demo",
-        "contrastive_ops.kernels",
-        "contrastive_ops.losses",
-        "contrastive_ops.ops",
-        "contrastive_ops.reference",
-    ],
-    # a top-level package `kernels` exists elsewhere, so the folder is a subpackage and has no __init__.py
-    package_dir={"contrastive_ops": "contrastive_ops", "contrastive_ops.kernels": "kernels"},
-    package_data={"contrastive_ops": ["py.typed"]},
-    ext_modules=extensions,
-    cmdclass={"sdist": SourceDistribution, **commands},
-)
+def main():
+    extensions, commands = compiled_parts()
+    setup(
+        packages=[
+            "contrastive_ops",
+            "contrastive_ops.backends",
+            "contrastive_ops.demo",
+            "contrastive_ops.kernels",
+            "contrastive_ops.losses",
+            "contrastive_ops.ops",
+            "contrastive_ops.reference",
+        ],
+        # a top-level package `kernels` exists elsewhere, so the folder is a subpackage and has no __init__.py
+        package_dir={"contrastive_ops": "contrastive_ops", "contrastive_ops.kernels": "kernels"},
+        package_data={"contrastive_ops": ["py.typed"]},
+        ext_modules=extensions,
+        cmdclass={"sdist": SourceDistribution, **commands},
+    )
+
+
+if __name__ == "__main__":  # a test imports it
+    main()

@@ -47,6 +47,11 @@ def report() -> list[tuple[str, str]]:
             ("instruction sets", f"{', '.join(engine.instruction_sets)}; running {engine.instruction_set()}"),
             ("bfloat16 products", products),
         ]
+    if build.cuda is None:
+        lines.append(("CUDA kernels", f"not loaded: {build.cuda_missing}"))
+    else:
+        architectures = ", ".join(build.cuda.architectures)
+        lines.append(("CUDA kernels", f"built with {build.cuda.compiler} for {architectures}"))
     for device in devices():
         example = torch.empty(1, 1, device=device)
         for name in backends.NAMES[1:]:

@@ -9,10 +9,17 @@ from types import ModuleType
 from torch import Tensor
 
 from contrastive_ops import checks
-from contrastive_ops.backends import cpu, reference, tiled, triton
+from contrastive_ops.backends import cpu, cuda, reference, tiled, triton
 
-_MODULES: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "tiled": tiled, "reference": reference}
-# in the order of preference; the others run only when named: triton until it has run on a GPU, the reference always
+_MODULES: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "tiled": tiled,
+    "reference": reference,
+}
+# in the order of preference; the others run only when named: cuda and triton until they have run on a GPU, the
+# reference always
 AUTO = ("cpu", "tiled")
 NAMES = ("auto", *_MODULES)
 
@@ -101,6 +108,7 @@ def explain(x: Tensor, *, op: str = "similarity_logsumexp", backend: str = "auto
     >>> print(explain(torch.zeros(4, 8), backend="tiled"))  # doctest: +ELLIPSIS
     similarity_logsumexp on float32 tensors on cpu takes backend "tiled"
       cpu        ...
+      cuda       ...
       triton     ...
       tiled      chosen
       reference  can run, only when named

@@ -220,7 +220,7 @@ Problem problem_of(
   const bool has_span = problem.span.inverse != nullptr && problem.span.square != nullptr;
   call.check(has_span || problem.members == 0, "volumes need inverse and square");
 
-  call.check(!mirrored || (problem.x == problem.y && n == m && problem.members == 0), "mirrored needs y to be x");
+  call.check(!mirrored || (n == m && problem.members == 0), "mirrored needs y to be x");
   problem.mirrored = mirrored;
   problem.equal = equal;
   problem.tf32 = tf32;

@@ -1,0 +1,149 @@
+"""The CUDA kernels (csrc/cuda): NVIDIA GPUs from compute capability 8.0 on, compiled when the package is installed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_ops import build, checks
+from contrastive_ops.backends import sweep
+from contrastive_ops.backends import tuples as tuple_basis
+
+OPS = ("similarity_logsumexp", "volume_logsumexp")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class CudaKernels(sweep.Kernels):
+    """The operators of csrc/cuda/binding.cpp in a namespace of torch.ops.
+
+    That of the GPU is contrastive_ops_cuda; the tests have one whose kernels run on the CPU.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self.operators = getattr(torch.ops, namespace)
+
+    def forward_tiling(self, problem: sweep.Problem) -> tuple[int, int]:
+        return self.operators.tiling(problem.members)
+
+    def block_tiling(self, problem: sweep.Problem) -> tuple[int, int]:
+        return self.operators.tiling(problem.members)
+
+    def rows_tiling(self, problem: sweep.Problem) -> tuple[int, int] | None:
+        if problem.members:
+            return None
+        tiling = self.operators.rows_tiling(problem.x.dtype, problem.features)
+        return tiling if tiling[0] else None
+
+    def forward(
+        self, problem: sweep.Problem, row: sweep.Part, col: sweep.Part, rows_per_group: int, cols_per_strip: int
+    ) -> None:
+        self.operators.forward(*_of(problem), row, col, rows_per_group, cols_per_strip)
+
+    def excluded(self, problem: sweep.Problem, logits: Tensor) -> None:
+        self.operators.excluded(*_of(problem), logits)
+
+    def merge(
+        self, part: sweep.Part, parts: int, mirror: sweep.Part, mirrors: int, maximum: Tensor, log_sum: Tensor
+    ) -> None:
+        self.operators.merge(part, mirror, maximum, log_sum)
+
+    def block(
+        self,
+        problem: sweep.Problem,
+        incoming: sweep.Incoming,
+        unit: Tensor | None,
+        coefficients: Tensor | None,
+        row: sweep.Sums,
+        col: sweep.Sums,
+        block: sweep.Block,
+    ) -> None:
+        self.operators.block(*_of(problem), incoming, unit, coefficients, row, col, *block)
+
+    def rows(
+        self,
+        problem: sweep.Problem,
+        incoming: sweep.Incoming,
+        unit: Tensor | None,
+        gradient: Tensor | None,
+        sums: sweep.Sums,
+        cols_per_strip: int,
+    ) -> None:
+        self.operators.rows(*_of(problem), incoming, unit, gradient, sums, cols_per_strip)
+
+    def factor(self, tuples: Tensor) -> tuple_basis.Basis:
+        count, members, _ = tuples.shape
+        inverse = tuples.new_empty((count, members, members), dtype=torch.float64)
+        basis = tuple_basis.Basis(inverse, tuples.new_empty(count, dtype=torch.float64))
+        if count:
+            self.operators.factor(tuples.contiguous(), *basis)
+        return basis
+
+
+def _of(problem: sweep.Problem) -> tuple[Any, ...]:
+    """The arguments of an operator for a Problem of sweep.h."""
+    return (
+        problem.x, problem.y, problem.vectors, problem.span, problem.mirrored, problem.restrict, problem.tf32
+    )  # fmt: skip
+
+
+KERNELS = CudaKernels("contrastive_ops_cuda")
+
+
+def why_not(op: str, x: Tensor) -> str | None:
+    if build.cuda is None:
+        return build.cuda_missing
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA; install one that has."
+    if x.device.type != "cuda":
+        return f"cuda runs GPU tensors, got a tensor on {x.device.type}."
+    if x.dtype not in DTYPES:
+        return f"cuda takes {checks.names(DTYPES)}, got {checks.names([x.dtype])}."
+    if not torch.cuda.is_available():
+        return "torch finds no GPU."
+    return no_code(build.cuda.architectures, torch.cuda.get_device_capability(x.device))
+
+
+def no_code(architectures: Sequence[str], capability: tuple[int, int]) -> str | None:
+    """The sentence that says why a GPU of the capability runs nothing of what was compiled; None when it does.
+
+    sm_80 is code for 8.0 and what follows of 8, sm_90a for 9.0 alone; compute_80 is PTX, which the driver compiles for
+    8.0 and all that follows.
+    """
+    for name in architectures:
+        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+        assert found, name
+        kind, major, minor, specific = found.groups()
+        first = (int(major), int(minor))
+        same_family = first[0] == capability[0] and specific != "a"
+        if first == capability or (first < capability and (same_family or (kind == "compute" and not specific))):
+            return None
+    version = "{}.{}".format(*capability)
+    return (
+        f"the CUDA kernels are compiled for {', '.join(architectures)}, and this GPU has compute capability {version}; "
+        f'install with TORCH_CUDA_ARCH_LIST="{version}": {build.INSTALL_CUDA}'
+    )
+
+
+def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
+    """Nothing is kept from forward to backward."""
+    return 0
+
+
+def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return sweep.similarity_logsumexp_forward(KERNELS, *arguments)
+
+
+def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return sweep.similarity_logsumexp_backward(KERNELS, *arguments)
+
+
+def volume_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return sweep.volume_logsumexp_forward(KERNELS, *arguments)
+
+
+def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return sweep.volume_logsumexp_backward(KERNELS, *arguments)
