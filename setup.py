@@ -35,6 +35,7 @@ if X86:
     INSTRUCTION_SETS["AVX2"] = avx2
     INSTRUCTION_SETS["AVX512"] = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 
+HOMES = (Path("/usr/local/cuda"),)  # of CUDA toolkits, where neither the environment nor PATH name one
 CUDA_NAME = "contrastive_ops._cuda"  # a library for torch.ops.load_library, not a Python module
 # sm_80 code runs on 8.x, and PTX of it on what comes later; code of 9.0a and 10.0a nowhere else
 CUDA_ARCHITECTURES = "8.0+PTX;9.0a;10.0a"
@@ -73,7 +74,7 @@ def find_nvcc() -> str:
                 raise RuntimeError(f"{variable} is {os.environ[variable]}, where there is no bin/nvcc")
             return nvcc
     wheels = importlib.util.find_spec("nvidia")
-    homes = [Path("/usr/local/cuda")]
+    homes = list(HOMES)
     for folder in wheels.submodule_search_locations if wheels else ():
         homes += sorted(Path(folder).glob("cu*"), reverse=True)
     path = os.pathsep.join([os.environ.get("PATH", ""), *(str(home / "bin") for home in homes)])

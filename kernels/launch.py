@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from contrastive_ops.backends.sweep import Block, Incoming, Kernels, Part, Problem, Sums, cdiv
 from contrastive_ops.kernels import tilings
 from contrastive_ops.kernels.sweep import block_kernel, excluded_kernel, forward_kernel, merge_kernel, rows_kernel
 
-PROGRAMS = 256  # of a launch, about two for each multiprocessor of an H100, where the device doesn't say
 EXCLUDED = 32  # rows of a program that looks up the excluded logits
 MERGE = 1024  # rows of a program that merges partials
 
@@ -29,12 +27,6 @@ def options(problem: Problem, tiling: tilings.Tiling) -> dict[str, Any]:
 
 
 class TritonKernels(Kernels):
-    def programs(self, x: Tensor) -> int:
-        """Two waves of the multiprocessors, or one if each holds two."""
-        if x.device.type != "cuda":
-            return PROGRAMS
-        return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count
-
     def forward_tiling(self, problem: Problem) -> tuple[int, int]:
         return tilings.forward_tiling(problem)[:2]
 

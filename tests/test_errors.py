@@ -555,16 +555,19 @@ def test_why_not(monkeypatch):
 
 def test_explain_is_a_report(monkeypatch):
     monkeypatch.setattr(build, "missing", "not built here.")
-    monkeypatch.setattr(backends.triton, "why_not", lambda op, x: "no GPU here.")
+    for backend in (backends.cuda, backends.triton):
+        monkeypatch.setattr(backend, "why_not", lambda op, x: "no GPU here.")
     report = co.explain(X.bfloat16())
     assert report.chosen == "tiled"
-    assert report.reasons == {"cpu": "not built here.", "triton": "no GPU here.", "tiled": None, "reference": None}
+    reasons = {"cpu": "not built here.", "cuda": "no GPU here.", "triton": "no GPU here."}
+    assert report.reasons == {**reasons, "tiled": None, "reference": None}
     assert str(report).splitlines() == [
         'similarity_logsumexp on bfloat16 tensors on cpu takes backend "tiled"',
         "  cpu        can't: not built here.",
+        "  cuda       can't: no GPU here.",
         "  triton     can't: no GPU here.",
         "  tiled      chosen",
         "  reference  can run, only when named",
     ]
     monkeypatch.setattr(build, "missing", None)
-    assert str(co.explain(X)).splitlines()[1:4:2] == ["  cpu        chosen", "  tiled      can run, not needed"]
+    assert str(co.explain(X)).splitlines()[1:5:3] == ["  cpu        chosen", "  tiled      can run, not needed"]

@@ -48,9 +48,8 @@ def test_shapes(shape, name):
 @runs
 @pytest.mark.parametrize("name", ["everything-restrict", "self-everything", "self-ids-restrict-sorted"])
 def test_many_tiles(name, monkeypatch):
-    launch = backends.triton.kernels("launch")
-    monkeypatch.setattr(launch, "PROGRAMS", 9)
-    monkeypatch.setattr(launch, "MERGE", 64)
+    monkeypatch.setattr(sweep, "PROGRAMS", 9)
+    monkeypatch.setattr(backends.triton.kernels("launch"), "MERGE", 64)
     monkeypatch.setattr(sweep, "WORKSPACE", 192)
     op_tests.test_shapes((500, 420, 20), name, "triton", torch.float32)
 
@@ -62,7 +61,7 @@ def test_oblong_tiles(name, monkeypatch):
     table = backends.triton.kernels("tilings").TILINGS["any"]
     oblong = table[4]._replace(forward=table[4].forward._replace(block_m=64, block_n=32))
     monkeypatch.setitem(table, 4, oblong)
-    monkeypatch.setattr(backends.triton.kernels("launch"), "PROGRAMS", 9)
+    monkeypatch.setattr(sweep, "PROGRAMS", 9)
     op_tests.test_shapes((300, 270, 20), name, "triton", torch.float32)
 
 

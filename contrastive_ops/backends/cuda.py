@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -107,7 +107,8 @@ def why_not(op: str, x: Tensor) -> str | None:
     return no_code(build.cuda.architectures, torch.cuda.get_device_capability(x.device))
 
 
-def no_code(architectures: Sequence[str], capability: tuple[int, int]) -> str | None:
+@cache
+def no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str | None:
     """The sentence that says why a GPU of the capability runs nothing of what was compiled; None when it does.
 
     sm_80 is code for 8.0 and what follows of 8, sm_90a for 9.0 alone; compute_80 is PTX, which the driver compiles for

@@ -10,7 +10,7 @@
 No atomics: the results are bitwise repeatable where the vendor's products are. In self-similarity (no y) forward and
 the blocks visit the tiles on and above the diagonal; a tile above it also stands for its mirror image.
 
-An engine is a set of `Kernels`: Triton's in kernels/launch.py.
+An engine is a set of `Kernels`: Triton's in kernels/launch.py, those of CUDA in contrastive_ops/backends/cuda.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from contrastive_ops.backends import tuples as tuple_basis
 
+PROGRAMS = 256  # of a launch, about two for each multiprocessor of an H100, where the device doesn't say
 WORKSPACE = 4096  # rows and columns of a block of pairs: 32 MB of 16-bit coefficients, the class of an L2 cache
 # |x|^2 - |y|^2 is off by about 4 units in the last place of |x|^2: there the distance is 0, at its minimum
 AT_MINIMUM = 4 * torch.finfo(torch.float32).eps
@@ -131,7 +132,10 @@ class Kernels(Protocol):
     """
 
     def programs(self, x: Tensor) -> int:
-        """Programs of a launch that fill the device of x."""
+        """Programs of a launch: two waves of the multiprocessors, or one if each holds two."""
+        if x.device.type != "cuda":
+            return PROGRAMS
+        return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count
 
     def forward_tiling(self, problem: Problem) -> tuple[int, int]:
         """In self-similarity the columns of a tile divide its rows: the diagonal is between tiles of rows."""
