@@ -43,7 +43,6 @@ NO_GPU = (
 FEW = DRY or NO_GPU is not None  # what skips need not be many
 MIB = 2**20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BACKENDS = ("triton", "tiled")  # "auto" takes tiled on a GPU
 
 gpu = pytest.mark.gpu
 on_gpu = pytest.mark.usefixtures("device")
@@ -69,6 +68,15 @@ def moved(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+ENGINES = each(("cuda", "triton"), ("triton",))  # the interpreter is Triton's
+BACKENDS = (*ENGINES, "tiled")  # "auto" takes tiled on a GPU
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops run on the device, or the test skips with the sentence that says why it can't."""
@@ -76,7 +84,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         pytest.skip(NO_GPU)
     given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     x = torch.empty(1, 1, dtype=given.get("dtype", torch.float32), device=DEVICE)
-    sentence = backends.why_not(given.get("backend", "triton"), "similarity_logsumexp", x)
+    sentence = backends.why_not(given.get("backend") or given.get("engine", "tiled"), "similarity_logsumexp", x)
     if sentence is not None:
         pytest.skip(sentence)
     monkeypatch.setattr(co, "similarity_logsumexp", moved(OP))
@@ -103,8 +111,8 @@ def test_options(name, backend, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", each(["both", "everything", "self-everything"], ["both"]))
 @pytest.mark.parametrize("shape", each(op_tests.SHAPES, [(7, 2, 3)]))
-def test_shapes(shape, name, dtype):
-    op_tests.test_shapes(shape, name, "triton", dtype)
+def test_shapes(shape, name, engine, dtype):
+    op_tests.test_shapes(shape, name, engine, dtype)
 
 
 # both forms of backward of 16-bit features, more than one step of the features, more than one block of the plane
@@ -113,9 +121,9 @@ def test_shapes(shape, name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", each(["both", "everything", "self-everything", "self-ids-restrict-sorted"], ["both"]))
 @pytest.mark.parametrize("shape", each([(5000, 4500, d) for d in (64, 128, 192, 768)], [(70, 130, 192)]))
-def test_large(shape, name, dtype):
+def test_large(shape, name, engine, dtype):
     arguments, options = problem(name, *shape, dtype)
-    judge(op_tests.fused, moved(op_tests.naive), arguments, options, fused_options={"backend": "triton"}, roundings=1)
+    judge(op_tests.fused, moved(op_tests.naive), arguments, options, fused_options={"backend": engine}, roundings=1)
 
 
 @gpu
@@ -123,8 +131,8 @@ def test_large(shape, name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", each(["both", "self-row_scale-0d"], ["self-row_scale-0d"]))
 @pytest.mark.parametrize("size", each(["scale 1e4", "magnitude 100", "negative scale"], ["scale 1e4"]))
-def test_huge_logits(size, name, dtype):
-    op_tests.test_huge_logits(size, name, "triton", dtype)
+def test_huge_logits(size, name, engine, dtype):
+    op_tests.test_huge_logits(size, name, engine, dtype)
 
 
 PROPERTIES = [
@@ -146,18 +154,18 @@ PROPERTIES = [
 @gpu
 @on_gpu
 @pytest.mark.parametrize("test", each(PROPERTIES, PROPERTIES[-1:]), ids=lambda test: test.__name__)
-def test_properties(test):
-    test("triton")
+def test_properties(test, engine):
+    test(engine)
 
 
 @gpu
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_empty_and_nan(dtype):
+def test_empty_and_nan(engine, dtype):
     for n, m in ((0, 5), (5, 0), (0, 0)):
-        op_tests.test_empty_sides(n, m, "triton", dtype)
-        volume_tests.test_empty_sides(n, m, "triton", dtype)
-    op_tests.test_nan_reaches_the_rows_it_affects_and_no_others("triton", dtype)
+        op_tests.test_empty_sides(n, m, engine, dtype)
+        volume_tests.test_empty_sides(n, m, engine, dtype)
+    op_tests.test_nan_reaches_the_rows_it_affects_and_no_others(engine, dtype)
 
 
 # a view that starts at an odd element has no aligned vector loads: Triton compiles another kernel for it
@@ -166,15 +174,15 @@ def test_empty_and_nan(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", each([op_tests.transposed, op_tests.strided, op_tests.offset], [op_tests.offset]))
 @pytest.mark.parametrize("name", each(["everything", "self-everything"], ["everything"]))
-def test_layout_does_not_matter(name, layout, dtype):
+def test_layout_does_not_matter(name, layout, engine, dtype):
     def on_device(x: Tensor) -> Tensor:
         with torch.device(DEVICE):
             return layout(x.detach().to(DEVICE))
 
     arguments, options = problem(name, 65, 70, 17, dtype)
-    expected = evaluate(op_tests.fused, arguments, options | {"backend": "triton"})
+    expected = evaluate(op_tests.fused, arguments, options | {"backend": engine})
     laid_out = [on_device(x) for x in arguments]
-    op_tests.assert_same(evaluate(op_tests.fused, laid_out, options | {"backend": "triton"}), expected)
+    op_tests.assert_same(evaluate(op_tests.fused, laid_out, options | {"backend": engine}), expected)
 
 
 @gpu
@@ -182,11 +190,11 @@ def test_layout_does_not_matter(name, layout, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", each([(1100, 1030, 20), (5000, 4500, 256)], [(65, 70, 20)]))
 @pytest.mark.parametrize("name", each(["everything", "self-everything"], ["self-everything"]))
-def test_runs_are_bitwise_repeatable(name, shape, dtype):
+def test_runs_are_bitwise_repeatable(name, shape, engine, dtype):
     arguments, options = problem(name, *shape, dtype)
-    first = evaluate(op_tests.fused, arguments, options | {"backend": "triton"})
+    first = evaluate(op_tests.fused, arguments, options | {"backend": engine})
     for _ in range(each((1, 2, 3), (1,))[-1]):
-        op_tests.assert_same(evaluate(op_tests.fused, arguments, options | {"backend": "triton"}), first)
+        op_tests.assert_same(evaluate(op_tests.fused, arguments, options | {"backend": engine}), first)
 
 
 # N, M, P, D
@@ -209,7 +217,7 @@ def test_volumes(sizes, backend, dtype):
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("members", each((1, 2, 3, 4), (1,)))
-def test_large_volumes(members, dtype):
+def test_large_volumes(members, engine, dtype):
     n, m, d = each((4500, 2500, 192), (70, 40, 70))
     arguments, options = volume_tests.problem(n, m, members, d, dtype)
     judge(
@@ -217,7 +225,7 @@ def test_large_volumes(members, dtype):
         moved(volume_tests.naive),
         arguments,
         options,
-        fused_options={"backend": "triton"},
+        fused_options={"backend": engine},
         roundings=1,
     )
 
@@ -248,12 +256,12 @@ def test_losses(loss, variant, backend, dtype):
 @pytest.mark.parametrize("name", each(["info_nce", "clip_loss", "nt_xent", "gram_loss"], ["clip_loss"]))
 @compile_tests.SCRIPTED
 @compile_tests.TRACED
-def test_compiled(name):
+def test_compiled(name, engine):
     """One graph of forward and backward, for sizes that share no factor."""
     loss = loss_tests.TABLE[name]
 
     def call(*arguments: Tensor) -> Tensor:
-        return loss.fused(*arguments, backend="triton")
+        return loss.fused(*arguments, backend=engine)
 
     both = compile_tests.compiled(call, "aot_eager" if DRY else "inductor")
     for n in (14, 33):
@@ -264,18 +272,18 @@ def test_compiled(name):
 @gpu
 @on_gpu
 @pytest.mark.parametrize("name", each(["everything", "self-everything"], ["self-everything"]))
-def test_opcheck(name):
-    arguments = compile_tests.forward_arguments(name, 9, 7, 5, torch.float32, "triton")
+def test_opcheck(name, engine):
+    arguments = compile_tests.forward_arguments(name, 9, 7, 5, torch.float32, engine)
     compile_tests.check(tree_map_only(Tensor, lambda tensor: tensor.to(DEVICE), arguments))
 
 
 @gpu
 @on_gpu
-def test_results_stay_on_the_device():
+def test_results_stay_on_the_device(engine):
     x, y = torch.randn(2, 20, 8, device=DEVICE).requires_grad_()
-    for value in OP(x, y, cols=True, exclude=torch.arange(20, device=DEVICE), backend="triton"):
+    for value in OP(x, y, cols=True, exclude=torch.arange(20, device=DEVICE), backend=engine):
         assert value.device == x.device
-    for loss in (co.clip_loss(x, y, 5.0, backend="triton"), co.gram_loss(x, y, backend="triton")):
+    for loss in (co.clip_loss(x, y, 5.0, backend=engine), co.gram_loss(x, y, backend=engine)):
         assert loss.device == x.device
         assert all(grad.device == x.device for grad in torch.autograd.grad(loss, (x, y)))
 
@@ -284,7 +292,7 @@ def test_results_stay_on_the_device():
 # of that in float32, again in 2 bytes, and some slack.
 @gpu
 @on_gpu
-def test_more_than_2_to_the_31_elements():
+def test_more_than_2_to_the_31_elements(engine):
     n, d, last = each((2**31 // 512 + 1000, 512, 500), (500, 16, 30))
     dtype = torch.float16 if DRY else torch.bfloat16
     if not DRY:
@@ -296,7 +304,7 @@ def test_more_than_2_to_the_31_elements():
     tail = x.detach()[-last:].clone().requires_grad_()
     (lse, grad), (expected_lse, expected_grad) = (
         (rows.detach(), torch.autograd.grad(rows.sum(), features)[0])
-        for features, rows in ((f, OP(f, y, backend="triton").row_lse) for f in (x, tail))
+        for features, rows in ((f, OP(f, y, backend=engine).row_lse) for f in (x, tail))
     )
     torch.testing.assert_close(lse[-last:], expected_lse, rtol=1e-6, atol=1e-6)
     assert (grad[-last:] - expected_grad).norm() < 1e-2 * expected_grad.norm()
@@ -305,7 +313,7 @@ def test_more_than_2_to_the_31_elements():
 @gpu
 @real
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_peak_memory(dtype):
+def test_peak_memory(engine, dtype):
     """Both gradients in float32, as much again while they are scaled or cast, one block of coefficients; no matrix."""
     n, d = 32768, 512
 
@@ -313,7 +321,7 @@ def test_peak_memory(dtype):
         x, y = (torch.randn(n, d, device=DEVICE, dtype=dtype).requires_grad_() for _ in range(2))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out = OP(x, y, row_scale=0.05, cols=True, backend="triton")
+        out = OP(x, y, row_scale=0.05, cols=True, backend=engine)
         torch.autograd.grad(out.row_lse.sum() + out.col_lse.sum(), (x, y))
         return torch.cuda.max_memory_allocated() - before
 
@@ -326,7 +334,7 @@ def test_peak_memory(dtype):
 
 @gpu
 @real
-def test_tf32_is_the_users_choice():
+def test_tf32_is_the_users_choice(engine):
     if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this GPU has no TF32")
     x, y = (torch.randn(300, 256, device=DEVICE) for _ in range(2))
@@ -336,7 +344,7 @@ def test_tf32_is_the_users_choice():
     try:
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
-            errors.append((OP(x, y, backend="triton").row_lse - truth).abs().max().item())
+            errors.append((OP(x, y, backend=engine).row_lse - truth).abs().max().item())
     finally:
         torch.set_float32_matmul_precision(before)
     exact, rounded = errors
@@ -345,13 +353,13 @@ def test_tf32_is_the_users_choice():
 
 @gpu
 @real
-def test_a_stream_that_is_not_the_default_one():
+def test_a_stream_that_is_not_the_default_one(engine):
     """What the stream has not yet computed would be read as zeros by a kernel of another one."""
     source = torch.randn(2, 500, 64, device=DEVICE)
     leaves = torch.zeros_like(source).requires_grad_()
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        out = OP(x, y, cols=True, backend="triton")
+        out = OP(x, y, cols=True, backend=engine)
         return out.row_lse.detach(), *torch.autograd.grad(out.row_lse.sum() + out.col_lse.sum(), (x, y))
 
     expected = step(*source.clone().requires_grad_().unbind())
@@ -369,14 +377,14 @@ def test_a_stream_that_is_not_the_default_one():
 
 @gpu
 @real
-def test_a_device_that_is_not_the_current_one():
+def test_a_device_that_is_not_the_current_one(engine):
     if torch.cuda.device_count() < 2:
         pytest.skip("this machine has one GPU")
     x, y = torch.randn(2, 300, 64)
     results = []
     for where in ("cuda:0", "cuda:1"):
         given = [tensor.to(where).requires_grad_() for tensor in (x, y)]
-        loss = co.clip_loss(*given, 5.0, backend="triton")
+        loss = co.clip_loss(*given, 5.0, backend=engine)
         results.append([loss.detach().cpu(), *(grad.cpu() for grad in torch.autograd.grad(loss, given))])
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(second, first)
