@@ -61,6 +61,16 @@ int64_t parts_of(int64_t size, int64_t part) {
 template <typename T>
 constexpr ScalarType kScalarType = torch::headeronly::CppTypeToScalarType<std::remove_const_t<T>>::value;
 
+template <typename... Parts>
+void check(bool holds, const char* operator_name, const Parts&... sentence) {
+  if (!holds) {
+    std::ostringstream text;
+    text << operator_name << ": ";
+    (text << ... << sentence);
+    throw std::invalid_argument(text.str());
+  }
+}
+
 // One call of an operator: its tensors are contiguous, on one device, which is the current one as long as this lives.
 class Call {
  public:
@@ -76,12 +86,11 @@ class Call {
 
   template <typename... Parts>
   void check(bool holds, const Parts&... sentence) const {
-    if (!holds) {
-      std::ostringstream text;
-      text << name_ << ": ";
-      (text << ... << sentence);
-      throw std::invalid_argument(text.str());
-    }
+    cuda::check(holds, name_, sentence...);
+  }
+
+  const char* name() const {
+    return name_;
   }
 
   int size(const char* name, int64_t value) const {
@@ -160,17 +169,20 @@ class Fields {
   size_t position_ = 0;
 };
 
-Dtype dtype_of(ScalarType type) {
+Dtype dtype_of(const char* operator_name, const char* name, ScalarType type) {
   switch (type) {
     case ScalarType::Float:
       return Dtype::float32;
     case ScalarType::BFloat16:
       return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
     default:
-      throw std::invalid_argument(
-          std::string("features must be of type Float, BFloat16 or Half, got ") + torch::headeronly::toString(type));
+      check(
+          type == ScalarType::Half,
+          operator_name,
+          name,
+          " must be of type Float, BFloat16 or Half, got ",
+          torch::headeronly::toString(type));
+      return Dtype::float16;
   }
 }
 
@@ -186,7 +198,7 @@ Problem problem_of(
   call.check(x.dim() == 2, "x must have shape (N, D), got ", text_of(x.sizes()));
   call.check(y.dim() == 2 || y.dim() == 3, "y must have shape (M, D) or (M, P, D), got ", text_of(y.sizes()));
   Problem problem{};
-  problem.dtype = dtype_of(x.scalar_type());
+  problem.dtype = dtype_of(call.name(), "x", x.scalar_type());
   const int64_t n = problem.n = call.size("N", x.size(0));
   const int64_t m = problem.m = call.size("M", y.size(0));
   const int64_t features = problem.features = call.size("D", x.size(1));
@@ -426,7 +438,7 @@ void factor(const Tensor& vectors, const Tensor& inverse, const Tensor& volume) 
   call.finish(
       cuda::factor(
           call.pointer<const void>("vectors", vectors, {count, members, features}, vectors.scalar_type()),
-          dtype_of(vectors.scalar_type()),
+          dtype_of(call.name(), "vectors", vectors.scalar_type()),
           count,
           static_cast<int>(members),
           features,
@@ -441,7 +453,7 @@ std::tuple<int64_t, int64_t> tiling_of_pairs_or_volumes(int64_t members) {
 }
 
 std::tuple<int64_t, int64_t> tiling_of_rows(ScalarType dtype, int64_t features) {
-  const Tiling tile = rows_tiling(dtype_of(dtype), static_cast<int>(features));
+  const Tiling tile = rows_tiling(dtype_of("rows_tiling", "dtype", dtype), static_cast<int>(features));
   return {tile.rows, tile.cols};
 }
 

@@ -1,0 +1,160 @@
+"""csrc/cuda/binding.cpp on the CPU: what the operators take and what they refuse, before any kernel."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from cuda_host import build as host
+
+N, M, D = 7, 9, 16
+X, Y, TUPLES = torch.ones(N, D), torch.ones(M, D), torch.ones(M, 2, D)
+NONE = (None,) * 8
+ROWS, COLS = torch.zeros(N, dtype=torch.int32), torch.zeros(M, dtype=torch.int32)
+
+
+@pytest.fixture(scope="module")
+def operators():
+    sentence = host.why_not()
+    if sentence is not None:
+        pytest.skip(f"cuda-host: {sentence}")
+    torch.ops.load_library(host.backend())
+    return torch.ops.contrastive_ops_cuda_host
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype)
+
+
+def changed(values, place, value):
+    return (*values[:place], value, *values[place + 1 :])
+
+
+EXCLUDE = changed(NONE, 4, ROWS)
+
+
+class Calls:
+    """A right call of each operator, whose arguments a test replaces by name."""
+
+    def __init__(self, operators):
+        self.operators = operators
+        self.rows, self.cols = operators.tiling(0)
+        self.block_cols = operators.rows_tiling(torch.float16, D)[1]
+
+    def problem(self, x=X, y=Y, vectors=NONE, span=(None, None), mirrored=False, equal=False, tf32=False):
+        return (x, y, vectors, span, mirrored, equal, tf32)
+
+    def forward(self, *, row=None, col=(None,) * 3, rows_per_group=None, cols_per_strip=None, **problem):
+        row = (empty(1, N), empty(1, N), None) if row is None else row
+        parts = (self.rows if rows_per_group is None else rows_per_group,)
+        parts += (self.cols if cols_per_strip is None else cols_per_strip,)
+        self.operators.forward(*self.problem(**problem), row, col, *parts)
+
+    def excluded(self, *, logits=None, vectors=EXCLUDE, **problem):
+        logits = empty(N) if logits is None else logits
+        self.operators.excluded(*self.problem(vectors=vectors, **problem), logits)
+
+    def merge(self, *, part=None, mirror=(None,) * 3, maximum=None, log_sum=None):
+        part = (torch.zeros(2, N), torch.zeros(2, N), None) if part is None else part
+        maximum = empty(N) if maximum is None else maximum
+        self.operators.merge(part, mirror, maximum, empty(N) if log_sum is None else log_sum)
+
+    def block(
+        self, *, incoming=NONE, unit=None, coefficients=None, sums=(None,) * 3, where=(0, 0, N, M, 16), **problem
+    ):
+        coefficients = empty(1, N, 16) if coefficients is None else coefficients
+        self.operators.block(*self.problem(**problem), incoming, unit, coefficients, sums, (None,) * 3, *where)
+
+    def by_rows(self, *, x=None, y=None, gradient=None, sums=(None,) * 3, cols_per_strip=None, **problem):
+        x, y = X.half() if x is None else x, Y.half() if y is None else y
+        gradient = empty(1, N, D) if gradient is None else gradient
+        cols_per_strip = self.block_cols if cols_per_strip is None else cols_per_strip
+        self.operators.rows(*self.problem(x, y, **problem), NONE, None, gradient, sums, cols_per_strip)
+
+    def factor(self, *, vectors=TUPLES, inverse=None, volume=None):
+        inverse = empty(M, 2, 2, dtype=torch.float64) if inverse is None else inverse
+        self.operators.factor(vectors, inverse, empty(M, dtype=torch.float64) if volume is None else volume)
+
+
+SPAN = (torch.ones(3, M), torch.ones(N))
+REFUSALS = {
+    # the problem
+    "x-shape": ("forward", {"x": X[0]}, "x must have shape (N, D), got (16)"),
+    "x-empty": ("forward", {"x": X[:0]}, "N must be from 1 to 1073741823, got 0"),
+    "x-dtype": ("forward", {"x": X.double()}, "x must be of type Float, BFloat16 or Half, got Double"),
+    "y-shape": ("forward", {"y": Y[:, :3].contiguous()}, "y must have shape (9, 16), got (9, 3)"),
+    "y-dimensions": ("forward", {"y": Y[0]}, "y must have shape (M, D) or (M, P, D), got (16)"),
+    "y-dtype": ("forward", {"y": Y.half()}, "y must be of type Float, got Half"),
+    "y-layout": ("forward", {"y": torch.ones(D, M).T}, "y must be contiguous"),
+    "y-device": ("merge", {"log_sum": empty(N).to("meta")}, None),
+    "members": ("forward", {"y": torch.ones(M, 5, D), "span": SPAN}, "P must be from 1 to 4, got 5"),
+    "vectors-count": ("forward", {"vectors": NONE[1:]}, "vectors must be 8 optional tensors, got 7"),
+    "vectors-shape": ("forward", {"vectors": changed(NONE, 0, torch.ones(M))},
+                      "row_scale must have shape (7), got (9)"),
+    "vectors-side": ("forward", {"vectors": changed(NONE, 3, torch.ones(N))}, "col_bias must have shape (9), got (7)"),
+    "vectors-float": ("forward", {"vectors": changed(NONE, 2, torch.ones(N).double())},
+                      "row_bias must be of type Float, got Double"),
+    "vectors-int": ("forward", {"vectors": changed(NONE, 4, ROWS.long())}, "row_exclude must be of type Int, got Long"),
+    "ids-side": ("forward", {"vectors": changed(NONE, 6, ROWS)}, "row_ids and col_ids must be given together"),
+    "ids-equal": ("forward", {"equal": True}, "equal needs row_ids and col_ids"),
+    "span-none": ("forward", {"y": TUPLES}, "volumes need inverse and square"),
+    "span-shape": ("forward", {"y": TUPLES, "span": (torch.ones(2, M), SPAN[1])},
+                   "inverse must have shape (3, 9), got (2, 9)"),
+    "mirrored": ("forward", {"mirrored": True}, "mirrored needs y to be x"),
+    # where the results go
+    "parts-none": ("forward", {"row": (None,) * 3}, "row or col must be given"),
+    "parts-count": ("forward", {"row": (empty(2, N), empty(2, N), None)}, "maximum must have shape (1, 7), got (2, 7)"),
+    "parts-sum": ("forward", {"row": (empty(1, N), None, None)}, "row must have maximum and sum, or neither"),
+    "parts-total": ("forward", {"col": (None, None, empty(1, M))}, "col has a total, but no maximum"),
+    "parts-mirrored": ("forward", {"y": X, "mirrored": True}, "mirrored needs col"),
+    "group": ("forward", {"rows_per_group": 1}, "rows_per_group must be a multiple of {rows}, got 1"),
+    "strip": ("forward", {"cols_per_strip": 1}, "cols_per_strip must be a multiple of {cols}, got 1"),
+    "strip-none": ("forward", {"cols_per_strip": 0}, "cols_per_strip must be from 1 to 1073741823, got 0"),
+    "excluded-none": ("excluded", {"vectors": NONE}, "row_exclude must be given"),
+    "excluded-volumes": ("excluded", {"y": TUPLES, "span": SPAN}, "y must have shape (M, D)"),
+    "excluded-shape": ("excluded", {"logits": empty(M)}, "logits must have shape (7), got (9)"),
+    "merge-none": ("merge", {"part": (None,) * 3}, "parts must be from 1 to 1073741823, got 0"),
+    "merge-shape": ("merge", {"log_sum": empty(M)}, "log_sum must have shape (7), got (9)"),
+    "merge-mirror": ("merge", {"mirror": (empty(2, M), empty(2, M), None)},
+                     "maximum must have shape (2, 7), got (2, 9)"),
+    "block-rows": ("block", {"where": (1, 0, N, M, 16)}, "rows from 1 to 8 are not in x"),
+    "block-cols": ("block", {"where": (0, -1, N, M, 16)}, "columns from -1 to 8 are not in y"),
+    "block-stride": ("block", {"where": (0, 0, N, M, 8)}, "stride must be at least the columns, 9, got 8"),
+    "block-stride-16": ("block", {"where": (0, 0, N, M, 12)}, "stride must be a multiple of 16, got 12"),
+    "block-shape": ("block", {"coefficients": empty(N, 16)}, "coefficients must have shape (1, 7, 16), got (7, 16)"),
+    "block-dtype": ("block", {"coefficients": empty(1, N, 16).half()}, "coefficients must be of type Float, got Half"),
+    "block-sums": ("block", {"sums": (empty(2, N), None, None)}, "scale must have shape (1, 7), got (2, 7)"),
+    "block-unit": ("block", {"unit": torch.ones(())}, "unit must have shape (1), got ()"),
+    "incoming-max": ("block", {"incoming": changed(NONE, 0, torch.ones(N))}, "row_weight and row_max go together"),
+    "incoming-side": ("block", {"incoming": changed(NONE, 7, torch.ones(N))}, "col_total must have shape (9), got (7)"),
+    "rows-dtype": ("by_rows", {"x": X, "y": Y}, "there is no such kernel for D = 16 and the type of x"),
+    "rows-volumes": ("by_rows", {"y": TUPLES.half(), "span": SPAN}, "y must have shape (M, D)"),
+    "rows-strip": ("by_rows", {"cols_per_strip": 1}, "cols_per_strip must be a multiple of {block_cols}, got 1"),
+    "rows-gradient": ("by_rows", {"gradient": empty(N, D)}, "gradient must have shape (1, 7, 16), got (7, 16)"),
+    "rows-gradient-dtype": ("by_rows", {"gradient": empty(1, N, D).bfloat16()},
+                            "gradient must be of type Half, got BFloat16"),
+    "factor-shape": ("factor", {"vectors": Y}, "vectors must have shape (count, K, D), got (9, 16)"),
+    "factor-members": ("factor", {"vectors": torch.ones(M, 6, D)}, "K must be from 1 to 5, got 6"),
+    "factor-dtype": ("factor", {"inverse": empty(M, 2, 2)}, "inverse must be of type Double, got Float"),
+    "factor-none": ("factor", {"vectors": TUPLES[:0]}, "vectors must have at least one set"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusal(name, operators):
+    calls = Calls(operators)
+    operator, arguments, sentence = REFUSALS[name]
+    if sentence is None:  # tensors on two devices find no operator, or are refused
+        with pytest.raises((ValueError, NotImplementedError)):
+            getattr(calls, operator)(**arguments)
+        return
+    sentence = f"{operator.removeprefix('by_')}: {sentence.format(**vars(calls))}"
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        getattr(calls, operator)(**arguments)
+
+
+@pytest.mark.parametrize("operator", ["forward", "excluded", "merge", "block", "by_rows", "factor"])
+def test_the_same_call_without_a_fault_runs(operator, operators):
+    """So it was the fault that was refused."""
+    getattr(Calls(operators), operator)()
