@@ -1,15 +1,16 @@
-"""What the Triton kernels take of a GPU, found by compiling them without one: bench/RESOURCES.md.
+"""What the kernels take of a GPU, found by compiling them without one: bench/RESOURCES.md.
 
-python -m bench.resources [--target cuda:90 ...] [--write]
+python -m bench.resources [--target cuda:90 sm_90a ...] [--write]
 
-A target is compiled in a process of its own, in which a stand-in for the driver names it: a process has one driver, and
-in that of the tests Triton interprets.
+sm_80 and so on are the CUDA kernels, see resources_cuda.py. Each target has a process of its own; for Triton, in which
+a stand-in for the driver names it: a process has one driver, and in that of the tests Triton interprets.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from contrastive_ops import build as installed
 from contrastive_ops.backends import sweep
 from contrastive_ops.backends import triton as backend
 
@@ -51,6 +53,8 @@ TARGETS = {
     "cuda:100": Limits("sm_100 (B200)", 232448, 228 << 10, 1 << 10),
     "hip:gfx942": Limits("gfx942 (MI300)", 65536, 64 << 10, registers=512, warps=32, programs=16),
 }
+CUDA_TARGETS = {"sm_80": TARGETS["cuda:80"], "sm_90a": TARGETS["cuda:90"], "sm_100a": TARGETS["cuda:100"]}
+LIMITS = TARGETS | CUDA_TARGETS
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,18 @@ class Row:
     variant: str
     tile: str
     warps: int
-    stages: int
     registers: int  # of a thread
     spills: int  # bytes (AMD: registers) of a thread
     shared: int  # bytes of a program
     matrix: int  # instructions of the matrix unit in the code
+    stages: int = 0  # Triton's
     tensor_memory: int = 0  # columns of a program, sm_100
+    conflicts: int = 0  # of CUDA, see resources_cuda.py
 
 
 def programs(target: str, row: Row) -> int:
     """Programs that a multiprocessor holds at once, by registers, threads, shared and tensor memory."""
-    limits = TARGETS[target]
+    limits = LIMITS[target]
     fit = [limits.programs, limits.warps // row.warps]
     if row.shared:
         fit.append(limits.shared // (_up(row.shared, 128) + limits.reserved))
@@ -238,8 +243,22 @@ class Driver:
         return name
 
 
+def why_not(target: str) -> str | None:
+    """The sentence that says why a target can't be compiled here; None when it can."""
+    if target in CUDA_TARGETS:
+        from bench import resources_cuda  # which imports this module
+
+        return resources_cuda.why_not(target)
+    return None if importlib.util.find_spec("triton") else "triton is not installed; pip install triton."
+
+
 def compile_here(target: str) -> Iterator[Row]:
     """Every kernel, with this process's Triton set to the target."""
+    if target in CUDA_TARGETS:
+        from bench import resources_cuda
+
+        yield from resources_cuda.rows_of(target)
+        return
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -266,8 +285,6 @@ def compile_here(target: str) -> Iterator[Row]:
 
 def _of_code(compiled: Any) -> dict[str, int]:
     """Registers, spills, and instructions of the matrix unit."""
-    import triton
-
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
         return {
@@ -275,17 +292,26 @@ def _of_code(compiled: Any) -> dict[str, int]:
             "spills": _number(r"\.vgpr_spill_count:?\s+(\d+)", code),
             "matrix": code.count("v_mfma"),
         }
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", file.name], text=True)
-        code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True, stderr=subprocess.DEVNULL)
+        usage = subprocess.check_output([tool("cuobjdump"), "-res-usage", file.name], text=True)
+        code = subprocess.check_output([tool("nvdisasm"), "-c", file.name], text=True, stderr=subprocess.DEVNULL)
     return {
         "registers": _number(r"REG:(\d+)", usage),
         "spills": _number(r"STACK:(\d+)", usage),
-        "matrix": len(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)),
+        "matrix": len(re.findall(MATRIX, code)),
     }
+
+
+MATRIX = r"\b(HMMA|HGMMA|UTCHMMA)\b"
+
+
+def tool(name: str) -> Path:
+    """A program of CUDA that Triton brings."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 def _number(pattern: str, text: str) -> int:
@@ -311,45 +337,61 @@ def compile_for(target: str) -> list[Row]:
 
 
 def head() -> str:
-    return f"""# What the Triton kernels take of a GPU
+    return f"""# What the kernels take of a GPU
 
-Compiled by Triton {importlib.metadata.version("triton")} without a GPU; nothing here was measured on one.
-`{COMMAND}` writes this page, and a test compiles again and compares. The kernels are those for {SIZE} rows and
-columns, which no vector divides, and {FEATURES} features; where 16 does not divide the features, loads are slower, and
-registers may spill.
+Compiled by {compiler("cuda:80")} and {compiler("sm_80")} without a GPU; nothing here was measured on one.
+`{COMMAND}` writes this page, and tests compile again and compare.
 
-- tile: rows x columns x features of one step; of `merge`, rows.
 - registers: of a thread, 255 at most; on gfx942 ordinary ones and accumulators, 512 at most.
 - spills: bytes of a thread's stack (gfx942: registers). Zero, or a test fails.
-- shared: bytes of a program, within the limit of a program or a test fails.
+- shared: bytes of a program (of a block), within the limit of a program or a test fails.
 - matrix: instructions of the matrix unit in the code (HMMA, HGMMA, UTCHMMA, v_mfma).
 - programs: how many a multiprocessor holds at once, by registers, threads and memory: an upper bound.
+
+The sections cuda:80 to hip:gfx942 are Triton's kernels, for {SIZE} rows and columns, which no vector divides, and
+{FEATURES} features; where 16 does not divide the features, loads are slower, and registers may spill. Tile: rows x
+columns x features of one step; of `merge`, rows.
+
+The sections sm_80 to sm_100a are the CUDA kernels (csrc/cuda), each instance of them. Tile: rows x columns. Conflicts:
+wavefronts of shared memory that its asynchronous copies and matrix loads take beyond the least possible, counted as
+the kernel runs on the CPU. Zero, or a test fails.
 """
 
 
+def compiler(target: str) -> str:
+    """That of the kernels here; where nvcc compiled none, that of the page."""
+    if target in TARGETS:
+        return f"Triton {importlib.metadata.version('triton')}"
+    return committed(target)[0] if installed.cuda is None else installed.cuda.compiler
+
+
+COLUMNS = ("kernel", "dtype", "variant", "tile", "warps", "stages", "registers", "spills", "shared", "matrix")
+CUDA_COLUMNS = (*COLUMNS[:5], *COLUMNS[6:], "conflicts")
+
+
 def section(target: str, rows: Sequence[Row]) -> str:
-    columns = ("kernel", "dtype", "variant", "tile", "warps", "stages", "registers", "spills", "shared", "matrix")
-    lines = [f"| {' | '.join((*columns, 'programs'))} |", f"|{' --- |' * 4}{' ---: |' * 7}"]
+    columns = CUDA_COLUMNS if target in CUDA_TARGETS else COLUMNS
+    lines = [f"| {' | '.join((*columns, 'programs'))} |", f"|{' --- |' * 4}{' ---: |' * (len(columns) - 3)}"]
     for row in rows:
         values = [*(getattr(row, column) for column in columns), programs(target, row)]
         lines.append(f"| {' | '.join(map(str, values))} |")
-    limits = TARGETS[target]
+    limits = LIMITS[target]
     return "\n".join([f"## {target}: {limits.name}, {limits.program_shared} bytes for a program", "", *lines, ""])
 
 
 def committed(target: str) -> tuple[str, str]:
-    """Triton's version on the committed page, and the section of a target; empty where there is none."""
+    """The compiler on the committed page, and the section of a target; empty where there is none."""
     text = PAGE.read_text() if PAGE.exists() else ""
-    version = re.search(r"Triton (\d\S*)", text)
+    version = re.search(r"Triton \d\S*" if target in TARGETS else r"nvcc \d\S*", text)
     found = re.search(rf"^## {re.escape(target)}:.*?(?=\n## |\Z)", text, re.DOTALL | re.MULTILINE)
-    return version[1] if version else "", found[0] if found else ""
+    return version[0] if version else "", found[0] if found else ""
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.resources", description="Compile the Triton kernels without a GPU; what each takes."
+        prog="python -m bench.resources", description="Compile the kernels without a GPU; what each takes."
     )
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--target", nargs="+", choices=LIMITS, default=list(LIMITS))
     parser.add_argument("--write", action="store_true", help=f"the targets into {PAGE.relative_to(ROOT)}")
     parser.add_argument("--json", action="store_true", help="one object per kernel; of one target, in this process")
     options = parser.parse_args(argv)
@@ -359,11 +401,16 @@ def main(argv: Sequence[str]) -> None:
         for row in compile_here(options.target[0]):
             print(json.dumps(asdict(row)), flush=True)
         return
+    refusals = {target: why_not(target) for target in options.target}
+    for target, sentence in refusals.items():
+        if sentence is not None:
+            print(f"{target} is left as it is: {sentence}", file=sys.stderr)
+    targets = [target for target, sentence in refusals.items() if sentence is None]
     with ThreadPoolExecutor(2) as pool:
-        rows = dict(zip(options.target, pool.map(compile_for, options.target), strict=True))
+        rows = dict(zip(targets, pool.map(compile_for, targets), strict=True))
     sections = {target: section(target, of_target) for target, of_target in rows.items()}
     if options.write:
-        sections = {target: sections.get(target) or committed(target)[1] for target in TARGETS}
+        sections = {target: sections.get(target) or committed(target)[1] for target in LIMITS}
         PAGE.write_text("\n".join([head(), *sections.values()]))
     else:
         print("\n".join([head(), *sections.values()]), end="")

@@ -124,6 +124,8 @@ REFUSALS = {
     "block-stride-16": ("block", {"where": (0, 0, N, M, 12)}, "stride must be a multiple of 16, got 12"),
     "block-shape": ("block", {"coefficients": empty(N, 16)}, "coefficients must have shape (1, 7, 16), got (7, 16)"),
     "block-dtype": ("block", {"coefficients": empty(1, N, 16).half()}, "coefficients must be of type Float, got Half"),
+    "block-aligned": ("block", {"coefficients": empty(1 + N * 16)[1:].view(1, N, 16)},
+                      "coefficients must be aligned to 16 bytes"),
     "block-sums": ("block", {"sums": (empty(2, N), None, None)}, "scale must have shape (1, 7), got (2, 7)"),
     "block-unit": ("block", {"unit": torch.ones(())}, "unit must have shape (1), got ()"),
     "incoming-max": ("block", {"incoming": changed(NONE, 0, torch.ones(N))}, "row_weight and row_max go together"),

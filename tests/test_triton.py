@@ -1,15 +1,10 @@
-"""The Triton backend: the tests of the op in Triton's interpreter, and its kernels compiled for GPUs without one.
+"""The Triton backend: the tests of the op in Triton's interpreter.
 
 The interpreter shows values, masks and strides, one program after the other, in float32 and float16. It shows no race
 and no bfloat16; nothing here has run on a GPU.
 """
 
 from __future__ import annotations
-
-import dataclasses
-import difflib
-import importlib.metadata
-import importlib.util
 
 import pytest
 import test_losses as loss_tests
@@ -20,7 +15,6 @@ from problems import ALL_OPTIONS, problem
 from tolerance import evaluate, judge
 
 import contrastive_ops as co
-from bench import resources
 from contrastive_ops import backends
 from contrastive_ops.backends import sweep
 
@@ -229,35 +223,3 @@ def test_refusals(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with refuse:
         co.similarity_logsumexp(torch.ones(2, 2), backend="triton")
-
-
-@pytest.mark.parametrize("target", resources.TARGETS)
-def test_kernels_compile_for(target):
-    """No spills, shared memory within bounds, the matrix unit in every product of 16 bits; else what was committed."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton: not installed; pip install triton")
-    rows = resources.compile_for(target)
-    limits = resources.TARGETS[target]
-    for row in rows:
-        assert row.spills == 0, row
-        assert row.registers <= limits.registers, row
-        assert row.shared <= limits.program_shared, row
-        assert row.matrix > 0 or row.dtype == "float32" or row.kernel in ("excluded", "merge"), row
-        assert resources.programs(target, row) > 0, row
-
-    installed, (version, table) = importlib.metadata.version("triton"), resources.committed(target)
-    if installed != version:
-        pytest.skip(f"{target}: all gates hold; bench/RESOURCES.md is of Triton {version}, here is {installed}.")
-    now = resources.section(target, rows)
-    if table.strip() != now.strip():
-        _, _, columns, _, *kernels = now.splitlines()
-        changes = difflib.unified_diff(table.splitlines()[4:], kernels, resources.PAGE.name, "now", n=0, lineterm="")
-        message = (f"{target} is not what bench/RESOURCES.md says.", "", columns, *changes)
-        pytest.fail("\n".join([*message, "", f"If that is meant: {resources.COMMAND}"]), pytrace=False)
-
-
-def test_programs_of_a_multiprocessor():
-    """As CUDA's own calculator has it: limited by shared memory on sm_80, by registers on sm_90."""
-    row = resources.Row("", "", "", "", warps=4, stages=2, registers=79, spills=0, shared=27776, matrix=1)
-    assert [resources.programs(target, row) for target in ("cuda:80", "cuda:90")] == [5, 6]
-    assert resources.programs("cuda:90", dataclasses.replace(row, registers=72)) == 7

@@ -380,6 +380,8 @@ void block(
   check_tiles(call, "stride", stride, 16);
   const int64_t matrices = problem.members == 0 ? 1 : problem.members;
   void* out = call.pointer<void>("coefficients", coefficients, {matrices, rows, stride}, x.scalar_type());
+  // they are stored 16 bytes at a time
+  call.check(reinterpret_cast<uintptr_t>(out) % 16 == 0, "coefficients must be aligned to 16 bytes");
   call.finish(
       cuda::block(
           problem,

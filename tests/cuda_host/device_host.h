@@ -290,4 +290,8 @@ void contrastive_ops_host_configure(uint64_t seed, bool eager);
 // Wavefronts of shared memory since the last call, a line for every load_matrices and copy_async in the kernels:
 // "operation file:line, wavefronts taken, least possible". With bank conflicts more are taken than the least.
 const char* contrastive_ops_host_wavefronts();
+
+// Of the last launch.
+int contrastive_ops_host_threads();
+int contrastive_ops_host_shared_bytes();
 }

@@ -589,6 +589,8 @@ bool take_due(int groups, Copy& copy) {
   return true;
 }
 
+int threads_of_launch, shared_bytes_of_launch;
+
 const char* run_grid(dim3 grid, int threads, int shared_bytes, void (*grid_body)(void*), void* grid_kernel) {
   const std::lock_guard<std::mutex> lock(one_grid);
   failed = false;
@@ -598,6 +600,8 @@ const char* run_grid(dim3 grid, int threads, int shared_bytes, void (*grid_body)
   }
   body = grid_body;
   kernel = grid_kernel;
+  threads_of_launch = threads;
+  shared_bytes_of_launch = shared_bytes;
   gridDim = grid;
   blockDim = dim3(threads);
   std::vector<unsigned> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
@@ -626,6 +630,14 @@ const char* run_grid(dim3 grid, int threads, int shared_bytes, void (*grid_body)
 void contrastive_ops_host_configure(uint64_t seed, bool eager) {
   cuda_host::generator.seed(seed);
   cuda_host::eager = eager;
+}
+
+int contrastive_ops_host_threads() {
+  return cuda_host::threads_of_launch;
+}
+
+int contrastive_ops_host_shared_bytes() {
+  return cuda_host::shared_bytes_of_launch;
 }
 
 const char* contrastive_ops_host_wavefronts() {
