@@ -130,8 +130,10 @@ def cuda_objects(build_temp: str) -> list[str]:
     """Compiles csrc/cuda/*.cu, each unless it is as it was."""
     nvcc = toolkit().nvcc
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    made_from: dict[str, list[str]] = {}  # of PTX that is code, too, nvcc compiles the source once
     for name in cuda_architectures(toolkit().codes):
-        flags.append(f"-gencode=arch={name.replace('sm', 'compute')},code={name}")
+        made_from.setdefault(name.replace("sm", "compute"), []).append(name)
+    flags += [f"-gencode=arch={ptx},code=[{','.join(names)}]" for ptx, names in made_from.items()]
     if os.environ.get("CONTRASTIVE_OPS_WERROR"):  # registers that spill are errors, too
         flags += ["-Werror=all-warnings", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
     folder = Path(build_temp) / f"cuda-{hashlib.sha256(repr((nvcc, flags)).encode()).hexdigest()[:12]}"
