@@ -163,8 +163,6 @@ __global__ void __launch_bounds__(Shape::threads, sizeof(T) == 2 ? 2 : 1) block_
           needed ? gradient_of_pair<Shape::volumes>(pair, gradient, shared.row, shared.col, mask, i, j, k, l) : 0.0f;
       row_scale += g * pair * b;
       col_scale[l] += g * pair * a;
-      row_bias += g;
-      col_bias[l] += g;
       if constexpr (Shape::volumes) {
         const bool at_minimum = -pair <= sqrtf(shared.spans.square[i] * AT_MINIMUM);
         const float q = at_minimum ? 0.0f : g * (a * b) / -pair;
@@ -174,6 +172,8 @@ __global__ void __launch_bounds__(Shape::threads, sizeof(T) == 2 ? 2 : 1) block_
           dots[t * Shape::NJ + nj][mi][e] *= q * reciprocal_unit;
         }
       } else {
+        row_bias += g;
+        col_bias[l] += g;
         dots[nj][mi][e] = g * (a * b) * reciprocal_unit;
       }
     }
