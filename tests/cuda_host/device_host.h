@@ -36,35 +36,29 @@ struct Place {
   }
 };
 
-// What a lane brings to a warp-wide operation, and what it takes away.
-struct Lane {
-  uint32_t words[10];  // as many as multiply_add takes
-};
-
-struct Operation {
-  const char* name;
-  void (*carry_out)(Lane (&lanes)[32]);  // by the last lane to come; null where lanes read what the others brought
-};
-
 struct Copy {
   void* shared;
   const void* global;
   bool inside;
 };
 
-extern const Operation SHUFFLE, VOTE, REDUCTION, SYNCHRONISATION, LOAD, LOAD_TRANSPOSED, MULTIPLY_BFLOAT16,
-    MULTIPLY_FLOAT16, MULTIPLY_TF32;
-
 // Ends the grid; launch() returns the message.
 [[noreturn]] void fail(const char* message, Place place);
-
-// What all lanes of `mask` have brought, once they have, or made of it. It lasts until this lane's next operation.
-const Lane (&exchange(const Operation& operation, uint32_t mask, const Lane& lane, Place place))[32];
-int lane_index();
 
 // A barrier of the block, and whether any thread had a predicate.
 bool synchronise_block(bool predicate, Place place);
 void synchronise_warp(uint32_t mask, Place place);
+
+int lane_index();
+uint64_t shuffle(uint32_t mask, uint64_t bits, int source, Place place);
+uint32_t vote(uint32_t mask, bool predicate, Place place);
+int minimum(uint32_t mask, int value, Place place);
+int maximum(uint32_t mask, int value, Place place);
+
+enum class Format { bfloat16, float16, tf32 };
+void multiply(Format format, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place);
+// `row` is what lies at `shared`.
+void load(bool transposed, uint32_t (&r)[4], const uint4& row, const void* shared, Place place);
 
 unsigned char* shared_memory();
 // 16 bytes of the block's shared memory, aligned to 16?
@@ -82,37 +76,12 @@ bool take_due(int groups, Copy& copy);
 const char* run_grid(dim3 grid, int threads, int shared_bytes, void (*body)(void*), void* kernel);
 
 template <typename T>
-Lane lane_of(const T& value) {
-  static_assert(sizeof(T) <= sizeof(Lane));
-  Lane lane = {};
-  std::memcpy(&lane, &value, sizeof(T));
-  return lane;
-}
-
-template <typename T>
-T value_of(const Lane& lane) {
-  T value;
-  std::memcpy(&value, &lane, sizeof(T));
-  return value;
-}
-
-template <typename T>
-T shuffle(uint32_t mask, T value, int source, Place place) {
-  const Lane(&lanes)[32] = exchange(SHUFFLE, mask, lane_of(value), place);
-  if ((mask >> source & 1) == 0) {
-    fail("a lane asks for the value of one that is not in the mask", place);
-  }
-  return value_of<T>(lanes[source]);
-}
-
-template <typename T, typename Join>
-T reduce(const Operation& operation, uint32_t mask, T value, Join join, Place place) {
-  const Lane(&lanes)[32] = exchange(operation, mask, lane_of(value), place);
-  for (int lane = 0; lane < 32; ++lane) {
-    if (mask >> lane & 1) {
-      value = join(value, value_of<T>(lanes[lane]));
-    }
-  }
+T shuffle_value(uint32_t mask, T value, int source, Place place) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = shuffle(mask, bits, source & 31, place);
+  std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
 
@@ -121,31 +90,20 @@ inline void carry_out(const Copy& copy) {
   *static_cast<uint4*>(copy.shared) = copy.inside ? *static_cast<const uint4*>(copy.global) : zero;
 }
 
-struct Row {
-  uint4 elements;
-  const void* address;  // for the count of bank conflicts
-};
-
 // The row of this lane is read here, where sanitizers know which thread reads it.
-inline void load(const Operation& operation, uint32_t (&r)[4], const void* shared, Place place) {
-  check_shared(shared, operation.name, place);
-  const Row row = {*static_cast<const uint4*>(shared), shared};
-  std::memcpy(r, exchange(operation, ~0u, lane_of(row), place)[lane_index()].words, sizeof(r));
-}
-
-inline void multiply(
-    const Operation& operation, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place) {
-  Lane lane;
-  std::memcpy(lane.words, a, sizeof(a));
-  std::memcpy(lane.words + 4, b, sizeof(b));
-  std::memcpy(lane.words + 6, d, sizeof(d));
-  std::memcpy(d, exchange(operation, ~0u, lane, place)[lane_index()].words + 6, sizeof(d));
+inline void load_row(bool transposed, uint32_t (&r)[4], const void* shared, Place place) {
+  check_shared(shared, transposed ? "load_matrices_transposed" : "load_matrices", place);
+  load(transposed, r, *static_cast<const uint4*>(shared), shared, place);
 }
 
 }  // namespace host
 
 inline unsigned char* shared_memory() {
   return host::shared_memory();
+}
+
+inline int thread_index() {
+  return static_cast<int>(threadIdx.x);
 }
 
 inline void copy_async(void* shared, const void* global, bool inside, host::Place place = host::Place::here()) {
@@ -175,11 +133,11 @@ void copy_async_wait() {
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* shared, host::Place place = host::Place::here()) {
-  host::load(host::LOAD, r, shared, place);
+  host::load_row(false, r, shared, place);
 }
 
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared, host::Place place = host::Place::here()) {
-  host::load(host::LOAD_TRANSPOSED, r, shared, place);
+  host::load_row(true, r, shared, place);
 }
 
 template <typename T>
@@ -189,17 +147,17 @@ void multiply_add(
 template <>
 inline void multiply_add<__nv_bfloat16>(
     float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], host::Place place) {
-  host::multiply(host::MULTIPLY_BFLOAT16, d, a, b, place);
+  host::multiply(host::Format::bfloat16, d, a, b, place);
 }
 
 template <>
 inline void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], host::Place place) {
-  host::multiply(host::MULTIPLY_FLOAT16, d, a, b, place);
+  host::multiply(host::Format::float16, d, a, b, place);
 }
 
 template <>
 inline void multiply_add<float>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], host::Place place) {
-  host::multiply(host::MULTIPLY_TF32, d, a, b, place);
+  host::multiply(host::Format::tf32, d, a, b, place);
 }
 
 inline uint32_t round_to_tf32(float value) {
@@ -241,29 +199,34 @@ inline void __syncwarp(uint32_t mask = ~0u, cuda_host::Place place = cuda_host::
 
 template <typename T>
 T __shfl_sync(uint32_t mask, T value, int source, cuda_host::Place place = cuda_host::Place::here()) {
-  return cuda_host::shuffle(mask, value, source & 31, place);
+  return cuda_host::shuffle_value(mask, value, source, place);
 }
 
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T value, int distance, cuda_host::Place place = cuda_host::Place::here()) {
-  return cuda_host::shuffle(mask, value, (cuda_host::lane_index() ^ distance) & 31, place);
+  return cuda_host::shuffle_value(mask, value, cuda_host::lane_index() ^ distance, place);
 }
 
 inline uint32_t __ballot_sync(uint32_t mask, int predicate, cuda_host::Place place = cuda_host::Place::here()) {
-  const uint32_t own = predicate != 0 ? 1u << cuda_host::lane_index() : 0;
-  return cuda_host::reduce(cuda_host::VOTE, mask, own, [](uint32_t a, uint32_t b) { return a | b; }, place);
+  return cuda_host::vote(mask, predicate != 0, place);
 }
 
 inline int __any_sync(uint32_t mask, int predicate, cuda_host::Place place = cuda_host::Place::here()) {
-  return __ballot_sync(mask, predicate, place) != 0;
+  return cuda_host::vote(mask, predicate != 0, place) != 0;
 }
 
 inline int __reduce_min_sync(uint32_t mask, int value, cuda_host::Place place = cuda_host::Place::here()) {
-  return cuda_host::reduce(cuda_host::REDUCTION, mask, value, [](int a, int b) { return a < b ? a : b; }, place);
+  return cuda_host::minimum(mask, value, place);
 }
 
 inline int __reduce_max_sync(uint32_t mask, int value, cuda_host::Place place = cuda_host::Place::here()) {
-  return cuda_host::reduce(cuda_host::REDUCTION, mask, value, [](int a, int b) { return a > b ? a : b; }, place);
+  return cuda_host::maximum(mask, value, place);
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
 template <typename T>

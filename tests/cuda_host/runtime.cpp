@@ -9,6 +9,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -57,6 +58,16 @@ void acquire([[maybe_unused]] char& order) {
   __tsan_acquire(&order);
 #endif
 }
+
+// What a lane brings to a warp-wide operation, and what it takes away.
+struct Lane {
+  uint32_t words[10];  // as many as multiply_add takes
+};
+
+struct Operation {
+  const char* name;
+  void (*carry_out)(Lane (&lanes)[32]);  // by the last lane to come; null where lanes read what the others brought
+};
 
 struct Warp {
   uint32_t alive = 0;
@@ -121,7 +132,7 @@ Block* block = nullptr;
 Thread* thread = nullptr;
 void (*body)(void*) = nullptr;
 void* kernel = nullptr;
-char begin_of_grid, end_of_grid;
+char begin_of_block, end_of_grid;
 
 std::mt19937_64 generator;
 bool eager = false;
@@ -136,13 +147,28 @@ struct Wavefronts {
 using Site = std::tuple<const char*, int, const char*>;  // file, line, operation
 std::map<Site, Wavefronts> counts;
 
+template <typename T>
+Lane lane_of(const T& value) {
+  static_assert(sizeof(T) <= sizeof(Lane));
+  Lane lane = {};
+  std::memcpy(&lane, &value, sizeof(T));
+  return lane;
+}
+
+template <typename T>
+T value_of(const Lane& lane) {
+  T value;
+  std::memcpy(&value, &lane, sizeof(T));
+  return value;
+}
+
 const char* base_name(const char* file) {
   const char* slash = std::strrchr(file, '/');
   return slash == nullptr ? file : slash + 1;
 }
 
 bool same(Place a, Place b) {
-  return a.line == b.line && std::strcmp(a.file, b.file) == 0;
+  return a.line == b.line && a.file == b.file;  // the literals of one kernel are of one object
 }
 
 __attribute__((format(printf, 1, 2))) void describe(const char* format, ...) {
@@ -170,7 +196,7 @@ void open_barrier() {
 }
 
 void run_thread() {
-  acquire(begin_of_grid);
+  acquire(begin_of_block);
   body(kernel);
   release(end_of_grid);
 }
@@ -327,6 +353,11 @@ uint32_t element(const Lane (&rows)[32], int i, int row, int col) {
   return rows[8 * i + row].words[col / 2] >> 16 * (col % 2) & 0xffff;
 }
 
+struct Row {
+  uint4 elements;
+  const void* address;
+};
+
 template <bool transposed>
 void load_fragments(Lane (&lanes)[32]) {
   const void* addresses[4][8];
@@ -406,61 +437,19 @@ void multiply_fragments(Lane (&lanes)[32]) {
   }
 }
 
-const char* refusal(dim3 grid, int threads, int shared_bytes) {
-  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > MOST_BLOCKS_X || grid.y > MOST_BLOCKS ||
-      grid.z > MOST_BLOCKS) {
-    describe(
-        "a grid of %u x %u x %u blocks: each must be at least 1, the first at most 2^31 - 1, the others %u",
-        grid.x,
-        grid.y,
-        grid.z,
-        MOST_BLOCKS);
-  } else if (threads < 1 || threads > MOST_THREADS) {
-    describe("%d threads in a block: there must be 1 to %d", threads, MOST_THREADS);
-  } else if (shared_bytes < 0 || shared_bytes > MOST_SHARED_BYTES) {
-    describe("%d bytes of shared memory: a block has at most %d", shared_bytes, MOST_SHARED_BYTES);
-  } else if (static_cast<size_t>(grid.x) * grid.y * grid.z > MOST_FIBERS / threads) {
-    describe(
-        "a grid of %u x %u x %u blocks of %d threads: ThreadSanitizer has room for %zu threads",
-        grid.x,
-        grid.y,
-        grid.z,
-        threads,
-        MOST_FIBERS);
-  }
-  return failure[0] == '\0' ? nullptr : failure;
-}
-
-}  // namespace
-
 const Operation SHUFFLE = {"a shuffle", nullptr};
 const Operation VOTE = {"a vote", nullptr};
 const Operation REDUCTION = {"__reduce_min_sync or __reduce_max_sync", nullptr};
 const Operation SYNCHRONISATION = {"__syncwarp", nullptr};
 const Operation LOAD = {"load_matrices", load_fragments<false>};
 const Operation LOAD_TRANSPOSED = {"load_matrices_transposed", load_fragments<true>};
-const Operation MULTIPLY_BFLOAT16 = {"multiply_add", multiply_fragments<2, of_bfloat16>};
-const Operation MULTIPLY_FLOAT16 = {"multiply_add", multiply_fragments<2, of_float16>};
-const Operation MULTIPLY_TF32 = {"multiply_add", multiply_fragments<1, of_tf32>};
+const Operation MULTIPLY[] = {
+    // by Format
+    {"multiply_add", multiply_fragments<2, of_bfloat16>},
+    {"multiply_add", multiply_fragments<2, of_float16>},
+    {"multiply_add", multiply_fragments<1, of_tf32>}};
 
-void fail(const char* message, Place place) {
-  failed = true;
-  describe(
-      "%s:%d: %s; block (%u, %u), thread %u",
-      base_name(place.file),
-      place.line,
-      message,
-      blockIdx.x,
-      blockIdx.y,
-      thread->index);
-  Fiber::suspend();
-  std::abort();
-}
-
-int lane_index() {
-  return thread->lane;
-}
-
+// What all lanes of `mask` have brought, once they have, or made of it. It lasts until this lane's next operation.
 const Lane (&exchange(const Operation& operation, uint32_t mask, const Lane& lane, Place place))[32] {
   Warp& warp = *thread->warp;
   const uint32_t self = 1u << thread->lane;
@@ -501,6 +490,62 @@ const Lane (&exchange(const Operation& operation, uint32_t mask, const Lane& lan
   return lanes;
 }
 
+template <typename T, typename Join>
+T reduce(const Operation& operation, uint32_t mask, T value, Join join, Place place) {
+  const Lane(&lanes)[32] = exchange(operation, mask, lane_of(value), place);
+  for (int lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) {
+      value = join(value, value_of<T>(lanes[lane]));
+    }
+  }
+  return value;
+}
+
+const char* refusal(dim3 grid, int threads, int shared_bytes) {
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > MOST_BLOCKS_X || grid.y > MOST_BLOCKS ||
+      grid.z > MOST_BLOCKS) {
+    describe(
+        "a grid of %u x %u x %u blocks: each must be at least 1, the first at most 2^31 - 1, the others %u",
+        grid.x,
+        grid.y,
+        grid.z,
+        MOST_BLOCKS);
+  } else if (threads < 1 || threads > MOST_THREADS) {
+    describe("%d threads in a block: there must be 1 to %d", threads, MOST_THREADS);
+  } else if (shared_bytes < 0 || shared_bytes > MOST_SHARED_BYTES) {
+    describe("%d bytes of shared memory: a block has at most %d", shared_bytes, MOST_SHARED_BYTES);
+  } else if (static_cast<size_t>(grid.x) * grid.y * grid.z > MOST_FIBERS / threads) {
+    describe(
+        "a grid of %u x %u x %u blocks of %d threads: ThreadSanitizer has room for %zu threads",
+        grid.x,
+        grid.y,
+        grid.z,
+        threads,
+        MOST_FIBERS);
+  }
+  return failure[0] == '\0' ? nullptr : failure;
+}
+
+}  // namespace
+
+void fail(const char* message, Place place) {
+  failed = true;
+  describe(
+      "%s:%d: %s; block (%u, %u), thread %u",
+      base_name(place.file),
+      place.line,
+      message,
+      blockIdx.x,
+      blockIdx.y,
+      thread->index);
+  Fiber::suspend();
+  std::abort();
+}
+
+int lane_index() {
+  return thread->lane;
+}
+
 bool synchronise_block(bool predicate, Place place) {
   if (block->arrived == 0) {
     block->barrier = place;
@@ -531,6 +576,40 @@ void synchronise_warp(uint32_t mask, Place place) {
   release(order);
   exchange(SYNCHRONISATION, mask, Lane(), place);
   acquire(order);
+}
+
+uint64_t shuffle(uint32_t mask, uint64_t bits, int source, Place place) {
+  const Lane(&lanes)[32] = exchange(SHUFFLE, mask, lane_of(bits), place);
+  if ((mask >> source & 1) == 0) {
+    fail("a lane asks for the value of one that is not in the mask", place);
+  }
+  return value_of<uint64_t>(lanes[source]);
+}
+
+uint32_t vote(uint32_t mask, bool predicate, Place place) {
+  return reduce(VOTE, mask, uint32_t{predicate} << thread->lane, std::bit_or<uint32_t>(), place);
+}
+
+int minimum(uint32_t mask, int value, Place place) {
+  return reduce(REDUCTION, mask, value, [](int a, int b) { return std::min(a, b); }, place);
+}
+
+int maximum(uint32_t mask, int value, Place place) {
+  return reduce(REDUCTION, mask, value, [](int a, int b) { return std::max(a, b); }, place);
+}
+
+void multiply(Format format, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place) {
+  Lane lane;
+  std::memcpy(lane.words, a, sizeof(a));
+  std::memcpy(lane.words + 4, b, sizeof(b));
+  std::memcpy(lane.words + 6, d, sizeof(d));
+  const Lane(&lanes)[32] = exchange(MULTIPLY[static_cast<int>(format)], ~0u, lane, place);
+  std::memcpy(d, lanes[thread->lane].words + 6, sizeof(d));
+}
+
+void load(bool transposed, uint32_t (&r)[4], const uint4& row, const void* shared, Place place) {
+  const Lane(&lanes)[32] = exchange(transposed ? LOAD_TRANSPOSED : LOAD, ~0u, lane_of(Row{row, shared}), place);
+  std::memcpy(r, lanes[thread->lane].words, sizeof(r));
 }
 
 unsigned char* shared_memory() {
@@ -608,12 +687,12 @@ const char* run_grid(dim3 grid, int threads, int shared_bytes, void (*grid_body)
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), generator);
   std::vector<std::unique_ptr<Block>> blocks;
-  release(begin_of_grid);
   for (size_t n = 0; n < order.size() && !failed; ++n) {
     blockIdx = {order[n] % grid.x, order[n] / grid.x % grid.y, order[n] / grid.x / grid.y};
     blocks.push_back(std::make_unique<Block>(threads, shared_bytes));
     block = blocks.back().get();
     give_fibers(n);
+    release(begin_of_block);  // what the fibers find was written before they go on
     run_block();
     count_copies();
     if (!KEEPS_BLOCKS) {
