@@ -147,7 +147,7 @@ class Case(NamedTuple):
     """What is asked of the ops. The pairs have a learned scale, and every row leaves out its positive by index."""
 
     mirrored: bool = False  # self-similarity
-    frozen: bool = False  # y needs no gradient
+    frozen: bool = False  # y needs no gradient, and the rows alone are asked for
     members: int = 0  # vectors of a tuple, of volumes
 
     @property
@@ -228,7 +228,7 @@ def our_forward(case: Case, d: int, device: Device) -> Phase:
     y = case.matrices * x
     sweeps = 1.0 if y < device.cache / 2 else waves * group / tile.block_m * pairs / N**2
     positives = 0 if case.members else 2 * x  # read once more for their logits
-    statistics = 2 * (groups + strips) * N * SINGLE  # partial maxima and sums
+    statistics = 2 * (strips if case.frozen else groups + strips) * N * SINGLE  # partial maxima and sums
     return Phase(
         "forward",
         flops=2 * case.matrices * pairs * d,
@@ -237,7 +237,7 @@ def our_forward(case: Case, d: int, device: Device) -> Phase:
         exponentials=pairs,
         programs=programs,
         length=tiles / (programs * longest),
-        launches=1 + (positives > 0) + (1 if case.mirrored else 2),  # merges
+        launches=1 + (positives > 0) + (1 if case.mirrored or case.frozen else 2),  # merges
     )
 
 
@@ -291,20 +291,36 @@ def by_blocks(case: Case, d: int, device: Device, side: int = sweep.WORKSPACE) -
 
 def by_rows(case: Case, d: int, device: Device) -> list[Phase]:
     """A program owns rows, goes through all columns, and keeps the gradient of its rows in registers; both sides."""
+    return [owner("rows", case, d, device)] * case.vectors
+
+
+def owner(name: str, case: Case, d: int, device: Device) -> Phase:
+    """Two products; the gradient is taken to be written in 16 bits."""
     p, x = plan(case, device), N * d * HALF
     tiles = math.ceil(N / p.rows.block_m)
     strips = math.ceil(N / sweep.share(N, p.rows.block_n, math.ceil(p.programs / tiles)))
     programs = tiles * strips
     sweeps = 1 if x < device.cache / 2 else math.ceil(programs / device.multiprocessors)
-    side = Phase(
-        "rows",
+    return Phase(
+        name,
         flops=4 * N * N * row_lanes(d),
         hbm=(2 + sweeps) * x,
         l2=N * N * d * HALF / p.rows.block_m,
         exponentials=N * N,
         programs=programs,
     )
-    return [side] * case.vectors
+
+
+def by_attention(case: Case, d: int, device: Device) -> list[Phase]:
+    """Of a frozen y: forward owns rows and keeps the gradients of their log-sum-exps, backward takes multiples."""
+    x = N * d * HALF
+    return [
+        owner("attention", case, d, device),
+        Phase("statistics", hbm=2 * x, launches=2),  # merge, and the positives' logits
+        Phase("kept", hbm=2 * N * d * SINGLE),
+        # the multiples, those of the positives, and the rounding to 16 bits
+        Phase("multiples", hbm=5 * N * d * SINGLE + 4 * x, launches=8),
+    ]
 
 
 def row_lanes(d: int) -> int:
@@ -315,7 +331,13 @@ def takes_rows(case: Case, d: int, device: Device) -> bool:
     return plan(case, device).rows is not None and d <= TILINGS.ROWS_FEATURES
 
 
+def takes_attention(case: Case, d: int) -> bool:
+    return case.frozen and KERNELS.takes_attention(torch.bfloat16, d)
+
+
 def ours(d: int, device: Device, case: Case = CLIP) -> list[Phase]:
+    if takes_attention(case, d):
+        return by_attention(case, d, device)
     backward = by_rows if takes_rows(case, d, device) else by_blocks
     return [our_forward(case, d, device), *backward(case, d, device)]
 
@@ -554,9 +576,10 @@ def workspace_table() -> str:
     return table(("rows and columns", "workspace", *(f"{device.name}, D = {d}" for device, d in on)), rows, 1)
 
 
+FROZEN = Case(frozen=True)
 CASES = (
     ("clip's", CLIP),
-    ("y frozen", Case(frozen=True)),
+    ("y frozen, rows alone", FROZEN),
     ("self-similarity", Case(mirrored=True)),
     *((f"volumes, P = {members}", Case(members=members)) for members in (1, 2, 3, 4)),
 )
@@ -574,6 +597,26 @@ def cases_table() -> str:
         rows.append([name, *tiles, f"{flops / (N * N * d):.3g}", *cells])
     timed = (f"{device.name}, D = {d}, {kind}, ms" for (device, d), _ in TARGETS for kind in ("bound", "estimate"))
     return table(("", "tile of forward", "of backward", "per N²D", *timed), rows, 3)
+
+
+def recomputed(d: int, device: Device) -> list[Phase]:
+    """As for a y that needs its gradient, too."""
+    return [our_forward(FROZEN, d, device), *by_rows(FROZEN, d, device)]
+
+
+def frozen_table() -> str:
+    rows = []
+    for d in (64, 128, 256):
+        forms = (("attention", functools.partial(ours, case=FROZEN)), ("forward, rows", recomputed))
+        for name, form in forms:
+            phases = form(d, H100)
+            counts = [
+                f"{total(phases, 'flops') / (N * N * d):.3g}",
+                f"{total(phases, 'exponentials') / N**2:.0f}",
+                size(total(phases, "hbm")),
+            ]
+            rows.append([str(d), name, *counts, *times(form, d)])
+    return table(("D", "form", "per N²D", "exp per pair", "HBM", *TIMES), rows, 2)
 
 
 def published_table() -> str:
@@ -685,13 +728,21 @@ products, below, bears that out for D = 512 and 1024 of the A100, not for the H1
 
 {cases_table()}
 
-- y frozen: forward 2, the coefficients 2, one product 2. For 4, nothing may be computed twice: forward would have to
-  keep the pairs, {size(N * N * HALF)} in bfloat16. Only a loss of the rows alone could add up its gradient in forward,
-  and scale it where a maximum grows; the weights of the columns are not known before all rows are seen.
+- y frozen: forward 2, the coefficients 2, one product 2. For 4, nothing may be computed twice. Up to
+  D = {TILINGS.ROWS_FEATURES}, of the rows alone, forward does that, below; the weights of the columns are not known
+  before all rows are seen, and above, a program has no registers for the gradients of its rows.
 - Self-similarity: forward and the coefficients visit the tiles or blocks on and above the diagonal, 1 each; a block
   above it has two products, 2 in all. With many blocks that is 4; the whole blocks on the diagonal add a little.
 - Volumes of tuples of P vectors (`volume_logsumexp`) take P times the products, in smaller tiles, and P matrices of
   coefficients share the workspace: a block has {sweep.WORKSPACE} / sqrt(P) rows and columns.
+
+## A frozen side, modelled
+
+Of the rows alone, with a y that needs no gradient (a memory bank, a momentum encoder's keys, a teacher), forward adds
+up the gradients of the log-sum-exps beside the sums, and shrinks both where a maximum grows, as attention does. It
+keeps them in float32, and backward multiplies them. The alternative computes the pairs again.
+
+{frozen_table()}
 
 ## Against what is known
 

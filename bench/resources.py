@@ -184,6 +184,9 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
         tiling = tilings.rows_tiling(problem)
         if tiling is not None:
             yield build("rows", tiling, (*inputs, incoming, unit, problem.x, row_sums, *sizes, 64))
+        if launch.TritonKernels().takes_attention(problem.x.dtype, features) and not (volumes or problem.mirrored):
+            slopes = sweep.Slopes(problem.x.float(), matrix)
+            yield build("attention", tilings.attention_tiling(problem), (*inputs, unit, part, slopes, *sizes, 64))
 
 
 def _problem(name: str, mirrored: bool, options: str) -> Any:

@@ -6,9 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from contrastive_ops.backends.sweep import Block, Incoming, Kernels, Part, Problem, Sums, cdiv
+from contrastive_ops.backends.sweep import Block, Incoming, Kernels, Part, Problem, Slopes, Sums, cdiv
 from contrastive_ops.kernels import tilings
-from contrastive_ops.kernels.sweep import block_kernel, excluded_kernel, forward_kernel, merge_kernel, rows_kernel
+from contrastive_ops.kernels.sweep import (
+    attention_kernel,
+    block_kernel,
+    excluded_kernel,
+    forward_kernel,
+    merge_kernel,
+    rows_kernel,
+)
 
 EXCLUDED = 32  # rows of a program that looks up the excluded logits
 MERGE = 1024  # rows of a program that merges partials
@@ -83,5 +90,18 @@ class TritonKernels(Kernels):
         tiling = tilings.rows_tiling(problem)
         rows_kernel[(cdiv(problem.n, tiling.block_m), cdiv(problem.m, cols_per_strip))](
             problem.x, problem.y, problem.vectors, incoming, unit, gradient, sums,
+            problem.n, problem.m, problem.features, cols_per_strip, **options(problem, tiling),
+        )  # fmt: skip
+
+    def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
+        return dtype.itemsize == 2 and features <= tilings.ROWS_FEATURES
+
+    def attention_tiling(self, problem: Problem) -> tuple[int, int]:
+        return tilings.attention_tiling(problem)[:2]
+
+    def attention(self, problem: Problem, unit: Tensor | None, row: Part, slopes: Slopes, cols_per_strip: int) -> None:
+        tiling = tilings.attention_tiling(problem)
+        attention_kernel[(cdiv(problem.n, tiling.block_m), cdiv(problem.m, cols_per_strip))](
+            problem.x, problem.y, problem.vectors, unit, row, slopes,
             problem.n, problem.m, problem.features, cols_per_strip, **options(problem, tiling),
         )  # fmt: skip

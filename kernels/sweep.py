@@ -8,6 +8,8 @@ block, one program per tile:
     s again, g = dL/ds -> g a b into a workspace, and partial sums of g for scales and biases
 rows, for 16-bit features of few dimensions, one program per (tile of rows, strip of columns):
     for each tile of columns: s again, g = dL/ds, dX += (g a b) Y in registers
+    attention, of the same features, one program per (tile of rows, strip of columns):
+        for each tile of columns: s, and a running max, sum of e^s and sum of (e^s a b) Y, rescaled where the max grows
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from contrastive_ops.kernels.tile import (
     logits_of_tile,
     pairs_of_tile,
     reduce_tile,
+    shift_of,
     those_taking_part,
     vector_or,
     without_excluded,
@@ -270,3 +273,57 @@ def rows_kernel(
         tl.store(sums.scale + of_strip + rows, scale_sum, mask=rows < n)
     if sums.bias is not None:
         tl.store(sums.bias + of_strip + rows, bias_sum, mask=rows < n)
+
+
+@triton.jit
+def attention_kernel(
+    x, y, vectors, unit, part, slopes, n, m, features, cols_per_strip,
+    RESTRICT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Statistics of a tile of rows over a strip of columns, and the gradients of their log-sum-exp in registers."""
+    strip = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    feature = tl.arange(0, BLOCK_D)
+    first_col = strip * cols_per_strip
+    last_col = tl.minimum(first_col + cols_per_strip, m)
+    x_inside = (rows[:, None] < n) & (feature[None, :] < features)
+    x_place = rows.to(tl.int64)[:, None] * features + feature[None, :]
+    x_tile = tl.load(x + x_place, mask=x_inside, other=0.0)
+    a = vector_or(vectors.row_scale, rows, n, 1.0)
+    if unit is not None:
+        a = a / tl.load(unit)
+    best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    of_x = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    of_scale = tl.zeros((BLOCK_M,), tl.float32)
+    for col in range(first_col, last_col, BLOCK_N):
+        cols = col + tl.arange(0, BLOCK_N)
+        has = has_excluded(vectors, row, col, n, m, BLOCK_M, BLOCK_N)
+        if is_needed(vectors, has, rows, cols, n, m, RESTRICT):
+            y_place = cols.to(tl.int64)[:, None] * features + feature[None, :]
+            y_tile = tl.load(y + y_place, mask=(cols[:, None] < m) & (feature[None, :] < features), other=0.0)
+            pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
+            logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
+            if has:
+                logits = without_excluded(logits, vectors, rows, cols, n, m)
+            logits = those_taking_part(logits, vectors, rows, cols, n, m, RESTRICT)
+            new = tl.maximum(best, tl.max(logits, 1))
+            shift = shift_of(new)
+            decay = tl.exp(best - shift)
+            terms = tl.exp(logits - shift[:, None])
+            best = new
+            total = total * decay + tl.sum(terms, 1)
+            weighted = terms * vector_or(vectors.col_scale, cols, m, 1.0)[None, :]
+            of_scale = of_scale * decay + tl.sum(weighted * pairs, 1)
+            weighted *= a[:, None]  # before it is rounded: `unit` is a bound of the product
+            of_x = tl.dot(weighted.to(y.dtype.element_ty), y_tile, of_x * decay[:, None], input_precision=PRECISION)
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    of_strip = strip.to(tl.int64) * n
+    tl.store(part.maximum + of_strip + rows, best, mask=rows < n)
+    tl.store(part.sum + of_strip + rows, total, mask=rows < n)
+    tl.store(slopes.scale + of_strip + rows, of_scale * share, mask=rows < n)
+    if unit is not None:
+        share *= tl.load(unit)
+    tl.store(slopes.x + of_strip * features + x_place, of_x * share[:, None], mask=x_inside)

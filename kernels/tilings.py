@@ -29,7 +29,7 @@ class Tilings(NamedTuple):
     block_many: Tiling
     volume: Tiling  # forward and block, P = 1 and 2
     volume_many: Tiling  # P = 3 and 4
-    rows: Tiling | None  # its block_d is all features; None where it is not used
+    rows: Tiling | None  # rows and attention, its block_d is all features; None where they are not used
 
 
 # By class of device, then by bytes of an element. The largest that spill no registers: bench/RESOURCES.md has them all.
@@ -99,7 +99,7 @@ TILINGS = {
         4: Tilings(*[Tiling(64, 64, 16, 8, 3)] * 5, volume_many=Tiling(64, 32, 16, 4, 2), rows=None),
     },
 }
-ROWS_FEATURES = 256  # most features of rows_kernel; beyond, bench/COST.md has the blocks ahead or the registers full
+ROWS_FEATURES = 256  # most features of both; beyond, bench/COST.md has the blocks ahead or the registers full
 
 
 def device_class(x: Tensor) -> str:
@@ -140,4 +140,12 @@ def rows_tiling(problem: Problem) -> Tiling | None:
     tiling = _of(problem).rows
     if tiling is None or problem.members or problem.features > ROWS_FEATURES:
         return None
+    return _of_all_features(tiling, problem)
+
+
+def attention_tiling(problem: Problem) -> Tiling:
+    return _of_all_features(_of(problem).rows, problem)
+
+
+def _of_all_features(tiling: Tiling, problem: Problem) -> Tiling:
     return tiling._replace(block_d=max(16, 1 << (problem.features - 1).bit_length()))

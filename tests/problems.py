@@ -124,6 +124,15 @@ def problem(
     return arguments, ALL_OPTIONS[name](make)
 
 
+def frozen(
+    name: str, n: int, m: int, d: int, dtype: torch.dtype = torch.float32
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Of the rows alone, with columns that require no gradient."""
+    (x, y), options = problem(name, n, m, d, dtype)
+    of_cols = {key: value.detach() for key, value in options.items() if key in ("col_scale", "col_bias")}
+    return (x, y.detach()), options | of_cols | {"cols": False}
+
+
 def requested(outputs: Any, rows: bool, cols: bool, exclude: bool) -> tuple[Tensor, ...]:
     row_lse, col_lse, row_max, col_max, excluded_logit = outputs
     return (

@@ -43,6 +43,7 @@ SHAPES = {"similarity_logsumexp": (130, 150, 20), "volume_logsumexp": (100, 60, 
 PROGRAMS = 9  # 3 groups of rows and 3 strips of columns
 WORKSPACE = 96  # rows and columns; of tuples of four vectors 48, which have one tile of rows
 ONE_BLOCK = (70, 60, 20)  # N below WORKSPACE, and not a whole tile: the workspace ends where the block does
+EMPTY_ROWS = (70, 30, 20)  # ids that no column has; two strips
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -136,10 +137,10 @@ class Launched(torch.autograd.Function):
     @staticmethod
     def forward(ctx, engine, op, gradients, *arguments):
         run = getattr(engine.sweep, f"{op}_forward")
-        kernels = engine.launch.TritonKernels()
-        row_max, col_max, row_log_sum, col_log_sum, dots, *others = run(kernels, *arguments, True)
+        kernels, needs = engine.launch.TritonKernels(), list(ctx.needs_input_grad[3 : 3 + gradients])
+        row_max, col_max, row_log_sum, col_log_sum, kept, *others = run(kernels, *arguments, needs)
         tensors = [argument for argument in arguments if not isinstance(argument, bool)]
-        ctx.save_for_backward(row_max, col_max, row_log_sum, col_log_sum, dots, *tensors)
+        ctx.save_for_backward(row_max, col_max, row_log_sum, col_log_sum, kept, *tensors)
         ctx.run = functools.partial(getattr(engine.sweep, f"{op}_backward"), kernels)
         ctx.gradients, ctx.flags = gradients, arguments[len(tensors) :]
         ctx.mark_non_differentiable(row_max, col_max)
@@ -191,6 +192,13 @@ def volume_logsumexp(
     return volumes.requested((row_lse, col_lse, row_max, col_max, row_total, col_total), rows, cols, totals)
 
 
+def pair_problem(name: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    kind, _, of_frozen = name.partition("-")
+    if kind == "frozen":
+        return problems.frozen(of_frozen, n, m, d, dtype)
+    return problems.problem(name, n, m, d, dtype)
+
+
 def volume_problem(name: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     members, _, kind = name.partition("-")
     (anchor, tuples), options = volumes.problem(n, m, int(members), d, dtype)
@@ -219,7 +227,7 @@ OPS = {
         ("rows", "cols", "both", "row_scale-0d", "col_bias-vector", "vectors", "exclude", "ids-restrict-sorted",
          "everything", "everything-restrict", "self", "self-row_scale-vector", "self-ids-restrict-sorted",
          "self-everything", "self-everything-restrict"),
-        problems.problem, similarity_logsumexp, problems.naive,
+        pair_problem, similarity_logsumexp, problems.naive,
     ),
     "volume_logsumexp": Op(
         ("1", "2", "4", "2-rows", "2-cols", "2-no totals"),
@@ -228,6 +236,11 @@ OPS = {
 }  # fmt: skip
 CASES = [
     *((op, name, dtype) for op in OPS for name in OPS[op].names for dtype in DTYPES),
+    *(
+        ("similarity_logsumexp", f"frozen-{name}", dtype)
+        for name in ("rows", "ids-restrict-sorted", "ids-restrict-far", "everything")
+        for dtype in DTYPES[1:]
+    ),
     ("volume_logsumexp", "3", torch.bfloat16),
     ("volume_logsumexp", "2-unscaled", torch.float32),
     ("volume_logsumexp", "2-zeros", torch.float32),
@@ -255,6 +268,10 @@ def test_many_features(name, load):
 @pytest.mark.parametrize(("op", "name"), [("similarity_logsumexp", "both"), ("volume_logsumexp", "1")])
 def test_one_block(op, name, load):
     check(op, name, torch.float32, load(), ONE_BLOCK)
+
+
+def test_empty_rows(load):
+    check("similarity_logsumexp", "frozen-ids-restrict-far", torch.bfloat16, load(), EMPTY_ROWS)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("everything", torch.float16), ("self-everything", torch.bfloat16)])
@@ -497,6 +514,30 @@ FAULTS = {
         "for value in (col, row)]",
         "for value in (row, col)]",
         "both", "oob_read of incoming", torch.float16,
+    ),
+    # gradients in forward
+    "gradients that do not shrink where the maximum grows": Fault(
+        "of_x * decay[:, None]", "of_x", "frozen-rows", "value", torch.bfloat16
+    ),
+    "strips that share their gradients": Fault(
+        "slopes.x + of_strip * features", "slopes.x", "frozen-rows", "race of slopes", torch.bfloat16
+    ),
+    "gradients of the scale beyond the last row": Fault(
+        "of_scale * share, mask=rows < n)", "of_scale * share)", "frozen-rows", "oob_write of slopes", torch.float16
+    ),
+    "gradients that stay divided by their unit": Fault(
+        "share *= tl.load(unit)", "pass", "frozen-rows", "value", torch.float16
+    ),
+    "strips of empty rows that have a share": Fault(
+        ".masked_fill(torch.isneginf(maxima), 0.0)",
+        "",
+        "frozen-ids-restrict-far", "nan", torch.bfloat16, shape=EMPTY_ROWS,
+    ),
+    "strips of equal shares": Fault(
+        "slopes.x.mul_(weight[..., None])", "slopes.x.div_(strips)", "frozen-rows", "value", torch.bfloat16
+    ),
+    "logits left out that have no gradient": Fault(
+        "grad_x.addcmul_(weight[:, None], y)", "pass", "frozen-everything", "value", torch.bfloat16
     ),
     # volumes
     "stride of single vectors": Fault("MEMBERS * features, rows", "features, rows", "2", "value", op=VOLUME),

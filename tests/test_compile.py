@@ -23,6 +23,7 @@ TRACED = pytest.mark.filterwarnings(
 )
 # importing inductor, or the first dual tensor, makes PyTorch script some of its own functions
 SCRIPTED = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+GRADIENTS = [result.name for result in BACKWARD._schema.returns]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VARIANTS = [pytest.param(row, v, id=f"{row.name}-{'-'.join(map(str, v.values())) or 'plain'}")
             for row in LOSSES for v in row.variants]  # fmt: skip
@@ -33,7 +34,7 @@ def forward_arguments(name, n, m, d, dtype, backend, transform=lambda x: x):
     arguments, options = problem(name, n, m, d, dtype)
     x, *y = (transform(a.detach()) for a in arguments)
     m = m if y else n
-    given = {"x": x, "y": y[0] if y else None, "restrict": options.get("ids") == "restrict", "keep": True}
+    given = {"x": x, "y": y[0] if y else None, "restrict": options.get("ids") == "restrict"}
     given |= {"rows": options.get("rows", True), "cols": options.get("cols", False), "backend": backend}
     for key, size in {"row_scale": n, "col_scale": m, "row_bias": n, "col_bias": m}.items():
         value = options.get(key)
@@ -41,6 +42,7 @@ def forward_arguments(name, n, m, d, dtype, backend, transform=lambda x: x):
             value = torch.as_tensor(value).detach().to(statistics_dtype(x)).reshape(-1).expand(size).clone()
         given[key] = value
     given |= {key: options[key].long() if key in options else None for key in ("exclude", "row_ids", "col_ids")}
+    given["needs"] = [given[name] is not None for name in GRADIENTS]
     return tuple(given[argument.name] for argument in FORWARD._schema.arguments)
 
 
@@ -65,8 +67,8 @@ def check(arguments, checks=ALL_CHECKS):
     What forward keeps for backward has padding that nobody writes: its values are compared where it keeps nothing.
     """
     torch.library.opcheck(FORWARD, arguments, test_utils=FAST_CHECKS)
-    place = [argument.name for argument in FORWARD._schema.arguments].index("keep")
-    torch.library.opcheck(FORWARD, (*arguments[:place], False, *arguments[place + 1 :]), test_utils=checks)
+    place = [argument.name for argument in FORWARD._schema.arguments].index("needs")
+    torch.library.opcheck(FORWARD, (*arguments[:place], [False] * 6, *arguments[place + 1 :]), test_utils=checks)
     everything = [tensor is not None for tensor in arguments[:6]]
     for needs in (everything, [True] + [False] * 5):
         torch.library.opcheck(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections import Counter
 
@@ -42,11 +43,13 @@ class Recorder:
 
 @pytest.mark.parametrize("device", cost.DEVICES, ids=lambda device: device.name)
 @pytest.mark.parametrize(
-    ("case", "d"), [(case, 512) for _, case in cost.CASES if case.members <= 2] + [(cost.CLIP, 128)], ids=str
+    ("case", "d"),
+    [(case, 512) for _, case in cost.CASES if case.members <= 2] + [(cost.CLIP, 128), (cost.FROZEN, 128)],
+    ids=str,
 )
 def test_launches_are_those_of_the_code(case, d, device, monkeypatch):
     plan, launch = cost.plan(case, device), backends.triton.kernels("launch")
-    launched = {name: Recorder() for name in ("forward", "excluded", "merge", "block", "rows")}
+    launched = {name: Recorder() for name in ("forward", "attention", "excluded", "merge", "block", "rows")}
     for name, recorder in launched.items():
         monkeypatch.setattr(launch, f"{name}_kernel", recorder)
     products, sums = Counter(), []
@@ -58,21 +61,27 @@ def test_launches_are_those_of_the_code(case, d, device, monkeypatch):
     vector = problem.vectors.row_scale
     incoming = sweep.Incoming(vector, vector, vector, vector, None if case.members else vector)
     basis = problem.y if case.members else problem.y[:, None]
-    sweep.forward(cost.KERNELS, problem, True, not case.mirrored)
-    sweep.backward(
-        cost.KERNELS, problem, basis, incoming, [True, case.vectors > 1, True, case.members > 0, False, False]
-    )
+    needs = [True, case.vectors > 1, True, case.members > 0, False, False]
+    if cost.takes_attention(case, d):
+        _, kept = sweep.attention(cost.KERNELS, problem)
+        sweep.multiples(problem, vector, vector, vector, kept, needs)
+    else:
+        sweep.forward(cost.KERNELS, problem, True, not (case.mirrored or case.frozen))
+        sweep.backward(cost.KERNELS, problem, basis, incoming, needs)
 
     phases = cost.ours(d, device, case)
+    assert {phase.programs for phase in phases if phase.name == "attention"} == {*launched["attention"].programs}
     modelled = Counter()
     for phase in phases:
         modelled[phase.name.partition(",")[0]] += phase.launches
-    assert modelled["forward"] == sum(len(launched[name].programs) for name in ("forward", "excluded", "merge"))
+    statistics = modelled["forward"] + modelled["attention"] + modelled["statistics"]
+    names = ("forward", "attention", "excluded", "merge")
+    assert statistics == sum(len(launched[name].programs) for name in names)
     assert modelled["coefficients"] == len(launched["block"].programs)
     assert modelled["rows"] == len(launched["rows"].programs)
     assert modelled["product"] == sum(products.values())
     assert modelled["sums"] == 2 * len(sums)  # a sum, and its addition
-    if not case.mirrored:  # whose programs below the diagonal have nothing to do
+    if launched["forward"].programs and not case.mirrored:  # whose programs below the diagonal have nothing to do
         assert {phases[0].programs} == {*launched["forward"].programs}
     assert {phase.programs for phase in phases[1:] if phase.name in ("coefficients", "rows")} == {
         *launched["block"].programs,
@@ -88,6 +97,8 @@ def test_launches_are_those_of_the_code(case, d, device, monkeypatch):
     [
         (cost.ours, 768, 8),
         (cost.ours, 128, 10),
+        (functools.partial(cost.ours, case=cost.FROZEN), 128, 4),
+        (functools.partial(cost.ours, case=cost.FROZEN), 768, 6),
         (cost.memeff, 512, 10),
         (cost.memeff, 768, 2 + 8 * 1024 / 768),  # lanes are a power of two
         (cost.inf_cl, 768, 20),

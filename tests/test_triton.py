@@ -11,7 +11,7 @@ import test_losses as loss_tests
 import test_similarity_logsumexp as op_tests
 import test_volume_logsumexp as volume_tests
 import torch
-from problems import ALL_OPTIONS, problem
+from problems import ALL_OPTIONS, frozen, problem
 from tolerance import evaluate, judge
 
 import contrastive_ops as co
@@ -88,18 +88,96 @@ def test_properties(test):
     test("triton")
 
 
+def launched(monkeypatch, method):
+    """The calls of a method of the engine."""
+    engine, calls = backends.triton.kernels("launch").TritonKernels, []
+    run = getattr(engine, method)
+    monkeypatch.setattr(engine, method, lambda *arguments: (calls.append(arguments), run(*arguments))[1])
+    return calls
+
+
+# one tile and strip, several of each, more rows than columns, and rows with no column at all
+@runs
+@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 129, 17), (130, 450, 20), (300, 40, 100)], ids=str)
+@pytest.mark.parametrize("name", ["rows", "vectors-rows", "ids-restrict-far", "everything", "everything-restrict"])
+def test_frozen_columns(name, shape, monkeypatch):
+    """Forward has the gradients of 16-bit rows alone, and nothing is launched in backward."""
+    calls = {method: launched(monkeypatch, method) for method in ("forward", "attention", "block", "rows")}
+    arguments, options = frozen(name, *shape, torch.float16)
+    judge(op_tests.fused, op_tests.naive, arguments, options, fused_options={"backend": "triton"})
+    assert {method: len(of_method) for method, of_method in calls.items()} == {
+        "forward": 0, "attention": 1, "block": 0, "rows": 0,
+    }  # fmt: skip
+
+
+@runs
+@pytest.mark.parametrize(
+    ("dtype", "d", "wanted", "options"),
+    [
+        (torch.float32, 17, "argument0", {}),
+        (torch.float16, 257, "argument0", {}),
+        (torch.float16, 17, "argument1", {}),
+        (torch.float16, 17, "col_scale", {}),
+        (torch.float16, 17, "argument0", {"cols": True}),
+        (torch.float16, 17, None, {}),
+    ],
+)
+def test_no_gradient_in_forward(dtype, d, wanted, options, monkeypatch):
+    """Where the columns count, or the engine does not take it, or no gradient is asked for."""
+    calls = launched(monkeypatch, "attention")
+    arguments, given = frozen("vectors-rows", 20, 30, d, dtype)
+    named = {"argument0": arguments[0], "argument1": arguments[1], **given}
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor):
+            value.requires_grad_(name == wanted)
+    judge(op_tests.fused, op_tests.naive, arguments, given | options, fused_options={"backend": "triton"})
+    assert not calls
+
+
+@runs
+@pytest.mark.parametrize("wanted", ["argument0", "row_scale", "row_bias"])
+def test_one_gradient_of_frozen_columns(wanted, monkeypatch):
+    """Whether it alone requires one, or it alone is asked for."""
+    (x, y), options = frozen("everything", 65, 129, 17, torch.float16)
+    leaf = {"argument0": x, **options}[wanted]
+    both = [torch.autograd.grad(op_tests.fused(x, y, **options, backend="triton")[0].sum(), leaf)[0]]
+    for value in (x, options["row_scale"], options["row_bias"]):
+        value.requires_grad_(value is leaf)
+    both.append(torch.autograd.grad(op_tests.fused(x, y, **options, backend="triton")[0].sum(), leaf)[0])
+    assert torch.equal(*both)
+
+
+@runs
+def test_gradient_that_forward_was_not_told_of():
+    """y requires one after all: what forward kept is of no use then, and backward computes the tiles again."""
+    (x, y), _ = problem("rows", 20, 30, 17, torch.float16)
+    options = (x.detach(), y.detach(), *[None] * 7, False, True, False)
+    needs = [True, True] + [False] * 4
+    grads = []
+    for told in ([True] + [False] * 5, needs):
+        row_max, col_max, row_log_sum, col_log_sum, kept, excluded = torch.ops.contrastive_ops.similarity_logsumexp(
+            *options, told, "triton"
+        )
+        incoming = (torch.ones(20), torch.ones(0), excluded)
+        statistics = (row_max, col_max, row_log_sum, col_log_sum, kept)
+        backward = torch.ops.contrastive_ops.similarity_logsumexp_backward
+        grads.append(backward(*incoming, *statistics, *options, needs, "triton"))
+    for told, right in zip(*grads, strict=True):
+        torch.testing.assert_close(told, right, rtol=1e-3, atol=1e-4)
+
+
 # coefficients of float16 are stored in units of a bound, which has the scales in it
 @runs
-@pytest.mark.parametrize("d", [16, 272])
+@pytest.mark.parametrize(("make", "d"), [(problem, 16), (problem, 272), (frozen, 16)])
 @pytest.mark.parametrize("row_scale", [1e-3, 50.0])
-def test_small_and_large_scales_in_float16(row_scale, d):
-    (x, y), _ = problem("both", 20, 30, d, torch.float16)
+def test_small_and_large_scales_in_float16(row_scale, make, d):
+    arguments, options = make("both", 20, 30, d, torch.float16)
     for scales in ({"row_scale": row_scale}, {"row_scale": row_scale, "col_scale": 1 / row_scale}):
         judge(
             op_tests.fused,
             op_tests.naive,
-            (x, y),
-            scales | {"cols": True},
+            arguments,
+            scales | options,
             fused_options={"backend": "triton"},
             logits=100.0,
         )

@@ -23,16 +23,21 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
-def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
-    """Elements that forward keeps for backward: whole tiles of 128 x 128, within 64 MB (kKeptDotsBytes in csrc/cpu)."""
+def kept(x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> int:
+    """Dots that forward keeps for backward: whole tiles of 128 x 128, within 64 MB (kKeptDotsBytes in csrc/cpu)."""
+    if not any(needs):
+        return 0
+    y = x if y is None else y
+    n, m, members = x.shape[0], y.shape[0], 1 if y.dim() == 2 else y.shape[1]
     tile = 128 * 128 * members
     tiles = ((n + 127) // 128) * ((m + 127) // 128)
-    limit = (64 << 20) // (tile * (8 if dtype == torch.float64 else 4))
+    limit = (64 << 20) // (tile * (8 if x.dtype == torch.float64 else 4))
     return torch.sym_min(tiles, limit) * tile
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.contrastive_ops_cpu.similarity_logsumexp(*arguments)
+    *inputs, needs = arguments
+    return torch.ops.contrastive_ops_cpu.similarity_logsumexp(*inputs, any(needs))
 
 
 def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -45,12 +50,13 @@ def volume_logsumexp_forward(
     row_scale: Tensor | None,
     col_scale: Tensor | None,
     exclude: Tensor | None,
-    *flags: Any,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
+    *flags, needs = arguments
     basis = tuple_basis.factor(tuples)
     weight = tuple_basis.column_weight(basis, col_scale, anchor)
     return torch.ops.contrastive_ops_cpu.volume_logsumexp(
-        anchor, tuples, *tuple_basis.packed(basis, anchor), row_scale, weight, exclude, *flags
+        anchor, tuples, *tuple_basis.packed(basis, anchor), row_scale, weight, exclude, *flags, any(needs)
     )
 
 

@@ -2,6 +2,8 @@
 
     forward: `forward`, one program per (group of rows, strip of columns), gives partials of the statistics, [strips, N]
         and [groups, M]; `merge` joins them in a fixed order; `excluded` looks up the logits left out by index
+    forward of rows alone whose other side needs no gradient, where the engine takes the problem: `attention` gives the
+        statistics and the gradients of the log-sum-exps, of which backward takes the multiples
     backward by blocks of the plane:
         `block` gives g a b, with g = dL/ds, in a workspace, and partial sums of g for scales and biases
         dX += (g a b) Y and dY += (g a b)^T X: two matrix products of the vendor's library
@@ -82,6 +84,13 @@ class Sums(NamedTuple):
     scale: Tensor | None = None
     bias: Tensor | None = None
     along: Tensor | None = None  # of volumes: what x_i itself has of its gradient
+
+
+class Slopes(NamedTuple):
+    """Gradients of the log-sum-exps of rows, each over the columns of a strip."""
+
+    x: Tensor  # [strips, N, D], a_i times the mean of b_j y_j under the softmax of row i
+    scale: Tensor  # [strips, N], the mean of b_j pair_ij
 
 
 class Block(NamedTuple):
@@ -178,6 +187,16 @@ class Kernels(Protocol):
     ) -> None:
         """Gradients of all rows by strips of columns, [strips, N, D], in float32 or in the dtype of x."""
 
+    def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
+        """Asked of traced tensors, too, whose device need not be there."""
+        return False
+
+    def attention_tiling(self, problem: Problem) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def attention(self, problem: Problem, unit: Tensor | None, row: Part, slopes: Slopes, cols_per_strip: int) -> None:
+        """Of rows, the partials of the statistics [strips, N] and the gradients of each strip's log-sum-exps."""
+
     def factor(self, tuples: Tensor) -> tuple_basis.Basis:
         return tuple_basis.factor(tuples)
 
@@ -248,6 +267,65 @@ def _part(problem: Problem, count: int, size: int, totals: bool) -> Part:
     return Part(*(problem.empty(count, size) for _ in range(3 if totals else 2)))
 
 
+def _attends(kernels: Kernels, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> bool:
+    """Whether forward computes the gradients, too: of pairs, of their rows alone."""
+    if y is None or y.dim() != 2 or cols or any(needs[1::2]) or not any(needs):
+        return False
+    return x.shape[0] > 0 and y.shape[0] > 0 and kernels.takes_attention(x.dtype, x.shape[1])
+
+
+def kept(kernels: Kernels, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> int:
+    """Elements that forward keeps for backward: of every row d lse / dx and d lse / d row_scale."""
+    return x.shape[0] * (x.shape[1] + 1) if _attends(kernels, x, y, cols, needs) else 0
+
+
+def attention(kernels: Kernels, problem: Problem) -> tuple[Statistics, Tensor]:
+    """The statistics of rows and the excluded logits, and what is kept."""
+    n, m = problem.n, problem.m
+    cols_per_strip = _cols_per_strip(kernels, problem, kernels.attention_tiling(problem))
+    strips = cdiv(m, cols_per_strip)
+    maxima, sums = problem.empty(strips, n), problem.empty(strips, n)
+    slopes = Slopes(problem.empty(strips, n, problem.features), problem.empty(strips, n))
+    unit = _unit(problem, Incoming(row_weight=problem.full((1,), 1.0)))
+    kernels.attention(problem, unit, Part(maxima, sums), slopes, cols_per_strip)
+    nothing, maximum, log_sum = problem.empty(0), problem.empty(n), problem.empty(n)
+    kernels.merge(Part(maxima, sums), strips, Part(), 0, maximum, log_sum)
+    excluded = nothing if problem.vectors.row_exclude is None else problem.empty(n)
+    if excluded is not nothing:
+        kernels.excluded(problem, excluded)
+    if strips > 1:  # each has its share in the sum
+        weight = (maxima - maximum + sums.log() - log_sum).exp().masked_fill(torch.isneginf(maxima), 0.0)
+        slopes = Slopes(slopes.x.mul_(weight[..., None]).sum(0), slopes.scale.mul_(weight).sum(0))
+    statistics = Statistics(maximum, nothing, log_sum, nothing, excluded, nothing, nothing)
+    return statistics, torch.cat([slopes.x.flatten(), slopes.scale.flatten()])
+
+
+def multiples(
+    problem: Problem, grad_lse: Tensor, grad_excluded: Tensor, maximum: Tensor, kept: Tensor, needs: list[bool]
+) -> Gradients:
+    """The gradients of rows from what was kept, and for the logits left out by index from themselves."""
+    n, features, vectors = problem.n, problem.features, problem.vectors
+    slope, slope_of_scale = kept[: n * features].view(n, features), kept[n * features :]
+    need_x, _, need_scale, _, need_bias, _ = needs
+    grad_x = grad_lse[:, None] * slope if need_x else None
+    grad_scale = grad_lse * slope_of_scale if need_scale else None
+    grad_bias = grad_lse.masked_fill(maximum == -torch.inf, 0.0) if need_bias else None
+    if vectors.row_exclude is not None:
+        named, index = vectors.row_exclude >= 0, vectors.row_exclude.clamp(min=0)
+        own = grad_excluded.masked_fill(~named, 0.0)
+        if grad_bias is not None:
+            grad_bias += own
+        if vectors.col_scale is not None:
+            own = own * vectors.col_scale[index]
+        y = problem.y[index].float().masked_fill_(~named[:, None], 0.0)
+        if grad_scale is not None:
+            grad_scale += own * (problem.x * y).sum(1)
+        if grad_x is not None:
+            weight = own if vectors.row_scale is None else own * vectors.row_scale
+            grad_x.addcmul_(weight[:, None], y)
+    return Gradients(grad_x, None, grad_scale, None, grad_bias, None)
+
+
 class Gradients(NamedTuple):
     """None where not needed; y is [1, M, D], or for volumes the moments [P, M, D] of the tuples."""
 
@@ -311,14 +389,19 @@ def _rows(
     if not any(needs) or tiling is None:
         return None, None, None
     n, m = problem.n, problem.m
-    block_rows, block_cols = tiling
-    cols_per_strip = share(m, block_cols, cdiv(kernels.programs(problem.x), cdiv(n, block_rows)))
+    cols_per_strip = _cols_per_strip(kernels, problem, tiling)
     strips = cdiv(m, cols_per_strip)
     dtype = problem.x.dtype if strips == 1 else torch.float32
     gradient = problem.x.new_empty((strips, n, problem.features), dtype=dtype) if needs[0] else None
     sums = Sums(*(problem.empty(strips, n) if need else None for need in needs[1:]))
     kernels.rows(problem, incoming, unit, gradient, sums, cols_per_strip)
     return tuple(None if part is None else part.sum(0) if strips > 1 else part[0] for part in (gradient, *sums[:2]))
+
+
+def _cols_per_strip(kernels: Kernels, problem: Problem, tiling: tuple[int, int]) -> int:
+    """Of programs that have one tile of rows each: as few strips as fill the device."""
+    block_rows, block_cols = tiling
+    return share(problem.m, block_cols, cdiv(kernels.programs(problem.x), cdiv(problem.n, block_rows)))
 
 
 def _backward_by_blocks(
@@ -460,11 +543,15 @@ def _pairs(
 
 
 def similarity_logsumexp_forward(kernels: Kernels, *arguments: Any) -> tuple[Tensor, ...]:
-    *options, rows, cols, _keep = arguments
+    *options, rows, cols, needs = arguments
     problem = _pairs(*options)
     with launching(problem.x):
-        results = forward(kernels, problem, rows, cols)
-    return (*results[:4], problem.empty(0), results.excluded)
+        x, y, *_ = options
+        if _attends(kernels, x, y, cols, needs):
+            results, kept = attention(kernels, problem)
+        else:
+            results, kept = forward(kernels, problem, rows, cols), problem.empty(0)
+    return (*results[:4], kept, results.excluded)
 
 
 def similarity_logsumexp_backward(
@@ -476,24 +563,27 @@ def similarity_logsumexp_backward(
     col_max: Tensor,
     row_log_sum: Tensor,
     col_log_sum: Tensor,
-    _dots: Tensor,
+    kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     *options, rows, cols, needs = arguments
     problem = _pairs(*options)
-    if problem.mirrored:
-        grad_col_lse, col_max, col_log_sum, cols = grad_row_lse, row_max, row_log_sum, rows
-    has_index = problem.vectors.row_exclude is not None
-    incoming = _incoming(
-        (grad_row_lse, grad_col_lse),
-        (row_max, col_max, row_log_sum, col_log_sum),
-        rows,
-        cols,
-        row_excluded=grad_excluded if has_index else None,
-        col_excluded=grad_excluded if has_index and problem.mirrored else None,
-    )
     with launching(problem.x):
-        grads = backward(kernels, problem, problem.y[:, None], incoming, needs)
+        if kept.numel() and not any(needs[1::2]):
+            grads = multiples(problem, grad_row_lse, grad_excluded, row_max, kept, needs)
+        else:
+            if problem.mirrored:
+                grad_col_lse, col_max, col_log_sum, cols = grad_row_lse, row_max, row_log_sum, rows
+            has_index = problem.vectors.row_exclude is not None
+            incoming = _incoming(
+                (grad_row_lse, grad_col_lse),
+                (row_max, col_max, row_log_sum, col_log_sum),
+                rows,
+                cols,
+                row_excluded=grad_excluded if has_index else None,
+                col_excluded=grad_excluded if has_index and problem.mirrored else None,
+            )
+            grads = backward(kernels, problem, problem.y[:, None], incoming, needs)
     features = problem.x.new_empty(0)
     return (
         features if grads.x is None else grads.x.to(features.dtype),
@@ -516,7 +606,7 @@ def _volumes(
 
 
 def volume_logsumexp_forward(kernels: Kernels, anchor: Tensor, tuples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *options, rows, cols, totals, _keep = arguments
+    *options, rows, cols, totals, _needs = arguments
     with launching(anchor):
         problem = _volumes(anchor, tuples, kernels.factor(tuples), *options)
         results = forward(kernels, problem, rows, cols, totals)
@@ -533,7 +623,7 @@ def volume_logsumexp_backward(
     col_max: Tensor,
     row_log_sum: Tensor,
     col_log_sum: Tensor,
-    _dots: Tensor,
+    _kept: Tensor,
     anchor: Tensor,
     tuples: Tensor,
     row_scale: Tensor | None,

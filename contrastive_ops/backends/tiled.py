@@ -32,7 +32,7 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
-def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
+def kept(x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> int:
     """Nothing is kept from forward to backward."""
     return 0
 
@@ -213,7 +213,7 @@ def _forward(tiles: Tiles, rows: bool, cols: bool, totals: bool = False) -> dict
         "col_max": col[0],
         "row_log_sum": row[1].log(),
         "col_log_sum": col[1].log(),
-        "dots": tiles.full(0, 0.0),
+        "kept": tiles.full(0, 0.0),
         "excluded": excluded,
         "row_total": row_total,
         "col_total": col_total,
@@ -280,9 +280,9 @@ def _backward(
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *options, rows, cols, _keep = arguments
+    *options, rows, cols, _needs = arguments
     results = _forward(Tiles(*options), rows, cols)
-    names = ("row_max", "col_max", "row_log_sum", "col_log_sum", "dots", "excluded")
+    names = ("row_max", "col_max", "row_log_sum", "col_log_sum", "kept", "excluded")
     return tuple(results[name] for name in names)
 
 
@@ -294,7 +294,7 @@ def similarity_logsumexp_backward(
     col_max: Tensor,
     row_log_sum: Tensor,
     col_log_sum: Tensor,
-    _dots: Tensor,
+    _kept: Tensor,
     x: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
@@ -307,10 +307,10 @@ def similarity_logsumexp_backward(
 
 
 def volume_logsumexp_forward(anchor: Tensor, tuples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *options, rows, cols, totals, _keep = arguments
+    *options, rows, cols, totals, _needs = arguments
     tiles = SpanTiles(anchor, tuples, tuple_basis.factor(tuples), *options)
     results = _forward(tiles, rows, cols, totals)
-    names = ("row_max", "col_max", "row_log_sum", "col_log_sum", "dots", "row_total", "col_total")
+    names = ("row_max", "col_max", "row_log_sum", "col_log_sum", "kept", "row_total", "col_total")
     return tuple(results[name] for name in names)
 
 
@@ -323,7 +323,7 @@ def volume_logsumexp_backward(
     col_max: Tensor,
     row_log_sum: Tensor,
     col_log_sum: Tensor,
-    _dots: Tensor,
+    _kept: Tensor,
     anchor: Tensor,
     tuples: Tensor,
     row_scale: Tensor | None,

@@ -40,11 +40,6 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
-def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
-    """Nothing is kept from forward to backward."""
-    return 0
-
-
 def kernels(name: str) -> ModuleType:
     """A module of the kernels, contrastive_ops.kernels.<name>, imported at first use, as is Triton.
 
@@ -60,6 +55,10 @@ def kernels(name: str) -> ModuleType:
 
 def _engine() -> sweep.Kernels:
     return kernels("launch").TritonKernels()
+
+
+def kept(*arguments: Any) -> int:
+    return sweep.kept(_engine(), *arguments)
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -2,15 +2,16 @@
 
 Every op `name` has one shape, so that this is written once:
 
-    name(*tensors, *flags, keep, backend)
-        -> row_max, col_max, row_log_sum, col_log_sum, dots, *others
-    name_backward(grad_row_lse, grad_col_lse, *grad_others, row_max, col_max, row_log_sum, col_log_sum, dots,
+    name(*tensors, *flags, needs, backend)
+        -> row_max, col_max, row_log_sum, col_log_sum, kept, *others
+    name_backward(grad_row_lse, grad_col_lse, *grad_others, row_max, col_max, row_log_sum, col_log_sum, kept,
                   *tensors, *flags, needs, backend)
         -> a gradient for each of the first tensors, as many as `needs` has entries
 
 The statistics are a maximum and the log of a sum relative to it. Their sum is the log-sum-exp, but backward takes them
-apart: at logits of 1e4 the rounding of the log-sum-exp is 1e-3, and so would be the error of every gradient. `dots` is
-what a backend keeps from forward for backward, if `keep` is true: a gradient may be asked for.
+apart: at logits of 1e4 the rounding of the log-sum-exp is 1e-3, and so would be the error of every gradient. `kept` is
+what a backend keeps from forward for backward; `needs` are the gradients that may be asked for, and in backward those
+that are, which may be fewer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from contrastive_ops import backends, checks
 
-STATISTICS = "Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor dots"
+STATISTICS = "Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor kept"
 
 
 def define(name: str, tensors: str, gradients: tuple[str, ...], flags: str, others: tuple[str, ...]) -> None:
@@ -35,7 +36,8 @@ def define(name: str, tensors: str, gradients: tuple[str, ...], flags: str, othe
     """
     returned = "".join(f", Tensor {other}" for other in others)
     torch.library.define(
-        f"contrastive_ops::{name}", f"({tensors}, {flags}, bool keep, str backend) -> ({STATISTICS}{returned})"
+        f"contrastive_ops::{name}",
+        f"({tensors}, {flags}, bool[{len(gradients)}] needs, str backend) -> ({STATISTICS}{returned})",
     )
     incoming = ", ".join(f"Tensor grad_{output}" for output in ("row_lse", "col_lse", *others))
     torch.library.define(
@@ -62,15 +64,16 @@ def call(name: str, gradients: int, arguments: tuple[Any, ...], backend: str) ->
     """
     tensors = arguments[:gradients]
     checks.no_forward_mode(name, *tensors)
-    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    enabled = torch.is_grad_enabled()
+    needs = [enabled and tensor is not None and tensor.requires_grad for tensor in tensors]
     transformed = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
         arguments = _aliased(arguments)
         # where nothing requires a gradient, Dynamo gives forward a ctx, though there is a setup_context
-        run = _Differentiable.apply if keep or transformed else _Differentiable.forward
+        run = _Differentiable.apply if any(needs) or transformed else _Differentiable.forward
     else:
         run = _Differentiable.apply if transformed else _DifferentiableEager.apply
-    *outputs, row_max, col_max, _row_log_sum, _col_log_sum, _dots = run(name, gradients, *arguments, keep, backend)
+    *outputs, row_max, col_max, _row_log_sum, _col_log_sum, _kept = run(name, gradients, *arguments, needs, backend)
     return (*outputs, row_max, col_max)
 
 
@@ -88,21 +91,21 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(name, gradients, *arguments):
-        row_max, col_max, row_log_sum, col_log_sum, dots, *others = getattr(torch.ops.contrastive_ops, name)(*arguments)
-        statistics = (row_max, col_max, row_log_sum, col_log_sum, dots)
+        row_max, col_max, row_log_sum, col_log_sum, kept, *others = getattr(torch.ops.contrastive_ops, name)(*arguments)
+        statistics = (row_max, col_max, row_log_sum, col_log_sum, kept)
         return (row_max + row_log_sum, col_max + col_log_sum, *others, *statistics)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        name, gradients, *arguments, _keep, backend = inputs
-        *outputs, row_max, col_max, row_log_sum, col_log_sum, dots = output
-        statistics = (row_max, col_max, row_log_sum, col_log_sum, dots)
+        name, gradients, *arguments, _needs, backend = inputs
+        *outputs, row_max, col_max, row_log_sum, col_log_sum, kept = output
+        statistics = (row_max, col_max, row_log_sum, col_log_sum, kept)
         flags = [argument for argument in arguments if isinstance(argument, bool)]
         ctx.save_for_backward(*statistics, *arguments[: len(arguments) - len(flags)])
         ctx.name, ctx.gradients, ctx.flags, ctx.backend = name, gradients, flags, backend
         ctx.sizes = [value.shape[0] for value in outputs]
         ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)  # it would fill the 64 MB of a gradient of dots with zeros
+        ctx.set_materialize_grads(False)  # it would fill the 64 MB of a gradient of `kept` with zeros
 
     @staticmethod
     def backward(ctx, *grads):

@@ -92,8 +92,10 @@ def similarity_logsumexp(
     -----
     Extra memory is O(N + M) in forward and O((N + M) D) in backward, which computes the tiles again; the cpu backend
     keeps up to 64 MB of them instead. Work in units of N M D multiply-adds: 1 forward, 1 for the recomputation and 1
-    for each side that requires a gradient; in self-similarity 0.5 + 0.5 + 1. Sums, maxima and gradients accumulate in
-    float32 (float64). Runs are bitwise repeatable. Differentiable once; differentiating twice raises.
+    for each side that requires a gradient; in self-similarity 0.5 + 0.5 + 1. For 16-bit rows of at most 256 features
+    alone, with a y side that requires none, the triton backend does all in forward: 2, and it keeps O(N D). Sums,
+    maxima and gradients accumulate in float32 (float64). Runs are bitwise repeatable. Differentiable once;
+    differentiating twice raises.
 
     Examples
     --------
@@ -161,17 +163,17 @@ autograd.define(
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp")
 def _forward_fake(x, y, *options):
-    _row_scale, _col_scale, _row_bias, _col_bias, exclude, *_, rows, cols, keep, backend = options
+    _row_scale, _col_scale, _row_bias, _col_bias, exclude, *_, rows, cols, needs, backend = options
     n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
     dtype = statistics_dtype(x)
     row, col, excluded = n if rows else 0, m if cols else 0, 0 if exclude is None else n
-    dots = backends.module(backend).kept_dots(n, m, x.dtype) if keep else 0
-    return tuple(x.new_empty(size, dtype=dtype) for size in (row, col, row, col, dots, excluded))
+    kept = backends.module(backend).kept(x, y, cols, needs)
+    return tuple(x.new_empty(size, dtype=dtype) for size in (row, col, row, col, kept, excluded))
 
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp_backward")
 def _backward_fake(*arguments):
-    x, y, *_, needs, _backend = arguments[8:]  # after the gradients, the statistics and the dots
+    x, y, *_, needs, _backend = arguments[8:]  # after the gradients, the statistics and what forward kept
     n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
     dtype = statistics_dtype(x)
     sizes = (x.shape, x.shape if y is None else y.shape, (n,), (m,), (n,), (m,))

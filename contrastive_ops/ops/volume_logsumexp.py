@@ -146,17 +146,17 @@ autograd.define(
 
 
 @torch.library.register_fake("contrastive_ops::volume_logsumexp")
-def _forward_fake(anchor, tuples, row_scale, col_scale, exclude, rows, cols, totals, keep, backend):
-    n, (m, members, _) = anchor.shape[0], tuples.shape
+def _forward_fake(anchor, tuples, row_scale, col_scale, exclude, rows, cols, totals, needs, backend):
+    n, m = anchor.shape[0], tuples.shape[0]
     row, col = n if rows else 0, m if cols else 0
-    dots = backends.module(backend).kept_dots(n, m, anchor.dtype, members) if keep else 0
-    sizes = (row, col, row, col, dots, row if totals else 0, col if totals else 0)
+    kept = backends.module(backend).kept(anchor, tuples, cols, needs)
+    sizes = (row, col, row, col, kept, row if totals else 0, col if totals else 0)
     return tuple(anchor.new_empty(size, dtype=statistics_dtype(anchor)) for size in sizes)
 
 
 @torch.library.register_fake("contrastive_ops::volume_logsumexp_backward")
 def _backward_fake(*arguments):
-    anchor, tuples, *_, needs, _backend = arguments[9:]  # after the gradients, the statistics and the dots
+    anchor, tuples, *_, needs, _backend = arguments[9:]  # after the gradients, the statistics and what forward kept
     dtype = statistics_dtype(anchor)
     sizes = (anchor.shape, tuples.shape, anchor.shape[:1], tuples.shape[:1])
     dtypes = (anchor.dtype, tuples.dtype, dtype, dtype)
