@@ -79,8 +79,7 @@ __device__ __forceinline__ void logits(
   if (!mask.all()) {
     Shape::Place::for_each([&](int mi, int nj, int e, int k, int l) {
       const int i = place.row_of(k), j = place.col_of(l);
-      if (!mask.takes_part(shared.row, shared.col, i, j) || mask.excluded_by_row(shared.row, i, j) ||
-          mask.excluded_by_col(shared.col, i, j)) {
+      if (!mask.takes_part(shared.row, shared.col, i, j) || mask.excluded(shared.row, shared.col, i, j)) {
         dots[nj][mi][e] = -INF;
       }
     });

@@ -107,13 +107,7 @@ __device__ __forceinline__ float gradient_of_pair(
     int j,
     int k,
     int l) {
-  float logit = pair * (row.options.scale[i] * col.options.scale[j]);
-  if constexpr (!VOLUMES) {
-    logit += row.options.bias[i] + col.options.bias[j];
-  }
-  if (!mask.all() && !mask.takes_part(row.options, col.options, i, j)) {
-    logit = -INF;
-  }
+  const float logit = logit_of_pair<VOLUMES>(pair, row.options, col.options, mask, i, j);
   float g = gradient.of_pair(logit, row.weights, col.weights, i, j, k, l);
   if constexpr (VOLUMES) {
     g += logit == -INF ? 0.0f : row.weights.total[i] + col.weights.total[j];

@@ -139,10 +139,15 @@ struct Mask {
     return inside && !excludes && !ids;
   }
 
-  // Of row i and column j of the tile.
+  // Whether row i and column j of the tile are a pair that counts, if it is not left out by index.
   template <int ROWS, int COLS>
   __device__ __forceinline__ bool takes_part(const Options<ROWS>& rows, const Options<COLS>& cols, int i, int j) const {
     return row + i < n && col + j < m && (!ids || (rows.ids[i] == cols.ids[j]) == equal);
+  }
+
+  template <int ROWS, int COLS>
+  __device__ __forceinline__ bool excluded(const Options<ROWS>& rows, const Options<COLS>& cols, int i, int j) const {
+    return excludes && (excluded_by_row(rows, i, j) || excluded_by_col(cols, i, j));
   }
 
   template <int ROWS>
@@ -155,6 +160,18 @@ struct Mask {
     return cols.exclude[j] == row + i;
   }
 };
+
+// s_ij of a pair of the tile, -inf where it does not take part; one left out by index has its own. Volumes have no
+// biases.
+template <bool VOLUMES, int ROWS, int COLS>
+__device__ __forceinline__ float logit_of_pair(
+    float pair, const Options<ROWS>& rows, const Options<COLS>& cols, const Mask& mask, int i, int j) {
+  float logit = pair * (rows.scale[i] * cols.scale[j]);
+  if constexpr (!VOLUMES) {
+    logit += rows.bias[i] + cols.bias[j];
+  }
+  return mask.all() || mask.takes_part(rows, cols, i, j) ? logit : -INF;
+}
 
 // What to subtract before exp: an empty set (-inf) is shifted by 0, as (-inf) - (-inf) would be NaN.
 __device__ __forceinline__ float shift_of(float maximum) {

@@ -51,6 +51,148 @@ __device__ __forceinline__ void copy_rows(
   }
 }
 
+// The tiles of columns of a strip in which a pair counts, one after another, while the next is on its way.
+template <typename T, typename Shape>
+struct Tiles {
+  const Problem& problem;
+  const Incoming& incoming;
+  Shared<Shape>& shared;
+  bool aligned;
+  int row = blockIdx.x * Shape::rows, last_col, next_col, col = 0, place = 1;
+
+  __device__ Tiles(
+      const Problem& problem, const Incoming& incoming, Shared<Shape>& shared, int cols_per_strip, bool aligned)
+      : problem(problem), incoming(incoming), shared(shared), aligned(aligned) {
+    copy_rows<Shape, T>(shared.x, problem.x, row, Shape::rows, problem.n, problem.features, aligned);
+    shared.row.options.load_rows(problem, row);
+    shared.row.weights.load_rows(incoming, row, problem.n);
+    const int first_col = blockIdx.y * cols_per_strip;
+    last_col = min(first_col + cols_per_strip, problem.m);
+    next_col = from(first_col);
+    copy(next_col, 0);
+  }
+
+  // Goes to the next tile, which lies at `col` of the plane and at `place` of shared memory; false after the last.
+  __device__ __forceinline__ bool next() {
+    col = next_col;
+    place = 1 - place;
+    copy_async_wait<0>();
+    if (col < last_col) {
+      __syncthreads();  // the tile is there for all, and all are done with the one before, whose place the next takes
+      next_col = from(col + Shape::cols);
+      copy(next_col, 1 - place);
+    }
+    return col < last_col;
+  }
+
+  __device__ __forceinline__ int from(int candidate) const {
+    while (candidate < last_col &&
+           !Mask(problem, row, candidate, Shape::rows, Shape::cols).any(problem, Shape::rows, Shape::cols)) {
+      candidate += Shape::cols;
+    }
+    return candidate;
+  }
+
+  __device__ __forceinline__ void copy(int to_come, int at) {
+    if (to_come < last_col) {
+      copy_rows<Shape, T>(shared.y[at], problem.y, to_come, Shape::cols, problem.m, problem.features, aligned);
+      shared.col[at].options.load_cols(problem, to_come);
+      shared.col[at].weights.load_cols(incoming, to_come, problem.m);
+    }
+    copy_async_commit();
+  }
+};
+
+template <typename Shape>
+using Pairs = float[Shape::NJ][Shape::MI][4];
+
+template <typename Shape>
+using Slope = float[Shape::features / 8][Shape::MI][4];
+
+template <typename Shape>
+__device__ __forceinline__ int warp_row(int thread) {
+  return thread / 32 * (16 * Shape::MI);
+}
+
+template <typename Shape>
+__device__ __forceinline__ typename Shape::Place place_of(int thread) {
+  return typename Shape::Place(thread % 32, warp_row<Shape>(thread), 0);
+}
+
+// pairs = X Y^T of a tile.
+template <typename T, typename Shape>
+__device__ __forceinline__ void multiply(
+    Pairs<Shape>& pairs, const unsigned char* x, const unsigned char* y, int features) {
+  const int thread = thread_index(), lane = thread % 32;
+#pragma unroll
+  for (int step = 0; step < Shape::features / 16; ++step) {
+    if (step * 16 < features) {
+      uint32_t a[Shape::MI][4];
+#pragma unroll
+      for (int mi = 0; mi < Shape::MI; ++mi) {
+        const int x_row = warp_row<Shape>(thread) + 16 * mi + lane % 16;
+        load_matrices(a[mi], x + offset<Shape>(x_row, 2 * step + lane / 16));
+      }
+#pragma unroll
+      for (int nj = 0; nj < Shape::NJ; nj += 2) {
+        uint32_t b[4];
+        load_matrices(b, y + offset<Shape>((nj + lane / 16) * 8 + lane % 8, 2 * step + lane / 8 % 2));
+#pragma unroll
+        for (int mi = 0; mi < Shape::MI; ++mi) {
+          multiply_add<T>(pairs[nj][mi], a[mi], {b[0], b[1]});
+          multiply_add<T>(pairs[nj + 1][mi], a[mi], {b[2], b[3]});
+        }
+      }
+    }
+  }
+}
+
+// slope += weights Y of a tile, the weights rounded to the dtype of the features.
+template <typename T, typename Shape>
+__device__ __forceinline__ void accumulate(
+    Slope<Shape>& slope, const Pairs<Shape>& weights, const unsigned char* y, int features) {
+  const int lane = thread_index() % 32;
+#pragma unroll
+  for (int nj = 0; nj < Shape::NJ; nj += 2) {  // 16 columns: two parts of the weights are an operand of the product
+    uint32_t a[Shape::MI][4];
+#pragma unroll
+    for (int mi = 0; mi < Shape::MI; ++mi) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* two = &weights[nj + i / 2][mi][2 * (i % 2)];
+        a[mi][i] = packed(two[0], two[1], T());
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < Shape::features / 8; part += 2) {
+      if (part * 8 < features) {
+        uint32_t b[4];
+        load_matrices_transposed(b, y + offset<Shape>(nj * 8 + lane % 16, part + lane / 16));
+#pragma unroll
+        for (int mi = 0; mi < Shape::MI; ++mi) {
+          multiply_add<T>(slope[part][mi], a[mi], {b[0], b[1]});
+          multiply_add<T>(slope[part + 1][mi], a[mi], {b[2], b[3]});
+        }
+      }
+    }
+  }
+}
+
+// Stores a thread's row k of a slope, times `factor`, from `to` on.
+template <typename Shape, typename Out>
+__device__ __forceinline__ void store_row(const Slope<Shape>& slope, int k, float factor, Out* to, int features) {
+#pragma unroll
+  for (int part = 0; part < Shape::features / 8; ++part) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int feature = part * 8 + 2 * (thread_index() % 4) + e;
+      if (feature < features) {
+        to[feature] = Out(slope[part][k / 2][2 * (k % 2) + e] * factor);
+      }
+    }
+  }
+}
+
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::threads, 2) rows_kernel(
     Problem problem,
@@ -62,72 +204,17 @@ __global__ void __launch_bounds__(Shape::threads, 2) rows_kernel(
     int cols_per_strip,
     bool aligned) {
   using Place = typename Shape::Place;
-  constexpr int MI = Shape::MI, NJ = Shape::NJ;
   auto& shared = *reinterpret_cast<Shared<Shape>*>(shared_memory());
-  const int row = blockIdx.x * Shape::rows;
-  const int first_col = blockIdx.y * cols_per_strip, last_col = min(first_col + cols_per_strip, problem.m);
-  const int steps = (problem.features + 15) / 16;
-
-  // The next tile of columns with a pair that counts, from `col` on.
-  const auto next = [&](int col) {
-    while (col < last_col &&
-           !Mask(problem, row, col, Shape::rows, Shape::cols).any(problem, Shape::rows, Shape::cols)) {
-      col += Shape::cols;
-    }
-    return col;
-  };
-  // A tile of columns to the place `parity`; a group of copies also where there is none.
-  const auto begin = [&](int col, int parity) {
-    if (col < last_col) {
-      copy_rows<Shape, T>(shared.y[parity], problem.y, col, Shape::cols, problem.m, problem.features, aligned);
-      shared.col[parity].options.load_cols(problem, col);
-      shared.col[parity].weights.load_cols(incoming, col, problem.m);
-    }
-    copy_async_commit();
-  };
-
-  copy_rows<Shape, T>(shared.x, problem.x, row, Shape::rows, problem.n, problem.features, aligned);
-  shared.row.options.load_rows(problem, row);
-  shared.row.weights.load_rows(incoming, row, problem.n);
-  float grad[Shape::features / 8][MI][4] = {};
+  Tiles<T, Shape> tiles(problem, incoming, shared, cols_per_strip, aligned);
+  Slope<Shape> slope = {};
   float scale_sum[Place::row_count] = {}, bias_sum[Place::row_count] = {};
   const float reciprocal_unit = unit == nullptr ? 1.0f : 1.0f / *unit;
-  int parity = 0, col = next(first_col);
-  begin(col, parity);
-  while (col < last_col) {
-    const int next_col = next(col + Shape::cols);
-    copy_async_wait<0>();
-    __syncthreads();  // the tile is there for all, and all are done with the one before, whose place the next takes
-    begin(next_col, 1 - parity);
-    const unsigned char* y = shared.y[parity];
-    const int lane = thread_index() % 32, warp_row = thread_index() / 32 * (16 * MI);
-
-    float pairs[NJ][MI][4] = {};
-#pragma unroll
-    for (int step = 0; step < Shape::features / 16; ++step) {
-      if (step < steps) {
-        uint32_t a[MI][4];
-#pragma unroll
-        for (int mi = 0; mi < MI; ++mi) {
-          const int x_row = warp_row + 16 * mi + lane % 16;
-          load_matrices(a[mi], shared.x + offset<Shape>(x_row, 2 * step + lane / 16));
-        }
-#pragma unroll
-        for (int nj = 0; nj < NJ; nj += 2) {
-          uint32_t b[4];
-          load_matrices(b, y + offset<Shape>((nj + lane / 16) * 8 + lane % 8, 2 * step + lane / 8 % 2));
-#pragma unroll
-          for (int mi = 0; mi < MI; ++mi) {
-            multiply_add<T>(pairs[nj][mi], a[mi], {b[0], b[1]});
-            multiply_add<T>(pairs[nj + 1][mi], a[mi], {b[2], b[3]});
-          }
-        }
-      }
-    }
-
-    const Mask mask(problem, row, col, Shape::rows, Shape::cols);
-    const Place place(lane, warp_row, 0);
-    const auto& cols = shared.col[parity];
+  while (tiles.next()) {
+    const auto& cols = shared.col[tiles.place];
+    Pairs<Shape> pairs = {};
+    multiply<T, Shape>(pairs, shared.x, shared.y[tiles.place], problem.features);
+    const Mask mask(problem, tiles.row, tiles.col, Shape::rows, Shape::cols);
+    const Place place = place_of<Shape>(thread_index());
     const Gradient<Place> of_tile(shared.row.weights, cols.weights, place);
     Place::for_each([&](int mi, int nj, int e, int k, int l) {
       const int i = place.row_of(k), j = place.col_of(l);
@@ -138,71 +225,105 @@ __global__ void __launch_bounds__(Shape::threads, 2) rows_kernel(
       // all scales before it is rounded: `unit` is a bound of the product
       pairs[nj][mi][e] = g * b * shared.row.options.scale[i] * reciprocal_unit;
     });
-
     if (gradient != nullptr) {
-#pragma unroll
-      for (int nj = 0; nj < NJ; nj += 2) {  // 16 columns: two parts of the pairs are an operand of the next product
-        uint32_t a[MI][4];
-#pragma unroll
-        for (int mi = 0; mi < MI; ++mi) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float* two = &pairs[nj + i / 2][mi][2 * (i % 2)];
-            a[mi][i] = packed(two[0], two[1], T());
-          }
-        }
-#pragma unroll
-        for (int part = 0; part < Shape::features / 8; part += 2) {
-          if (part / 2 < steps) {
-            uint32_t b[4];
-            load_matrices_transposed(b, y + offset<Shape>(nj * 8 + lane % 16, part + lane / 16));
-#pragma unroll
-            for (int mi = 0; mi < MI; ++mi) {
-              multiply_add<T>(grad[part][mi], a[mi], {b[0], b[1]});
-              multiply_add<T>(grad[part + 1][mi], a[mi], {b[2], b[3]});
-            }
-          }
-        }
-      }
+      accumulate<T, Shape>(slope, pairs, shared.y[tiles.place], problem.features);
     }
-    col = next_col;
-    parity = 1 - parity;
   }
-  copy_async_wait<0>();  // those of x, where no tile was needed
 
-  const int lane = thread_index() % 32;
-  const Place place(lane, thread_index() / 32 * (16 * MI), 0);
-  const auto of_strip = [&](int i) { return blockIdx.y * static_cast<int64_t>(problem.n) + row + i; };
+  const Place place = place_of<Shape>(thread_index());
 #pragma unroll
   for (int k = 0; k < Place::row_count; ++k) {
     const float scale = over_cols(scale_sum[k], Add()), bias = over_cols(bias_sum[k], Add());
-    const int i = place.row_of(k);
-    if (row + i < problem.n) {
-      if (lane % 4 == 0 && sums.scale != nullptr) {
-        sums.scale[of_strip(i)] = scale;
+    const int row = tiles.row + place.row_of(k);
+    const int64_t at = blockIdx.y * static_cast<int64_t>(problem.n) + row;
+    if (row < problem.n) {
+      if (thread_index() % 4 == 0 && sums.scale != nullptr) {
+        sums.scale[at] = scale;
       }
-      if (lane % 4 == 0 && sums.bias != nullptr) {
-        sums.bias[of_strip(i)] = bias;
+      if (thread_index() % 4 == 0 && sums.bias != nullptr) {
+        sums.bias[at] = bias;
       }
-      if (gradient != nullptr) {
-        const float size = unit == nullptr ? 1.0f : *unit;
+      const float factor = unit == nullptr ? 1.0f : *unit;
+      if (gradient != nullptr && gradient_is_float) {
+        store_row<Shape>(slope, k, factor, static_cast<float*>(gradient) + at * problem.features, problem.features);
+      } else if (gradient != nullptr) {
+        store_row<Shape>(slope, k, factor, static_cast<T*>(gradient) + at * problem.features, problem.features);
+      }
+    }
+  }
+}
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::threads, 2)
+    attention_kernel(Problem problem, const float* unit, Part part, Slopes slopes, int cols_per_strip, bool aligned) {
+  using Place = typename Shape::Place;
+  auto& shared = *reinterpret_cast<Shared<Shape>*>(shared_memory());
+  const Incoming nothing{};
+  Tiles<T, Shape> tiles(problem, nothing, shared, cols_per_strip, aligned);
+  Slope<Shape> slope = {};
+  float maximum[Place::row_count], sum[Place::row_count] = {}, scale_sum[Place::row_count] = {};
 #pragma unroll
-        for (int part = 0; part < Shape::features / 8; ++part) {
+  for (int k = 0; k < Place::row_count; ++k) {
+    maximum[k] = -INF;
+  }
+  const float reciprocal_unit = unit == nullptr ? 1.0f : 1.0f / *unit;
+  while (tiles.next()) {
+    const auto& cols = shared.col[tiles.place];
+    Pairs<Shape> pairs = {};
+    multiply<T, Shape>(pairs, shared.x, shared.y[tiles.place], problem.features);
+    const Mask mask(problem, tiles.row, tiles.col, Shape::rows, Shape::cols);
+    const Place place = place_of<Shape>(thread_index());
+    const auto logit_of = [&](int mi, int nj, int e, int k, int l) {
+      const int i = place.row_of(k), j = place.col_of(l);
+      const float logit = logit_of_pair<false>(pairs[nj][mi][e], shared.row.options, cols.options, mask, i, j);
+      return mask.excluded(shared.row.options, cols.options, i, j) ? -INF : logit;
+    };
+    float largest[Place::row_count];
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int feature = part * 8 + 2 * (lane % 4) + e;
-            const int64_t at = of_strip(i) * problem.features + feature;
-            const float value = grad[part][k / 2][2 * (k % 2) + e] * size;
-            if (feature < problem.features) {
-              if (gradient_is_float) {
-                static_cast<float*>(gradient)[at] = value;
-              } else {
-                static_cast<T*>(gradient)[at] = T(value);
-              }
-            }
-          }
-        }
+    for (int k = 0; k < Place::row_count; ++k) {
+      largest[k] = -INF;
+    }
+    Place::for_each(
+        [&](int mi, int nj, int e, int k, int l) { largest[k] = fmaxf(largest[k], logit_of(mi, nj, e, k, l)); });
+    // what was added up so far is relative to the maximum so far
+#pragma unroll
+    for (int k = 0; k < Place::row_count; ++k) {
+      const float before = maximum[k];
+      maximum[k] = fmaxf(before, over_cols(largest[k], Maximum()));
+      const float decay = exponential(before - shift_of(maximum[k]));
+      sum[k] *= decay;
+      scale_sum[k] *= decay;
+#pragma unroll
+      for (int feature = 0; feature < Shape::features / 8; ++feature) {
+        slope[feature][k / 2][2 * (k % 2)] *= decay;
+        slope[feature][k / 2][2 * (k % 2) + 1] *= decay;
       }
+    }
+    Place::for_each([&](int mi, int nj, int e, int k, int l) {
+      const float term = exponential(logit_of(mi, nj, e, k, l) - shift_of(maximum[k]));
+      const float weighted = term * cols.options.scale[place.col_of(l)];
+      sum[k] += term;
+      scale_sum[k] += weighted * pairs[nj][mi][e];
+      pairs[nj][mi][e] = weighted * shared.row.options.scale[place.row_of(k)] * reciprocal_unit;
+    });
+    accumulate<T, Shape>(slope, pairs, shared.y[tiles.place], problem.features);
+  }
+
+  const Place place = place_of<Shape>(thread_index());
+#pragma unroll
+  for (int k = 0; k < Place::row_count; ++k) {
+    const float total = over_cols(sum[k], Add()), scale = over_cols(scale_sum[k], Add());
+    const float share = total == 0.0f ? 1.0f : 1.0f / total;
+    const int row = tiles.row + place.row_of(k);
+    const int64_t at = blockIdx.y * static_cast<int64_t>(problem.n) + row;
+    if (row < problem.n) {
+      if (thread_index() % 4 == 0) {
+        part.maximum[at] = maximum[k];
+        part.sum[at] = total;
+        slopes.scale[at] = scale * share;
+      }
+      const float factor = share * (unit == nullptr ? 1.0f : *unit);
+      store_row<Shape>(slope, k, factor, slopes.x + at * problem.features, problem.features);
     }
   }
 }
@@ -213,6 +334,18 @@ auto for_features(int features, Run run) {
     return run(RowsTile<64>());
   }
   return features <= 128 ? run(RowsTile<128>()) : run(RowsTile<256>());
+}
+
+template <typename Run>
+const char* for_rows_tile(const Problem& problem, int cols_per_strip, Run run) {
+  const auto of_type = [&](auto element) {
+    return for_features(problem.features, [&](auto shape) {
+      const int tiles = (problem.n + shape.rows - 1) / shape.rows;
+      const int strips = (problem.m + cols_per_strip - 1) / cols_per_strip;
+      return run(element, shape, dim3(tiles, strips), is_aligned(problem));
+    });
+  };
+  return problem.dtype == Dtype::bfloat16 ? of_type(__nv_bfloat16()) : of_type(__half());
 }
 
 }  // namespace
@@ -236,29 +369,47 @@ const char* rows(
     const Sums& sums,
     int cols_per_strip,
     cudaStream_t stream) {
-  const auto run = [&](auto element) {
-    using T = decltype(element);
-    return for_features(problem.features, [&](auto shape) {
-      using Shape = decltype(shape);
-      const int tiles = (problem.n + Shape::rows - 1) / Shape::rows;
-      const int strips = (problem.m + cols_per_strip - 1) / cols_per_strip;
-      return launch(
-          rows_kernel<T, Shape>,
-          dim3(tiles, strips),
-          Shape::threads,
-          sizeof(Shared<Shape>),
-          stream,
-          problem,
-          incoming,
-          unit,
-          gradient,
-          gradient_is_float,
-          sums,
-          cols_per_strip,
-          is_aligned(problem));
-    });
-  };
-  return problem.dtype == Dtype::bfloat16 ? run(__nv_bfloat16()) : run(__half());
+  return for_rows_tile(problem, cols_per_strip, [&](auto element, auto shape, dim3 grid, bool aligned) {
+    using Shape = decltype(shape);
+    return launch(
+        rows_kernel<decltype(element), Shape>,
+        grid,
+        Shape::threads,
+        sizeof(Shared<Shape>),
+        stream,
+        problem,
+        incoming,
+        unit,
+        gradient,
+        gradient_is_float,
+        sums,
+        cols_per_strip,
+        aligned);
+  });
+}
+
+const char* attention(
+    const Problem& problem,
+    const float* unit,
+    const Part& row,
+    const Slopes& slopes,
+    int cols_per_strip,
+    cudaStream_t stream) {
+  return for_rows_tile(problem, cols_per_strip, [&](auto element, auto shape, dim3 grid, bool aligned) {
+    using Shape = decltype(shape);
+    return launch(
+        attention_kernel<decltype(element), Shape>,
+        grid,
+        Shape::threads,
+        sizeof(Shared<Shape>),
+        stream,
+        problem,
+        unit,
+        row,
+        slopes,
+        cols_per_strip,
+        aligned);
+  });
 }
 
 }  // namespace contrastive_ops::cuda

@@ -133,6 +133,21 @@ const char* rows(
     int cols_per_strip,
     cudaStream_t stream);
 
+// Where forward computes the gradients, too: of rows alone, d lse_i / dx_i and d lse_i / d row_scale_i of every strip.
+struct Slopes {
+  float* x;      // [strips, N, D]
+  float* scale;  // [strips, N]
+};
+
+// Of rows, the partials of the statistics [strips, N] and the slopes; for what `rows` takes.
+const char* attention(
+    const Problem& problem,
+    const float* unit,
+    const Part& row,
+    const Slopes& slopes,
+    int cols_per_strip,
+    cudaStream_t stream);
+
 // For each of `count` sets of `members` <= 5 vectors [count, members, D]: L^-1 [count, members, members] and the volume
 // [count], L L^T being the Gram matrix, as contrastive_ops/backends/tuples.py defines them.
 const char* factor(
