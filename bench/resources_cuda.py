@@ -145,16 +145,16 @@ def code_of(library: Path, target: str) -> dict[str, Code]:
         for cubin in Path(folder).glob(f"*.{target}.cubin"):
             usage = subprocess.check_output([tool("cuobjdump"), "-res-usage", cubin], text=True)
             listing = subprocess.check_output([tool("nvdisasm"), "-c", cubin], text=True)
-            sections = re.findall(r"(?ms)^\s*\.section\s+\.text\.([^,\s]+),(.*?)(?=^\s*\.section|\Z)", listing)
+            sections = re.findall(r"(?ms)^\s*\.section\s+\.text\.([^,\s]+),(.*?)(?=^\s*\.section\s|\Z)", listing)
             matrix = {symbol: len(re.findall(MATRIX, instructions)) for symbol, instructions in sections}
-            for symbol, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
-                code[_name(symbol)] = Code(int(registers), int(stack), matrix[symbol])
+            used = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+            full = subprocess.check_output(["c++filt", *(symbol for symbol, *_ in used)], text=True).splitlines()
+            for name, (symbol, registers, stack) in zip(full, used, strict=True):
+                code[_short(name)] = Code(int(registers), int(stack), matrix[symbol])
     return code
 
 
-def _name(symbol: str) -> str:
-    full = subprocess.check_output(["c++filt", symbol], text=True)
-    short = re.sub(r"contrastive_ops::cuda::|\(anonymous namespace\)::|\s", "", full)
-    found = re.search(r"\w+_kernel(<[^(]*>)?(?=\()", short)
-    assert found, full
-    return found[0].removeprefix("void")
+def _short(name: str) -> str:
+    """forward_kernel<float,Tile<0>>"""
+    short = re.sub(r"contrastive_ops::cuda::|\(anonymous namespace\)::|\s", "", name.removeprefix("void "))
+    return short.partition("(")[0]

@@ -37,7 +37,8 @@ def host_backend():
         for op in cuda.OPS
         for pass_ in ("forward", "backward")
     }
-    module = SimpleNamespace(OPS=cuda.OPS, why_not=lambda op, x: None, kept_dots=cuda.kept_dots, **functions)
+    functions["kept"] = partial(sweep.kept, kernels)
+    module = SimpleNamespace(OPS=cuda.OPS, why_not=lambda op, x: None, **functions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends._MODULES, NAME, module)
         patch.setattr(backends, "NAMES", (*backends.NAMES, NAME))

@@ -129,9 +129,8 @@ def no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str 
     )
 
 
-def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
-    """Nothing is kept from forward to backward."""
-    return 0
+def kept(*arguments: Any) -> int:
+    return sweep.kept(KERNELS, *arguments)
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
