@@ -10,13 +10,11 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import test_losses as loss_tests
 import test_similarity_logsumexp as op_tests
 import test_volume_logsumexp as volume_tests
 import torch
 from cuda_host import build as host
-from problems import ALL_OPTIONS, problem
-from tolerance import evaluate
+from problems import ALL_OPTIONS
 
 from contrastive_ops import backends
 from contrastive_ops.backends import cuda, sweep
