@@ -86,6 +86,9 @@ def launches(operators: Any) -> Iterator[Launch]:
             arguments = (*_problem(dtype, 0, features), nothing, None, gradient, nothing[:3], SIZE)
             tile, instance = operators.rows_tiling(dtype, features), f"{ELEMENTS[dtype]},RowsTile<{features}>"
             yield Launch("rows", dtype, f"D <= {features}", tile, instance, arguments)
+            part = [*_empty((1, SIZE), (1, SIZE)), None]
+            arguments = (*_problem(dtype, 0, features), None, part, _empty((1, SIZE, features), (1, SIZE)), SIZE)
+            yield Launch("attention", dtype, f"D <= {features}", tile, instance, arguments)
     for dtype, element in ELEMENTS.items():
         yield Launch("excluded", dtype, "", None, element, (*_problem(dtype, 0), *_empty((SIZE,))))
     for dtype, element in ELEMENTS.items():

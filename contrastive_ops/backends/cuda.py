@@ -16,6 +16,8 @@ from contrastive_ops.backends import tuples as tuple_basis
 OPS = ("similarity_logsumexp", "volume_logsumexp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+ROWS_FEATURES = 256  # the most that rows_tiling takes: traced sizes can't be given to it
+
 
 class CudaKernels(sweep.Kernels):
     """The operators of csrc/cuda/binding.cpp in a namespace of torch.ops.
@@ -73,6 +75,17 @@ class CudaKernels(sweep.Kernels):
         cols_per_strip: int,
     ) -> None:
         self.operators.rows(*_of(problem), incoming, unit, gradient, sums, cols_per_strip)
+
+    def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
+        return dtype.itemsize == 2 and features <= ROWS_FEATURES
+
+    def attention_tiling(self, problem: sweep.Problem) -> tuple[int, int]:
+        return self.operators.rows_tiling(problem.x.dtype, problem.features)
+
+    def attention(
+        self, problem: sweep.Problem, unit: Tensor | None, row: sweep.Part, slopes: sweep.Slopes, cols_per_strip: int
+    ) -> None:
+        self.operators.attention(*_of(problem), unit, row, slopes, cols_per_strip)
 
     def factor(self, tuples: Tensor) -> tuple_basis.Basis:
         count, members, _ = tuples.shape
