@@ -86,6 +86,9 @@ def launches(operators: Any) -> Iterator[Launch]:
             arguments = (*_problem(dtype, 0, features), nothing, None, gradient, nothing[:3], SIZE)
             tile, instance = operators.rows_tiling(dtype, features), f"{ELEMENTS[dtype]},RowsTile<{features}>"
             yield Launch("rows", dtype, f"D <= {features}", tile, instance, arguments)
+            part = [*_empty((1, SIZE), (1, SIZE)), None]
+            arguments = (*_problem(dtype, 0, features), None, part, _empty((1, SIZE, features), (1, SIZE)), SIZE)
+            yield Launch("attention", dtype, f"D <= {features}", tile, instance, arguments)
     for dtype, element in ELEMENTS.items():
         yield Launch("excluded", dtype, "", None, element, (*_problem(dtype, 0), *_empty((SIZE,))))
     for dtype, element in ELEMENTS.items():
@@ -145,16 +148,16 @@ def code_of(library: Path, target: str) -> dict[str, Code]:
         for cubin in Path(folder).glob(f"*.{target}.cubin"):
             usage = subprocess.check_output([tool("cuobjdump"), "-res-usage", cubin], text=True)
             listing = subprocess.check_output([tool("nvdisasm"), "-c", cubin], text=True)
-            sections = re.findall(r"(?ms)^\s*\.section\s+\.text\.([^,\s]+),(.*?)(?=^\s*\.section|\Z)", listing)
+            sections = re.findall(r"(?ms)^\s*\.section\s+\.text\.([^,\s]+),(.*?)(?=^\s*\.section\s|\Z)", listing)
             matrix = {symbol: len(re.findall(MATRIX, instructions)) for symbol, instructions in sections}
-            for symbol, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
-                code[_name(symbol)] = Code(int(registers), int(stack), matrix[symbol])
+            used = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+            full = subprocess.check_output(["c++filt", *(symbol for symbol, *_ in used)], text=True).splitlines()
+            for name, (symbol, registers, stack) in zip(full, used, strict=True):
+                code[_short(name)] = Code(int(registers), int(stack), matrix[symbol])
     return code
 
 
-def _name(symbol: str) -> str:
-    full = subprocess.check_output(["c++filt", symbol], text=True)
-    short = re.sub(r"contrastive_ops::cuda::|\(anonymous namespace\)::|\s", "", full)
-    found = re.search(r"\w+_kernel(<[^(]*>)?(?=\()", short)
-    assert found, full
-    return found[0].removeprefix("void")
+def _short(name: str) -> str:
+    """forward_kernel<float,Tile<0>>"""
+    short = re.sub(r"contrastive_ops::cuda::|\(anonymous namespace\)::|\s", "", name.removeprefix("void "))
+    return short.partition("(")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from contrastive_ops.backends.sweep import Block, Incoming, Kernels, Part, Problem, Slopes, Sums, cdiv

@@ -10,13 +10,11 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import test_losses as loss_tests
 import test_similarity_logsumexp as op_tests
 import test_volume_logsumexp as volume_tests
 import torch
 from cuda_host import build as host
-from problems import ALL_OPTIONS, problem
-from tolerance import evaluate
+from problems import ALL_OPTIONS
 
 from contrastive_ops import backends
 from contrastive_ops.backends import cuda, sweep
@@ -37,7 +35,8 @@ def host_backend():
         for op in cuda.OPS
         for pass_ in ("forward", "backward")
     }
-    module = SimpleNamespace(OPS=cuda.OPS, why_not=lambda op, x: None, kept_dots=cuda.kept_dots, **functions)
+    functions["kept"] = partial(sweep.kept, kernels)
+    module = SimpleNamespace(OPS=cuda.OPS, why_not=lambda op, x: None, **functions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends._MODULES, NAME, module)
         patch.setattr(backends, "NAMES", (*backends.NAMES, NAME))

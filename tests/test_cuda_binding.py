@@ -8,6 +8,8 @@ import pytest
 import torch
 from cuda_host import build as host
 
+from contrastive_ops.backends import cuda
+
 N, M, D = 7, 9, 16
 X, Y, TUPLES = torch.ones(N, D), torch.ones(M, D), torch.ones(M, 2, D)
 NONE = (None,) * 8
@@ -71,6 +73,13 @@ class Calls:
         gradient = empty(1, N, D) if gradient is None else gradient
         cols_per_strip = self.block_cols if cols_per_strip is None else cols_per_strip
         self.operators.rows(*self.problem(x, y, **problem), NONE, None, gradient, sums, cols_per_strip)
+
+    def attention(self, *, x=None, y=None, unit=None, row=None, slopes=None, cols_per_strip=None, **problem):
+        x, y = X.half() if x is None else x, Y.half() if y is None else y
+        row = (empty(1, N), empty(1, N), None) if row is None else row
+        slopes = (empty(1, N, D), empty(1, N)) if slopes is None else slopes
+        cols_per_strip = self.block_cols if cols_per_strip is None else cols_per_strip
+        self.operators.attention(*self.problem(x, y, **problem), unit, row, slopes, cols_per_strip)
 
     def factor(self, *, vectors=TUPLES, inverse=None, volume=None):
         inverse = empty(M, 2, 2, dtype=torch.float64) if inverse is None else inverse
@@ -136,6 +145,12 @@ REFUSALS = {
     "rows-gradient": ("by_rows", {"gradient": empty(N, D)}, "gradient must have shape (1, 7, 16), got (7, 16)"),
     "rows-gradient-dtype": ("by_rows", {"gradient": empty(1, N, D).bfloat16()},
                             "gradient must be of type Half, got BFloat16"),
+    "attention-dtype": ("attention", {"x": X, "y": Y}, "there is no such kernel for D = 16 and the type of x"),
+    "attention-row": ("attention", {"row": (None,) * 3}, "row must be given"),
+    "attention-slopes": ("attention", {"slopes": (empty(1, N, D), None)}, "slopes must be given"),
+    "attention-shape": ("attention", {"slopes": (empty(N, D), None)},
+                        "slopes.x must have shape (1, 7, 16), got (7, 16)"),
+    "attention-strip": ("attention", {"cols_per_strip": 1}, "cols_per_strip must be a multiple of {block_cols}, got 1"),
     "factor-shape": ("factor", {"vectors": Y}, "vectors must have shape (count, K, D), got (9, 16)"),
     "factor-members": ("factor", {"vectors": torch.ones(M, 6, D)}, "K must be from 1 to 5, got 6"),
     "factor-dtype": ("factor", {"inverse": empty(M, 2, 2)}, "inverse must be of type Double, got Float"),
@@ -156,7 +171,14 @@ def test_refusal(name, operators):
         getattr(calls, operator)(**arguments)
 
 
-@pytest.mark.parametrize("operator", ["forward", "excluded", "merge", "block", "by_rows", "factor"])
+@pytest.mark.parametrize("operator", ["forward", "excluded", "merge", "block", "by_rows", "attention", "factor"])
 def test_the_same_call_without_a_fault_runs(operator, operators):
     """So it was the fault that was refused."""
     getattr(Calls(operators), operator)()
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+def test_rows_take_as_many_features_as_the_backend_says(dtype, operators):
+    kernels = cuda.CudaKernels("contrastive_ops_cuda_host")
+    for features in (1, cuda.ROWS_FEATURES, cuda.ROWS_FEATURES + 1):
+        assert kernels.takes_attention(dtype, features) == (operators.rows_tiling(dtype, features)[0] > 0)

@@ -18,7 +18,7 @@ from contrastive_ops import backends, build, info
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(build.__file__).with_name("_cuda.so")
-OPERATORS = ("forward", "excluded", "merge", "block", "rows", "factor")
+OPERATORS = ("forward", "excluded", "merge", "block", "rows", "attention", "factor")
 X = torch.zeros(4, 3)
 
 built = pytest.mark.skipif(build.cuda is None, reason=f"cuda: {build.cuda_missing}")

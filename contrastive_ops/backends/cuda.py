@@ -16,6 +16,8 @@ from contrastive_ops.backends import tuples as tuple_basis
 OPS = ("similarity_logsumexp", "volume_logsumexp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+ROWS_FEATURES = 256  # the most that rows_tiling takes: traced sizes can't be given to it
+
 
 class CudaKernels(sweep.Kernels):
     """The operators of csrc/cuda/binding.cpp in a namespace of torch.ops.
@@ -74,6 +76,17 @@ class CudaKernels(sweep.Kernels):
     ) -> None:
         self.operators.rows(*_of(problem), incoming, unit, gradient, sums, cols_per_strip)
 
+    def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
+        return dtype.itemsize == 2 and features <= ROWS_FEATURES
+
+    def attention_tiling(self, problem: sweep.Problem) -> tuple[int, int]:
+        return self.operators.rows_tiling(problem.x.dtype, problem.features)
+
+    def attention(
+        self, problem: sweep.Problem, unit: Tensor | None, row: sweep.Part, slopes: sweep.Slopes, cols_per_strip: int
+    ) -> None:
+        self.operators.attention(*_of(problem), unit, row, slopes, cols_per_strip)
+
     def factor(self, tuples: Tensor) -> tuple_basis.Basis:
         count, members, _ = tuples.shape
         inverse = tuples.new_empty((count, members, members), dtype=torch.float64)
@@ -129,9 +142,8 @@ def no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str 
     )
 
 
-def kept_dots(n: int, m: int, dtype: torch.dtype, members: int = 1) -> int:
-    """Nothing is kept from forward to backward."""
-    return 0
+def kept(*arguments: Any) -> int:
+    return sweep.kept(KERNELS, *arguments)
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:

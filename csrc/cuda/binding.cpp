@@ -394,6 +394,21 @@ void block(
           call.stream()));
 }
 
+// Columns of a strip, and how many strips there are, of what `rows` and `attention` take.
+struct Strips {
+  int cols;
+  int64_t count;
+};
+
+Strips strips_of(const Call& call, const Problem& problem, int64_t cols_per_strip) {
+  call.check(problem.members == 0, "y must have shape (M, D)");
+  const Tiling tile = rows_tiling(problem.dtype, problem.features);
+  call.check(tile.rows > 0, "there is no such kernel for D = ", problem.features, " and the type of x");
+  const int cols = call.size("cols_per_strip", cols_per_strip);
+  check_tiles(call, "cols_per_strip", cols, tile.cols);
+  return {cols, parts_of(problem.m, cols)};
+}
+
 void rows(
     const Tensor& x,
     const Tensor& y,
@@ -409,15 +424,13 @@ void rows(
     int64_t cols_per_strip) {
   const Call call("rows", x);
   const Problem problem = problem_of(call, x, y, vectors, span, mirrored, equal, tf32);
-  call.check(problem.members == 0, "y must have shape (M, D)");
-  const Tiling tile = rows_tiling(problem.dtype, problem.features);
-  call.check(tile.rows > 0, "there is no such kernel for D = ", problem.features, " and the type of x");
-  const int strip = call.size("cols_per_strip", cols_per_strip);
-  check_tiles(call, "cols_per_strip", strip, tile.cols);
-  const int64_t strips = parts_of(problem.m, strip);
+  const Strips strips = strips_of(call, problem, cols_per_strip);
   const bool in_float = gradient.has_value() && gradient->scalar_type() == ScalarType::Float;
   void* out = call.pointer<void>(
-      "gradient", gradient, {strips, problem.n, problem.features}, in_float ? ScalarType::Float : x.scalar_type());
+      "gradient",
+      gradient,
+      {strips.count, problem.n, problem.features},
+      in_float ? ScalarType::Float : x.scalar_type());
   call.finish(
       cuda::rows(
           problem,
@@ -425,9 +438,35 @@ void rows(
           call.pointer<const float>("unit", unit, {1}),
           out,
           in_float,
-          sums_of(call, "sums", sums, strips, problem.n),
-          strip,
+          sums_of(call, "sums", sums, strips.count, problem.n),
+          strips.cols,
           call.stream()));
+}
+
+void attention(
+    const Tensor& x,
+    const Tensor& y,
+    const Tensors& vectors,
+    const Tensors& span,
+    bool mirrored,
+    bool equal,
+    bool tf32,
+    const OptionalTensor& unit,
+    const Tensors& row,
+    const Tensors& slopes,
+    int64_t cols_per_strip) {
+  const Call call("attention", x);
+  const Problem problem = problem_of(call, x, y, vectors, span, mirrored, equal, tf32);
+  const Strips strips = strips_of(call, problem, cols_per_strip);
+  const Part part = part_of(call, "row", row, strips.count, problem.n);
+  Fields given(call, "slopes", slopes, 2);
+  const Slopes found{
+      given.next<float>("slopes.x", {strips.count, problem.n, problem.features}),
+      given.next<float>("slopes.scale", {strips.count, problem.n})};
+  call.check(part.maximum != nullptr, "row must be given");
+  call.check(found.x != nullptr && found.scale != nullptr, "slopes must be given");
+  const float* size = call.pointer<const float>("unit", unit, {1});
+  call.finish(cuda::attention(problem, size, part, found, strips.cols, call.stream()));
 }
 
 void factor(const Tensor& vectors, const Tensor& inverse, const Tensor& volume) {
@@ -481,6 +520,7 @@ STABLE_TORCH_LIBRARY(CONTRASTIVE_OPS_LIBRARY, library) {
                "Tensor(a!)? coefficients, Tensor(b!)?[] row_sums, Tensor(c!)?[] col_sums, "
                "int first_row, int first_col, int rows, int cols, int stride) -> ()",
            "rows(" + problem + incoming + "Tensor(a!)? gradient, Tensor(b!)?[] sums, int cols_per_strip) -> ()",
+           "attention(" + problem + "Tensor? unit, Tensor(a!)?[] row, Tensor(b!)?[] slopes, int cols_per_strip) -> ()",
            std::string("factor(Tensor vectors, Tensor(a!) inverse, Tensor(b!) volume) -> ()"),
            std::string("tiling(int members) -> (int, int)"),
            std::string("rows_tiling(ScalarType dtype, int features) -> (int, int)"),
@@ -498,6 +538,7 @@ STABLE_TORCH_LIBRARY_IMPL(CONTRASTIVE_OPS_LIBRARY, CONTRASTIVE_OPS_KEY, library)
   library.impl("merge", TORCH_BOX(&merge));
   library.impl("block", TORCH_BOX(&block));
   library.impl("rows", TORCH_BOX(&rows));
+  library.impl("attention", TORCH_BOX(&attention));
   library.impl("factor", TORCH_BOX(&factor));
 }
 
