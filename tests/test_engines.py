@@ -1,0 +1,283 @@
+"""The GPU engines on the CPU: the tests of the ops and of the losses, on the kernels of Triton and on those of CUDA.
+
+Triton's kernels run in its interpreter, which shows values, masks and strides, one program after the other, in float32
+and float16; it shows no race and no bfloat16. Those of CUDA run as backend "cuda-host" with the binding and the host
+code that they have on a GPU, see tests/cuda_host. Nothing here has run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import test_losses as loss_tests
+import test_similarity_logsumexp as op_tests
+import test_volume_logsumexp as volume_tests
+import torch
+from cuda_host import build as host
+from problems import ALL_OPTIONS, frozen, problem
+from tolerance import evaluate, judge
+
+from contrastive_ops import backends
+from contrastive_ops.backends import cuda, sweep
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # log(0) of an empty set, in numpy
+DTYPES = {"triton": (torch.float32, torch.float16), "cuda-host": cuda.DTYPES}
+PAIRS = [(engine, dtype) for engine, dtypes in DTYPES.items() for dtype in dtypes]
+
+
+@pytest.fixture(scope="module")
+def host_backend() -> Iterator[None]:
+    """The backend "cuda-host" for as long as the tests of this file run, or why there is none."""
+    sentence = host.why_not()
+    if sentence is None:
+        torch.ops.load_library(host.backend())
+    kernels = cuda.CudaKernels("contrastive_ops_cuda_host")
+    functions = {
+        f"{op}_{way}": partial(getattr(sweep, f"{op}_{way}"), kernels)
+        for op in cuda.OPS
+        for way in ("forward", "backward")
+    }
+    functions["kept"] = partial(sweep.kept, kernels)
+    module = SimpleNamespace(OPS=cuda.OPS, why_not=lambda _op, _x: sentence, **functions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backends._MODULES, "cuda-host", module)
+        patch.setattr(backends, "NAMES", (*backends.NAMES, "cuda-host"))
+        yield
+
+
+@pytest.fixture(params=list(DTYPES))
+def engine(request: pytest.FixtureRequest, host_backend: None) -> str:
+    sentence = backends.why_not(request.param, "similarity_logsumexp", torch.empty(1, 1))
+    if sentence is not None:
+        pytest.skip(f"{request.param}: {sentence}")
+    request.node.user_properties.append(("backend", request.param))
+    return request.param
+
+
+@pytest.mark.parametrize(("engine", "dtype"), PAIRS, indirect=["engine"])
+@pytest.mark.parametrize("name", ALL_OPTIONS)
+def test_options(name, engine, dtype):
+    op_tests.test_options(name, engine, dtype)
+
+
+@pytest.mark.parametrize(("engine", "dtype"), PAIRS, indirect=["engine"])
+@pytest.mark.parametrize("name", ["both", "everything", "self-everything"])
+@pytest.mark.parametrize("shape", op_tests.SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def test_shapes(shape, name, engine, dtype):
+    op_tests.test_shapes(shape, name, engine, dtype)
+
+
+# more than one group of rows and strip of columns, more tiles than groups, and more than one block, in both forms of
+# backward
+@pytest.mark.parametrize(("engine", "dtype"), PAIRS, indirect=["engine"])
+@pytest.mark.parametrize("d", [20, 260])
+@pytest.mark.parametrize("name", ["everything-restrict", "self-everything", "self-ids-restrict-sorted"])
+def test_many_tiles(name, d, engine, dtype, monkeypatch):
+    monkeypatch.setattr(sweep, "PROGRAMS", 9)
+    monkeypatch.setattr(sweep, "WORKSPACE", 192)
+    if engine == "triton":
+        monkeypatch.setattr(backends.triton.kernels("launch"), "MERGE", 64)
+    op_tests.test_shapes((500, 420, d), name, engine, dtype)
+
+
+@pytest.mark.parametrize("name", ["both", "self-row_scale-0d"])
+@pytest.mark.parametrize("size", ["scale 1e4", "magnitude 100", "negative scale"])
+def test_huge_logits(size, name, engine):
+    op_tests.test_huge_logits(size, name, engine, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        op_tests.test_all_pairs_excluded,
+        op_tests.test_backward_can_run_twice,
+        op_tests.test_columns_are_the_rows_of_the_transposed_problem,
+        op_tests.test_duplicates,
+        op_tests.test_excluded_rows_have_minus_infinity_and_no_gradient,
+        op_tests.test_far_ids_are_told_apart,
+        op_tests.test_index_beyond_the_columns_excludes_nothing,
+        op_tests.test_inputs_are_left_alone,
+        op_tests.test_maxima_carry_no_gradient,
+        op_tests.test_nan_in_an_excluded_pair_is_not_read,
+        op_tests.test_zero_strides,
+    ],
+    ids=lambda test: test.__name__,
+)
+def test_properties(test, engine):
+    test(engine)
+
+
+def launched(monkeypatch, engine, method):
+    """The calls of a method of the engine."""
+    kernels = cuda.CudaKernels if engine == "cuda-host" else backends.triton.kernels("launch").TritonKernels
+    calls, run = [], getattr(kernels, method)
+    monkeypatch.setattr(kernels, method, lambda *arguments: (calls.append(arguments), run(*arguments))[1])
+    return calls
+
+
+# one tile and strip, several of each, more rows than columns, and rows with no column at all
+@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 129, 17), (130, 450, 20), (300, 40, 100)], ids=str)
+@pytest.mark.parametrize("name", ["rows", "vectors-rows", "ids-restrict-far", "everything", "everything-restrict"])
+def test_frozen_columns(name, shape, engine, monkeypatch):
+    """Forward has the gradients of 16-bit rows alone, and nothing is launched in backward."""
+    calls = {method: launched(monkeypatch, engine, method) for method in ("forward", "attention", "block", "rows")}
+    arguments, options = frozen(name, *shape, torch.float16)
+    judge(op_tests.fused, op_tests.naive, arguments, options, fused_options={"backend": engine})
+    assert {method: len(of_method) for method, of_method in calls.items()} == {
+        "forward": 0, "attention": 1, "block": 0, "rows": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "wanted", "options"),
+    [
+        (torch.float32, 17, "argument0", {}),
+        (torch.float16, 257, "argument0", {}),
+        (torch.float16, 17, "argument1", {}),
+        (torch.float16, 17, "col_scale", {}),
+        (torch.float16, 17, "argument0", {"cols": True}),
+        (torch.float16, 17, None, {}),
+    ],
+)
+def test_no_gradient_in_forward(dtype, d, wanted, options, engine, monkeypatch):
+    """Where the columns count, or the engine does not take it, or no gradient is asked for."""
+    calls = launched(monkeypatch, engine, "attention")
+    arguments, given = frozen("vectors-rows", 20, 30, d, dtype)
+    named = {"argument0": arguments[0], "argument1": arguments[1], **given}
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor):
+            value.requires_grad_(name == wanted)
+    judge(op_tests.fused, op_tests.naive, arguments, given | options, fused_options={"backend": engine})
+    assert not calls
+
+
+@pytest.mark.parametrize("wanted", ["argument0", "row_scale", "row_bias"])
+def test_one_gradient_of_frozen_columns(wanted, engine, monkeypatch):
+    """Whether it alone requires one, or it alone is asked for."""
+    (x, y), options = frozen("everything", 65, 129, 17, torch.float16)
+    leaf = {"argument0": x, **options}[wanted]
+    both = [torch.autograd.grad(op_tests.fused(x, y, **options, backend=engine)[0].sum(), leaf)[0]]
+    for value in (x, options["row_scale"], options["row_bias"]):
+        value.requires_grad_(value is leaf)
+    both.append(torch.autograd.grad(op_tests.fused(x, y, **options, backend=engine)[0].sum(), leaf)[0])
+    assert torch.equal(*both)
+
+
+def test_gradient_that_forward_was_not_told_of(engine):
+    """y requires one after all: what forward kept is of no use then, and backward computes the tiles again."""
+    (x, y), _ = problem("rows", 20, 30, 17, torch.float16)
+    options = (x.detach(), y.detach(), *[None] * 7, False, True, False)
+    needs = [True, True] + [False] * 4
+    grads = []
+    for told in ([True] + [False] * 5, needs):
+        row_max, col_max, row_log_sum, col_log_sum, kept, excluded = torch.ops.contrastive_ops.similarity_logsumexp(
+            *options, told, engine
+        )
+        incoming = (torch.ones(20), torch.ones(0), excluded)
+        statistics = (row_max, col_max, row_log_sum, col_log_sum, kept)
+        backward = torch.ops.contrastive_ops.similarity_logsumexp_backward
+        grads.append(backward(*incoming, *statistics, *options, needs, engine))
+    for told, right in zip(*grads, strict=True):
+        torch.testing.assert_close(told, right, rtol=1e-3, atol=1e-4)
+
+
+# coefficients of float16 are stored in units of a bound, which has the scales in it
+@pytest.mark.parametrize(("make", "d"), [(problem, 16), (problem, 272), (frozen, 16)])
+@pytest.mark.parametrize("row_scale", [1e-3, 50.0])
+def test_small_and_large_scales_in_float16(row_scale, make, d, engine):
+    arguments, options = make("both", 20, 30, d, torch.float16)
+    for scales in ({"row_scale": row_scale}, {"row_scale": row_scale, "col_scale": 1 / row_scale}):
+        judge(
+            op_tests.fused,
+            op_tests.naive,
+            arguments,
+            scales | options,
+            fused_options={"backend": engine},
+            logits=100.0,
+        )
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
+def test_empty_sides(n, m, engine):
+    op_tests.test_empty_sides(n, m, engine, torch.float32)
+
+
+def test_nan_reaches_the_rows_it_affects_and_no_others(engine):
+    op_tests.test_nan_reaches_the_rows_it_affects_and_no_others(engine, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["everything", "self-everything"])
+def test_layout_and_repetition_do_not_matter(name, engine):
+    op_tests.test_layout_does_not_matter(name, op_tests.strided, engine, torch.float32)
+    arguments, options = problem(name, 65, 70, 17)
+    first = evaluate(op_tests.fused, arguments, options | {"backend": engine})
+    op_tests.assert_same(evaluate(op_tests.fused, arguments, options | {"backend": engine}), first)
+
+
+@pytest.mark.parametrize(("engine", "dtype"), PAIRS, indirect=["engine"])
+@pytest.mark.parametrize("members", volume_tests.MEMBERS)
+@pytest.mark.parametrize(
+    "flags",
+    [{"cols": True, "totals": True}, {"cols": False, "totals": False}, {"rows": False, "cols": True, "totals": True}],
+    ids=["everything", "rows", "cols"],
+)
+def test_volumes(flags, members, engine, dtype):
+    volume_tests.test_options(flags, members, engine, dtype)
+
+
+@pytest.mark.parametrize("shape", volume_tests.SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def test_shapes_of_volumes(shape, engine):
+    volume_tests.test_shapes(shape, engine, torch.float32)
+
+
+@pytest.mark.parametrize("kind", [{}, {"row_scale": 0.7}, {"col_scale": torch.tensor([0.4])}], ids=str)
+def test_scales_of_volumes(kind, engine):
+    volume_tests.test_kinds_of_scales(kind, engine)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        volume_tests.test_every_subset_of_requires_grad_gives_the_same_gradients,
+        volume_tests.test_more_vectors_than_dimensions,
+        volume_tests.test_only_pair_excluded,
+    ],
+    ids=lambda test: test.__name__,
+)
+def test_properties_of_volumes(test, engine):
+    test(engine)
+
+
+def test_degenerate_tuples(engine):
+    volume_tests.test_degenerate_tuples(engine, torch.float32)
+
+
+@pytest.mark.parametrize("angle", [1e-1, 1e-3])
+def test_tuples_of_close_vectors(angle, engine):
+    volume_tests.test_tuples_of_close_vectors(angle, engine)
+
+
+def test_layout_of_volumes_does_not_matter(engine):
+    volume_tests.test_layout_does_not_matter("strided", engine)
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
+def test_empty_sides_of_volumes(n, m, engine):
+    volume_tests.test_empty_sides(n, m, engine, torch.float32)
+
+
+VARIANTS = [variant for variant in loss_tests.VARIANTS if variant.values[0].op is not None]
+
+
+@pytest.mark.parametrize(("engine", "dtype"), PAIRS, indirect=["engine"])
+@pytest.mark.parametrize(("loss", "variant"), VARIANTS)
+def test_losses(loss, variant, engine, dtype):
+    loss_tests.test_value_and_gradients(loss, variant, 33, 17, engine, dtype)
+
+
+@pytest.mark.parametrize(("loss", "variant"), VARIANTS)
+def test_losses_of_raw_dot_products(loss, variant, engine):
+    loss_tests.test_raw_dot_products(loss, variant, "mean", engine, torch.float32)
