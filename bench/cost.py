@@ -16,7 +16,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -149,6 +149,7 @@ class Case(NamedTuple):
     mirrored: bool = False  # self-similarity
     frozen: bool = False  # y needs no gradient, and the rows alone are asked for
     members: int = 0  # vectors of a tuple, of volumes
+    groups: int = 1  # of as many rows each, in order; where there are more, pairs of one group alone take part
 
     @property
     def matrices(self) -> int:
@@ -194,8 +195,10 @@ def problem(case: Case, d: int, device: str) -> Any:
     y = x.new_empty(N, case.members, d) if case.members else x
     scale, index = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.int32)
     of_cols = (scale, index) if case.mirrored else (scale if case.members else None, None)
-    vectors = sweep.Vectors(scale, of_cols[0], None, None, index, of_cols[1], None, None)
-    return sweep.Problem(x, y, vectors, sweep.Span(None, None), mirrored=case.mirrored)
+    ids = index if case.groups > 1 else None
+    vectors = sweep.Vectors(scale, of_cols[0], None, None, index, of_cols[1], ids, ids)
+    span = sweep.Span(None, None)
+    return sweep.Problem(x, y, vectors, span, mirrored=case.mirrored, restrict=case.groups > 1)
 
 
 @functools.cache
@@ -338,8 +341,45 @@ def takes_attention(case: Case, d: int) -> bool:
 def ours(d: int, device: Device, case: Case = CLIP) -> list[Phase]:
     if takes_attention(case, d):
         return by_attention(case, d, device)
-    backward = by_rows if takes_rows(case, d, device) else by_blocks
-    return [our_forward(case, d, device), *backward(case, d, device)]
+    if takes_rows(case, d, device):
+        return [our_forward(case, d, device), *by_rows(case, d, device)]
+    phases = [our_forward(case, d, device), *by_blocks(case, d, device)]
+    return [of_groups(phase, case, d, device) for phase in phases]
+
+
+def of_groups(phase: Phase, case: Case, d: int, device: Device) -> Phase:
+    """A phase of blocks without the tiles of which no pair counts."""
+    name, groups = phase.name.partition(",")[0], case.groups
+    if groups == 1 or name not in ("forward", "coefficients", "product"):
+        return phase
+    flops, hbm, l2 = phase.flops / groups, phase.hbm / groups, phase.l2 / groups
+    programs = phase.programs
+    if name == "product":  # our own: every tile reads its operands
+        tile = product_tile(d, device)
+        l2 = flops * HALF / 2 * (1 / tile.block_m + 1 / tile.block_d)
+        programs = math.ceil(sweep.WORKSPACE / tile.block_m) * math.ceil(d / tile.block_d)
+    exponentials = phase.exponentials / groups
+    return replace(phase, flops=flops, hbm=hbm, l2=l2, exponentials=exponentials, programs=programs)
+
+
+@functools.cache
+def product_tile(d: int, device: Device) -> Any:
+    with pretending(device):
+        return TILINGS.product_tiling(problem(Case(groups=2), d, "cuda"))
+
+
+def with_vendor(d: int, device: Device, case: Case) -> list[Phase]:
+    """Of groups, with the vendor's products of all blocks, for which the coefficients of all tiles are written."""
+    everything = [our_forward(case, d, device), *by_blocks(case, d, device)]
+    zeros = N * N * HALF * (1 - 1 / case.groups)
+    phases = []
+    for phase in everything:
+        if not phase.name.startswith("product"):
+            phase = of_groups(phase, case, d, device)
+        if phase.name == "coefficients":
+            phase = replace(phase, hbm=phase.hbm + zeros, l2=phase.l2 + zeros)
+        phases.append(phase)
+    return phases
 
 
 def our_workspace(d: int, device: Device) -> float:
@@ -619,6 +659,19 @@ def frozen_table() -> str:
     return table(("D", "form", "per N²D", "exp per pair", "HBM", *TIMES), rows, 2)
 
 
+def equal_ids_table() -> str:
+    rows = []
+    for d, groups in itertools.product((512, 768), (2, 4, 16)):
+        case = Case(groups=groups)
+        for name, form in (
+            ("its own", functools.partial(ours, case=case)),
+            ("the vendor's", functools.partial(with_vendor, case=case)),
+        ):
+            flops = f"{total(form(d, H100), 'flops') / (N * N * d):.3g}"
+            rows.append([str(d), str(groups), name, flops, *times(form, d)])
+    return table(("D", "groups", "products", "per N²D", *TIMES), rows, 3)
+
+
 def published_table() -> str:
     rows = []
     for what, scheme, d, device, published in PUBLISHED:
@@ -743,6 +796,14 @@ up the gradients of the log-sum-exps beside the sums, and shrinks both where a m
 keeps them in float32, and backward multiplies them. The alternative computes the pairs again.
 
 {frozen_table()}
+
+## Pairs of equal ids, modelled
+
+With `ids="restrict"` (views of one kind, classes) and rows in the order of their ids, tiles without a pair that counts
+are left out: by forward, by the coefficients, which are not written, and by a product of its own. The alternative is
+the vendor's product of all blocks, with zeros for those coefficients; of two groups that takes an H100 as long.
+
+{equal_ids_table()}
 
 ## Against what is known
 

@@ -15,6 +15,7 @@ from contrastive_ops.kernels.sweep import (
     excluded_kernel,
     forward_kernel,
     merge_kernel,
+    product_kernel,
     rows_kernel,
 )
 
@@ -77,6 +78,16 @@ class TritonKernels(Kernels):
             problem.x, problem.y, problem.vectors, problem.span, incoming, unit, coefficients, row, col,
             problem.n, problem.m, problem.features, *block,
             MEMBERS=problem.members, **options(problem, tiling),
+        )  # fmt: skip
+
+    def product(self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor) -> None:
+        if not problem.restrict:
+            super().product(problem, block, total, coefficients, y)
+            return
+        tiling = tilings.product_tiling(problem)
+        product_kernel[(cdiv(block.rows, tiling.block_m), cdiv(problem.features, tiling.block_d))](
+            coefficients, y, total, problem.vectors, problem.n, problem.m, problem.features, *block[:4],
+            *coefficients.stride(), **options(problem, tiling),
         )  # fmt: skip
 
     def rows(

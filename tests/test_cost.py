@@ -44,12 +44,13 @@ class Recorder:
 @pytest.mark.parametrize("device", cost.DEVICES, ids=lambda device: device.name)
 @pytest.mark.parametrize(
     ("case", "d"),
-    [(case, 512) for _, case in cost.CASES if case.members <= 2] + [(cost.CLIP, 128), (cost.FROZEN, 128)],
+    [(case, 512) for _, case in cost.CASES if case.members <= 2]
+    + [(cost.CLIP, 128), (cost.FROZEN, 128), (cost.Case(groups=4), 512)],
     ids=str,
 )
 def test_launches_are_those_of_the_code(case, d, device, monkeypatch):
     plan, launch = cost.plan(case, device), backends.triton.kernels("launch")
-    launched = {name: Recorder() for name in ("forward", "attention", "excluded", "merge", "block", "rows")}
+    launched = {name: Recorder() for name in ("forward", "attention", "excluded", "merge", "block", "product", "rows")}
     for name, recorder in launched.items():
         monkeypatch.setattr(launch, f"{name}_kernel", recorder)
     products, sums = Counter(), []
@@ -79,7 +80,7 @@ def test_launches_are_those_of_the_code(case, d, device, monkeypatch):
     assert statistics == sum(len(launched[name].programs) for name in names)
     assert modelled["coefficients"] == len(launched["block"].programs)
     assert modelled["rows"] == len(launched["rows"].programs)
-    assert modelled["product"] == sum(products.values())
+    assert modelled["product"] == sum(products.values()) + len(launched["product"].programs)
     assert modelled["sums"] == 2 * len(sums)  # a sum, and its addition
     if launched["forward"].programs and not case.mirrored:  # whose programs below the diagonal have nothing to do
         assert {phases[0].programs} == {*launched["forward"].programs}
@@ -87,6 +88,10 @@ def test_launches_are_those_of_the_code(case, d, device, monkeypatch):
         *launched["block"].programs,
         *launched["rows"].programs,
     }
+    if case.groups > 1:
+        of_products = {phase.programs for phase in phases if phase.name.startswith("product")}
+        assert (of_products, products) == ({*launched["product"].programs}, Counter())
+        return
     flops = sum(2 * math.prod(shape) * count for shape, count in products.items())
     assert flops == sum(phase.flops for phase in phases if phase.name.startswith("product"))
 

@@ -166,6 +166,22 @@ def test_gradient_that_forward_was_not_told_of():
         torch.testing.assert_close(told, right, rtol=1e-3, atol=1e-4)
 
 
+# several tiles of a block, and several blocks; 16-bit features beyond those that rows_kernel takes
+@runs
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 20), (torch.float16, 260)])
+@pytest.mark.parametrize("name", ["ids-restrict", "everything-restrict", "self-ids-restrict-sorted"])
+def test_products_of_equal_ids(name, dtype, d, monkeypatch):
+    """Of every block one product for each side, by the engine and not the vendor."""
+    blocks, products = launched(monkeypatch, "block"), launched(monkeypatch, "product")
+    monkeypatch.setattr(sweep, "_accumulate", None)
+    monkeypatch.setattr(sweep, "WORKSPACE", 128)
+    arguments, options = problem(name, 150, 170, d, dtype)
+    op_tests.fused(*arguments, **options, backend="triton")[0].sum().backward()
+    on_diagonal = 2 if name.startswith("self") else 0  # whose blocks have both sides of their pairs
+    assert len(products) == 2 * len(blocks) - on_diagonal
+    judge(op_tests.fused, op_tests.naive, arguments, options, fused_options={"backend": "triton"}, roundings=1)
+
+
 # coefficients of float16 are stored in units of a bound, which has the scales in it
 @runs
 @pytest.mark.parametrize(("make", "d"), [(problem, 16), (problem, 272), (frozen, 16)])

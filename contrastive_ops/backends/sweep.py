@@ -6,7 +6,8 @@
         statistics and the gradients of the log-sum-exps, of which backward takes the multiples
     backward by blocks of the plane:
         `block` gives g a b, with g = dL/ds, in a workspace, and partial sums of g for scales and biases
-        dX += (g a b) Y and dY += (g a b)^T X: two matrix products of the vendor's library
+        dX += (g a b) Y and dY += (g a b)^T X: two matrix products of the vendor's library, or `product` of the engine's
+        own, which can leave out tiles without a pair of equal ids
     backward by rows, where the engine takes the problem: `rows` gives dX, and with the sides swapped dY
 
 No atomics: the results are bitwise repeatable where the vendor's products are. In self-similarity (no y) forward and
@@ -102,6 +103,9 @@ class Block(NamedTuple):
     cols: int
     stride: int
 
+    def transposed(self) -> Block:
+        return Block(self.first_col, self.first_row, self.cols, self.rows, self.stride)
+
 
 class Problem:
     """The inputs of a sweep as the kernels take them: contiguous, with the columns of self-similarity filled in."""
@@ -175,6 +179,13 @@ class Kernels(Protocol):
         block: Block,
     ) -> None:
         """Coefficients g a b / unit of a block, [rows, stride] or for volumes [P, rows, stride], and partial sums."""
+
+    def product(self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor) -> None:
+        """total += coefficients @ y of the rows of a block, in float32; of its columns with the sides of all swapped.
+
+        An engine of its own may leave out tiles without a pair that counts, whose coefficients `block` need not write.
+        """
+        _accumulate(total, coefficients, y)
 
     def rows(
         self,
@@ -425,6 +436,7 @@ def _backward_by_blocks(
     side = math.isqrt(WORKSPACE**2 // matrices) // block_rows * block_rows
     size = min(n, side) * padded(min(m, side)) if need_x or need_y else 0
     workspace = problem.x.new_empty(matrices * size)
+    swapped = problem if members else problem.transposed()  # asked for ids, which volumes have none of
     for first_row in range(0, n, side):
         rows = slice(first_row, min(first_row + side, n))
         for first_col in range(first_row if mirrored else 0, m, side):
@@ -442,11 +454,11 @@ def _backward_by_blocks(
             mirror = mirrored and first_row != first_col
             for t, of_member in enumerate(() if coefficients is None else coefficients[:, :, :width]):
                 if grad_x is not None and basis is not None:
-                    _accumulate(grad_x[rows], of_member, basis[cols, t])
+                    kernels.product(problem, block, grad_x[rows], of_member, basis[cols, t])
                     if mirror:
-                        _accumulate(grad_x[cols], of_member.T, problem.x[rows])
+                        kernels.product(swapped, block.transposed(), grad_x[cols], of_member.T, problem.x[rows])
                 if grad_y is not None:
-                    _accumulate(grad_y[t, cols], of_member.T, problem.x[rows])
+                    kernels.product(swapped, block.transposed(), grad_y[t, cols], of_member.T, problem.x[rows])
             _add_sums(row_grads, rows, row_sums)
             if mirror or not mirrored:
                 _add_sums(col_grads, cols, col_sums)
