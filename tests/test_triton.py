@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 
 import pytest
+import test_compile as compile_tests
 import test_losses as loss_tests
 import test_similarity_logsumexp as op_tests
 import test_volume_logsumexp as volume_tests
@@ -152,6 +153,19 @@ def test_one_gradient_of_frozen_columns(wanted, monkeypatch):
         value.requires_grad_(value is leaf)
     both.append(torch.autograd.grad(op_tests.fused(x, y, **options, backend="triton")[0].sum(), leaf)[0])
     assert torch.equal(*both)
+
+
+@runs
+def test_opcheck_of_frozen_columns():
+    needs = [True, False] * 3
+    *arguments, _, backend = compile_tests.forward_arguments("vectors-rows", 9, 7, 5, torch.float16, "triton")
+    forward = (*arguments, needs, backend)
+    for op, given in (
+        (compile_tests.FORWARD, forward),
+        (compile_tests.BACKWARD, compile_tests.backward_arguments(forward, needs)),
+    ):
+        torch.library.opcheck(op, given, test_utils=compile_tests.FAST_CHECKS)
+    assert compile_tests.FORWARD(*forward)[4].numel() == 9 * (5 + 1)
 
 
 @runs
