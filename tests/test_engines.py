@@ -12,6 +12,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import test_compile as compile_tests
 import test_losses as loss_tests
 import test_similarity_logsumexp as op_tests
 import test_volume_logsumexp as volume_tests
@@ -168,6 +169,18 @@ def test_one_gradient_of_frozen_columns(wanted, engine, monkeypatch):
         value.requires_grad_(value is leaf)
     both.append(torch.autograd.grad(op_tests.fused(x, y, **options, backend=engine)[0].sum(), leaf)[0])
     assert torch.equal(*both)
+
+
+def test_opcheck_of_frozen_columns(engine):
+    needs = [True, False] * 3
+    *arguments, _, backend = compile_tests.forward_arguments("vectors-rows", 9, 7, 5, torch.float16, engine)
+    forward = (*arguments, needs, backend)
+    for op, given in (
+        (compile_tests.FORWARD, forward),
+        (compile_tests.BACKWARD, compile_tests.backward_arguments(forward, needs)),
+    ):
+        torch.library.opcheck(op, given, test_utils=compile_tests.FAST_CHECKS)
+    assert compile_tests.FORWARD(*forward)[4].numel() == 9 * (5 + 1)
 
 
 def test_gradient_that_forward_was_not_told_of(engine):

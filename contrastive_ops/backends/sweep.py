@@ -139,9 +139,10 @@ class Problem:
 
 
 class Kernels(Protocol):
-    """What an engine offers; csrc/cuda/sweep.h is the same in C++. None of a tensor or a member: not given, or needed.
+    """What an engine offers, csrc/cuda/sweep.h in C++; what has a body here may be left out.
 
-    Tilings are the rows and columns of a tile; groups of rows and strips of columns are whole tiles.
+    Tilings are the rows and columns of a tile; groups of rows and strips of columns are whole tiles. None instead of a
+    tensor: an option that was not given, or a result that is not needed.
     """
 
     def programs(self, x: Tensor) -> int:
@@ -293,22 +294,22 @@ def kept(kernels: Kernels, x: Tensor, y: Tensor | None, cols: bool, needs: list[
 def attention(kernels: Kernels, problem: Problem) -> tuple[Statistics, Tensor]:
     """The statistics of rows and the excluded logits, and what is kept."""
     n, m = problem.n, problem.m
+    has_index = problem.vectors.row_exclude is not None
+    results = Statistics(*(problem.empty(size) for size in (n, 0, n, 0, n if has_index else 0, 0, 0)))
     cols_per_strip = _cols_per_strip(kernels, problem, kernels.attention_tiling(problem))
     strips = cdiv(m, cols_per_strip)
     maxima, sums = problem.empty(strips, n), problem.empty(strips, n)
     slopes = Slopes(problem.empty(strips, n, problem.features), problem.empty(strips, n))
     unit = _unit(problem, Incoming(row_weight=problem.full((1,), 1.0)))
     kernels.attention(problem, unit, Part(maxima, sums), slopes, cols_per_strip)
-    nothing, maximum, log_sum = problem.empty(0), problem.empty(n), problem.empty(n)
-    kernels.merge(Part(maxima, sums), strips, Part(), 0, maximum, log_sum)
-    excluded = nothing if problem.vectors.row_exclude is None else problem.empty(n)
-    if excluded is not nothing:
-        kernels.excluded(problem, excluded)
+    kernels.merge(Part(maxima, sums), strips, Part(), 0, results.row_max, results.row_log_sum)
+    if has_index:
+        kernels.excluded(problem, results.excluded)
     if strips > 1:  # each has its share in the sum
-        weight = (maxima - maximum + sums.log() - log_sum).exp().masked_fill(torch.isneginf(maxima), 0.0)
+        share_of_strip = (maxima - results.row_max + sums.log() - results.row_log_sum).exp()
+        weight = share_of_strip.masked_fill(torch.isneginf(maxima), 0.0)
         slopes = Slopes(slopes.x.mul_(weight[..., None]).sum(0), slopes.scale.mul_(weight).sum(0))
-    statistics = Statistics(maximum, nothing, log_sum, nothing, excluded, nothing, nothing)
-    return statistics, torch.cat([slopes.x.flatten(), slopes.scale.flatten()])
+    return results, torch.cat([slopes.x.flatten(), slopes.scale.flatten()])
 
 
 def multiples(
