@@ -98,12 +98,10 @@ def toolkit() -> Toolkit:
     plan = ask("--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull)
     folders = [re.search(rf"^#\$ {name}=(.*)$", plan, re.MULTILINE) for name in ("INCLUDES", "LIBRARIES")]
     version = re.search(r"V(\d+\.\d+\.\d+)", ask("--version"))
-    return Toolkit(
-        nvcc,
-        version[1] if version else "of unknown version",
-        ask("--list-gpu-code").split(),
-        *(re.findall(r'"-[IL]([^"]+)"', found[1]) if found else [] for found in folders),
-    )
+    include_dirs, library_dirs = (re.findall(r'"-[IL]([^"]+)"', found[1]) if found else [] for found in folders)
+    library_dirs += [folder.replace("lib64", "lib") for folder in library_dirs]  # those of pip have no lib64
+    codes = ask("--list-gpu-code").split()
+    return Toolkit(nvcc, version[1] if version else "of unknown version", codes, include_dirs, library_dirs)
 
 
 def cuda_architectures(codes: list[str]) -> list[str]:

@@ -55,7 +55,7 @@ case $1 in
   --list-gpu-code) echo {codes} | tr ' ' '\\n';;
   --dryrun)
     echo '#$ INCLUDES="-I{folder}/include"  ' >&2
-    echo '#$ LIBRARIES=  "-L{folder}/lib/stubs" "-L{folder}/lib"' >&2;;
+    echo '#$ LIBRARIES=  "-L{folder}/lib64/stubs" "-L{folder}/lib64"' >&2;;
   *) for last; do :; done; echo "$@" >> {folder}/asked; [ ! -e {folder}/broken ] && touch "$last";;
 esac
 """)
@@ -114,7 +114,7 @@ def test_nvcc_says_where_its_toolkit_is(setup_py, tmp_path, monkeypatch):
     assert (found.nvcc, found.version) == (str(script), "13.0.88")
     assert found.codes == ["sm_80", "sm_90", "sm_100"]
     assert found.include_dirs == [f"{tmp_path}/toolkit/include"]
-    assert found.library_dirs == [f"{tmp_path}/toolkit/lib/stubs", f"{tmp_path}/toolkit/lib"]
+    assert found.library_dirs == [f"{tmp_path}/toolkit/{of}" for of in ("lib64/stubs", "lib64", "lib/stubs", "lib")]
 
 
 def test_architectures(setup_py, monkeypatch, capsys):
