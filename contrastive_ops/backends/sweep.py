@@ -113,7 +113,8 @@ class Problem:
     def __init__(
         self, x: Tensor, y: Tensor, vectors: Vectors, span: Span, *, mirrored: bool = False, restrict: bool = False
     ) -> None:
-        self.x, self.y = x.contiguous(), y.contiguous()
+        self.x = x.contiguous()
+        self.y = self.x if y is x else y.contiguous()
         self.vectors = Vectors(*(None if vector is None else vector.contiguous() for vector in vectors))
         self.span = span
         self.n, self.m, self.features = x.shape[0], y.shape[0], x.shape[1]
