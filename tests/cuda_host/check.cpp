@@ -672,9 +672,9 @@ void check_block(
   const bool volumes = options.members > 0, features = !options.no_gradient;
   const size_t matrix = static_cast<size_t>(rows) * stride;
   Features coefficients(options.dtype, features ? matrix * inputs.columns() : 0);
-  Floats row_scale(static_cast<size_t>(row_parts) * rows, UNWRITTEN), row_bias(row_scale);
+  Floats row_scale(static_cast<size_t>(row_parts) * rows, UNWRITTEN), row_bias(volumes ? Floats() : row_scale);
   Floats along(volumes && features ? row_scale : Floats());
-  Floats col_scale(static_cast<size_t>(col_parts) * cols, UNWRITTEN), col_bias(col_scale);
+  Floats col_scale(static_cast<size_t>(col_parts) * cols, UNWRITTEN), col_bias(volumes ? Floats() : col_scale);
   succeed(
       "block",
       block(
@@ -682,8 +682,8 @@ void check_block(
           gradients.incoming(),
           options.dtype == Dtype::float16 ? &gradients.unit : nullptr,
           features ? coefficients.data() : nullptr,
-          {row_scale.data(), row_bias.data(), if_any(along)},
-          {col_scale.data(), col_bias.data(), nullptr},
+          {row_scale.data(), if_any(row_bias), if_any(along)},
+          {col_scale.data(), if_any(col_bias), nullptr},
           {first_row, first_col, rows, cols, stride},
           nullptr));
   std::vector<Sum> row_scales(rows), row_biases(rows), alongs(rows), col_scales(cols), col_biases(cols);
