@@ -672,9 +672,9 @@ void check_block(
   const bool volumes = options.members > 0, features = !options.no_gradient;
   const size_t matrix = static_cast<size_t>(rows) * stride;
   Features coefficients(options.dtype, features ? matrix * inputs.columns() : 0);
-  Floats row_scale(static_cast<size_t>(row_parts) * rows, UNWRITTEN), row_bias(row_scale);
+  Floats row_scale(static_cast<size_t>(row_parts) * rows, UNWRITTEN), row_bias(volumes ? Floats() : row_scale);
   Floats along(volumes && features ? row_scale : Floats());
-  Floats col_scale(static_cast<size_t>(col_parts) * cols, UNWRITTEN), col_bias(col_scale);
+  Floats col_scale(static_cast<size_t>(col_parts) * cols, UNWRITTEN), col_bias(volumes ? Floats() : col_scale);
   succeed(
       "block",
       block(
@@ -682,8 +682,8 @@ void check_block(
           gradients.incoming(),
           options.dtype == Dtype::float16 ? &gradients.unit : nullptr,
           features ? coefficients.data() : nullptr,
-          {row_scale.data(), row_bias.data(), if_any(along)},
-          {col_scale.data(), col_bias.data(), nullptr},
+          {row_scale.data(), if_any(row_bias), if_any(along)},
+          {col_scale.data(), if_any(col_bias), nullptr},
           {first_row, first_col, rows, cols, stride},
           nullptr));
   std::vector<Sum> row_scales(rows), row_biases(rows), alongs(rows), col_scales(cols), col_biases(cols);
@@ -764,6 +764,51 @@ void check_rows(Inputs& inputs, const Truth& truth, const Gradients& gradients, 
   expect_sums("sums.bias", options, bias, strips, biases);
 }
 
+void check_attention(Inputs& inputs, const Truth& truth, int cols_per_strip) {
+  const Case& options = inputs.options;
+  const int n = inputs.n, depth = options.features, strips = divide_up(inputs.m, cols_per_strip);
+  float unit = 0;
+  for (const Pair& pair : truth.pairs) {
+    unit = std::fmax(unit, static_cast<float>(std::fabs(pair.scale) * 0x1p-14));
+  }
+  Partials row(true, false, static_cast<size_t>(strips) * n);
+  Floats of_x(static_cast<size_t>(strips) * n * depth, UNWRITTEN), of_scale(static_cast<size_t>(strips) * n, UNWRITTEN);
+  succeed(
+      "attention",
+      attention(
+          inputs.problem(),
+          options.dtype == Dtype::float16 ? &unit : nullptr,
+          row.part(),
+          {of_x.data(), of_scale.data()},
+          cols_per_strip,
+          nullptr));
+  Floats maximum(n, UNWRITTEN), log_sum(n, UNWRITTEN);
+  succeed("merge", merge(row.part(), strips, Part{}, 0, maximum.data(), log_sum.data(), n, nullptr));
+  expect_statistics("row", options, maximum, log_sum, truth.row_max, truth.row_log_sum);
+  for (size_t place = 0; place < of_scale.size(); ++place) {
+    const int i = static_cast<int>(place) % n, first = static_cast<int>(place) / n * cols_per_strip;
+    const int last = std::min(first + cols_per_strip, inputs.m);
+    double sum = 0;  // relative to the maximum of the whole row
+    Sum scale;
+    std::vector<Sum> x(depth);
+    for (int j = first; j < last; ++j) {
+      const Pair& pair = truth.at(i, j);
+      const double term = pair.takes_part ? std::exp(pair.logit - truth.row_max[i]) : 0;
+      sum += term;
+      scale.add(term * pair.value * scale_or_one(inputs.col_scale, j));
+      for (int k = 0; k < depth; ++k) {
+        x[k].add(term * pair.scale * inputs.y[static_cast<size_t>(j) * depth + k]);
+      }
+    }
+    const double share = sum == 0 ? 1 : 1 / sum, error = 5 * tolerance_of(options);
+    expect("slopes.scale", place, of_scale[place], scale.value * share, error * (1e-3 + scale.size * share));
+    for (int k = 0; k < depth; ++k) {
+      const double allowed = (rounding_of(options.dtype) + error) * (1e-3 + x[k].size * share);
+      expect("slopes.x", place * depth + k, of_x[place * depth + k], x[k].value * share, allowed);
+    }
+  }
+}
+
 void check_factor(Dtype dtype, int count, int members, int features) {
   Features vectors(dtype, static_cast<size_t>(count) * members * features);
   for (size_t i = 0; i < static_cast<size_t>(count) * members * features; ++i) {
@@ -810,6 +855,7 @@ void check(const Case& options, const std::vector<Run>& runs) {
     if (options.members == 0 && of_rows.rows > 0) {
       check_rows(inputs, truth, gradients, of_rows.cols);
       check_rows(inputs, truth, gradients, divide_up(m, of_rows.cols) * of_rows.cols);
+      check_attention(inputs, truth, 3 * of_rows.cols);
     }
   }
 }
