@@ -1,7 +1,7 @@
 // What the kernels need of a GPU beyond CUDA C++: matrix units, asynchronous copies, shared memory. sm_80 and up.
 //
-// tests/cuda_host has the same functions for the CPU; all else that the kernels use keeps its CUDA spelling there:
-// threadIdx, blockIdx, __syncthreads, __shfl_xor_sync, __any_sync, __reduce_min_sync, __reduce_max_sync.
+// tests/cuda_host has the same functions for the CPU; all else that the kernels use keeps its CUDA spelling there, such
+// as threadIdx, __syncthreads and __shfl_xor_sync.
 #pragma once
 
 #include <cstdint>
@@ -115,6 +115,7 @@ __device__ __forceinline__ float exponential(float x) {
   return __expf(x);
 }
 
+// Parameters that take their type from elsewhere, so that arguments are converted to it.
 template <typename Type>
 struct Same {
   using type = Type;

@@ -10,7 +10,8 @@ template <typename T>
 __global__ void __launch_bounds__(32 * WARPS) excluded_kernel(Problem problem, float* logits) {
   const Vectors& v = problem.vectors;
   const int lane = threadIdx.x % 32, row = blockIdx.x * WARPS + threadIdx.x / 32;
-  const int col = row < problem.n ? v.row_exclude[row] : -1;
+  const int index = row < problem.n ? v.row_exclude[row] : -1;
+  const int col = index < problem.m ? index : -1;
   float dot = 0.0f;
   if (col >= 0) {
     const T* x = static_cast<const T*>(problem.x) + row * static_cast<int64_t>(problem.features);

@@ -37,7 +37,7 @@ struct Shared {
   float shift[Shape::warps_of_rows][Shape::warps_of_cols];  // NaN where a warp's sums are relative to their own maxima
 };
 
-// Folds the sum of a part, relative to `shift` or its own maximum, into statistics whose maximum is the larger already.
+// A sum relative to `from` as one relative to the maximum `to`.
 __device__ __forceinline__ float rescaled(float sum, float from, float to) {
   return sum == 0.0f ? 0.0f
                      : sum * exponential(from - shift_of(to));  // shift and maximum of an empty part lie far apart

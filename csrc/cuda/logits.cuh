@@ -178,8 +178,8 @@ __device__ __forceinline__ float shift_of(float maximum) {
   return maximum == -INF ? 0.0f : maximum;
 }
 
-// One shift serves all sets of a tile if their maxima lie within this of it: terms down to 2^-24 of the largest of a
-// set stay above the smallest normal number.
+// One shift serves all sets of a tile if their maxima lie within this of it: a term of 2^-24 of the largest of its set
+// is e^-57 then, a normal number, as is the sum of 2^30 largest ones.
 constexpr float SPREAD = 40.0f;
 
 }  // namespace contrastive_ops::cuda

@@ -58,7 +58,7 @@ struct Tiles {
   const Incoming& incoming;
   Shared<Shape>& shared;
   bool aligned;
-  int row = blockIdx.x * Shape::rows, last_col, next_col, col = 0, place = 1;
+  int row = blockIdx.x * Shape::rows, last_col, next_col, col = 0, stage = 1;
 
   __device__ Tiles(
       const Problem& problem, const Incoming& incoming, Shared<Shape>& shared, int cols_per_strip, bool aligned)
@@ -72,15 +72,15 @@ struct Tiles {
     copy(next_col, 0);
   }
 
-  // Goes to the next tile, which lies at `col` of the plane and at `place` of shared memory; false after the last.
+  // Goes to the next tile, which lies at `col` of the plane and in the `stage` of shared memory; false after the last.
   __device__ __forceinline__ bool next() {
     col = next_col;
-    place = 1 - place;
+    stage = 1 - stage;
     copy_async_wait<0>();
     if (col < last_col) {
-      __syncthreads();  // the tile is there for all, and all are done with the one before, whose place the next takes
+      __syncthreads();  // the tile is there for all, and all are done with the one before, whose stage the next takes
       next_col = from(col + Shape::cols);
-      copy(next_col, 1 - place);
+      copy(next_col, 1 - stage);
     }
     return col < last_col;
   }
@@ -210,9 +210,9 @@ __global__ void __launch_bounds__(Shape::threads, 2) rows_kernel(
   float scale_sum[Place::row_count] = {}, bias_sum[Place::row_count] = {};
   const float reciprocal_unit = unit == nullptr ? 1.0f : 1.0f / *unit;
   while (tiles.next()) {
-    const auto& cols = shared.col[tiles.place];
+    const auto& cols = shared.col[tiles.stage];
     Pairs<Shape> pairs = {};
-    multiply<T, Shape>(pairs, shared.x, shared.y[tiles.place], problem.features);
+    multiply<T, Shape>(pairs, shared.x, shared.y[tiles.stage], problem.features);
     const Mask mask(problem, tiles.row, tiles.col, Shape::rows, Shape::cols);
     const Place place = place_of<Shape>(thread_index());
     const Gradient<Place> of_tile(shared.row.weights, cols.weights, place);
@@ -222,11 +222,11 @@ __global__ void __launch_bounds__(Shape::threads, 2) rows_kernel(
       const float g = gradient_of_pair<false>(pair, of_tile, shared.row, cols, mask, i, j, k, l);
       scale_sum[k] += g * b * pair;
       bias_sum[k] += g;
-      // all scales before it is rounded: `unit` is a bound of the product
+      // all scales before it is rounded: `unit` is of the product
       pairs[nj][mi][e] = g * b * shared.row.options.scale[i] * reciprocal_unit;
     });
     if (gradient != nullptr) {
-      accumulate<T, Shape>(slope, pairs, shared.y[tiles.place], problem.features);
+      accumulate<T, Shape>(slope, pairs, shared.y[tiles.stage], problem.features);
     }
   }
 
@@ -268,9 +268,9 @@ __global__ void __launch_bounds__(Shape::threads, 2)
   }
   const float reciprocal_unit = unit == nullptr ? 1.0f : 1.0f / *unit;
   while (tiles.next()) {
-    const auto& cols = shared.col[tiles.place];
+    const auto& cols = shared.col[tiles.stage];
     Pairs<Shape> pairs = {};
-    multiply<T, Shape>(pairs, shared.x, shared.y[tiles.place], problem.features);
+    multiply<T, Shape>(pairs, shared.x, shared.y[tiles.stage], problem.features);
     const Mask mask(problem, tiles.row, tiles.col, Shape::rows, Shape::cols);
     const Place place = place_of<Shape>(thread_index());
     const auto logit_of = [&](int mi, int nj, int e, int k, int l) {
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(Shape::threads, 2)
       scale_sum[k] += weighted * pairs[nj][mi][e];
       pairs[nj][mi][e] = weighted * shared.row.options.scale[place.row_of(k)] * reciprocal_unit;
     });
-    accumulate<T, Shape>(slope, pairs, shared.y[tiles.place], problem.features);
+    accumulate<T, Shape>(slope, pairs, shared.y[tiles.stage], problem.features);
   }
 
   const Place place = place_of<Shape>(thread_index());

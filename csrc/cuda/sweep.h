@@ -43,7 +43,7 @@ struct Problem {
   Span span;
   bool mirrored;  // self-similarity, y is x: forward visits the tiles on and above the diagonal
   bool equal;     // pairs of equal ids take part, rather than those of unequal ones
-  bool tf32;      // float32 products in TF32; else as accurate as in float32
+  bool tf32;      // float32 products in TF32; else in three of them, as accurate as in float32 where values are finite
 };
 
 // Gradients of what the op returned, and the maxima that go with those of the log-sum-exps.
@@ -73,7 +73,8 @@ struct Sums {
   float* along;  // of volumes: what x_i itself has of its gradient
 };
 
-// A block of the plane, and the coefficients' rows in the workspace: `stride` elements, a multiple of 16.
+// A block of the plane, of whole tiles or as far as the plane goes, and the coefficients' rows in the workspace:
+// `stride` elements, a multiple of 16.
 struct Block {
   int first_row, first_col, rows, cols, stride;
 };
@@ -110,8 +111,8 @@ const char* merge(
     int size,
     cudaStream_t stream);
 
-// Coefficients g a b / unit of a block in the dtype of the features, [rows, stride] or for volumes [P, rows, stride],
-// and the partial sums of its tiles.
+// Coefficients g a b / unit, at most 2^14 in float16, of a block in the dtype of the features, [rows, stride] or for
+// volumes [P, rows, stride], and the partial sums of its tiles.
 const char* block(
     const Problem& problem,
     const Incoming& incoming,

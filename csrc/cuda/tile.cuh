@@ -240,16 +240,30 @@ struct Products {
       for (int mi = 0; mi < Shape::MI; ++mi) {
         load_matrices(a[mi], stage + slab_offset(x_row + 16 * mi, 2 * step + lane / 16));
       }
+      [[maybe_unused]] uint32_t a_low[Shape::MI][4];
+      if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int mi = 0; mi < Shape::MI; ++mi) {
+          split(a[mi], a_low[mi]);
+        }
+      }
 #pragma unroll
       for (int part = 0; part < Shape::parts; part += 2) {  // the lower lanes address this part, the upper the next
         const int own = min(part + lane / 16, Shape::parts - 1);
         const int y_row = Shape::rows + own / Shape::NJ * Shape::cols + Shape::warp_col(thread) * Shape::warp_cols +
                           own % Shape::NJ * 8 + lane % 8;
-        uint32_t b[4];
-        load_matrices(b, stage + slab_offset(y_row, 2 * step + lane / 8 % 2));
-        multiply_part(dots[part], a, {b[0], b[1]});
-        if (part + 1 < Shape::parts) {
-          multiply_part(dots[part + 1], a, {b[2], b[3]});
+        uint32_t both[4];
+        load_matrices(both, stage + slab_offset(y_row, 2 * step + lane / 8 % 2));
+#pragma unroll
+        for (int of_two = 0; of_two < 2; ++of_two) {
+          if (part + of_two < Shape::parts) {
+            uint32_t b[2] = {both[2 * of_two], both[2 * of_two + 1]};
+            if constexpr (sizeof(T) == 2) {
+              multiply_part(dots[part + of_two], a, b);
+            } else {
+              multiply_part(dots[part + of_two], a, a_low, b);
+            }
+          }
         }
       }
     }
@@ -259,39 +273,45 @@ struct Products {
       float (&dots)[Shape::MI][4], const uint32_t (&a)[Shape::MI][4], const uint32_t (&b)[2]) {
 #pragma unroll
     for (int mi = 0; mi < Shape::MI; ++mi) {
-      if constexpr (sizeof(T) == 2) {
-        multiply_add<T>(dots[mi], a[mi], b);
-      } else {
-        multiply_float(dots[mi], a[mi], b);
+      multiply_add<T>(dots[mi], a[mi], b);
+    }
+  }
+
+  // Of float32: v = high + low, and of the product all but low low, whose share is 2^-22. The matrix unit truncates
+  // what it adds up, always towards 0: so a step begins at 0, and an ordinary addition rounds it to nearest.
+  __device__ __forceinline__ void multiply_part(
+      float (&dots)[Shape::MI][4],
+      const uint32_t (&a)[Shape::MI][4],
+      const uint32_t (&a_low)[Shape::MI][4],
+      uint32_t (&b)[2]) {
+    uint32_t b_low[2];
+    split(b, b_low);
+    if (problem.tf32) {
+      multiply_part(dots, a, b);
+      return;
+    }
+#pragma unroll
+    for (int mi = 0; mi < Shape::MI; ++mi) {
+      float sum[4] = {};
+      multiply_add<T>(sum, a_low[mi], b);  // the small ones first
+      multiply_add<T>(sum, a[mi], b_low);
+      multiply_add<T>(sum, a[mi], b);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        dots[mi][e] += sum[e];
       }
     }
   }
 
-  // Float32 of TF32: with v = high + low, all but low low of the product, whose share is 2^-22.
-  __device__ __forceinline__ void multiply_float(float (&dots)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    uint32_t a_high[4], b_high[2];
+  // The bits of float32 values become those of the nearest TF32; `low` is what that leaves.
+  template <int COUNT>
+  static __device__ __forceinline__ void split(uint32_t (&values)[COUNT], uint32_t (&low)[COUNT]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a_high[i] = round_to_tf32(__uint_as_float(a[i]));
+    for (int i = 0; i < COUNT; ++i) {
+      const float value = __uint_as_float(values[i]);
+      values[i] = round_to_tf32(value);
+      low[i] = round_to_tf32(value - __uint_as_float(values[i]));
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      b_high[i] = round_to_tf32(__uint_as_float(b[i]));
-    }
-    if (!problem.tf32) {
-      uint32_t a_low[4], b_low[2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a_low[i] = round_to_tf32(__uint_as_float(a[i]) - __uint_as_float(a_high[i]));
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        b_low[i] = round_to_tf32(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
-      }
-      multiply_add<T>(dots, a_low, b_high);  // the small ones first
-      multiply_add<T>(dots, a_high, b_low);
-    }
-    multiply_add<T>(dots, a_high, b_high);
   }
 };
 
