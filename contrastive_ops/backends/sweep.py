@@ -320,9 +320,10 @@ def multiples(
     n, features, vectors = problem.n, problem.features, problem.vectors
     slope, slope_of_scale = kept[: n * features].view(n, features), kept[n * features :]
     need_x, _, need_scale, _, need_bias, _ = needs
+    grad_lse = grad_lse.masked_fill(maximum == -torch.inf, 0.0)  # an empty row's may be infinite
     grad_x = grad_lse[:, None] * slope if need_x else None
     grad_scale = grad_lse * slope_of_scale if need_scale else None
-    grad_bias = grad_lse.masked_fill(maximum == -torch.inf, 0.0) if need_bias else None
+    grad_bias = grad_lse.clone() if need_bias else None
     if vectors.row_exclude is not None:
         named, index = vectors.row_exclude >= 0, vectors.row_exclude.clamp(min=0)
         own = grad_excluded.masked_fill(~named, 0.0)
@@ -377,7 +378,7 @@ def _unit(problem: Problem, incoming: Incoming) -> Tensor | None:
             bound = bound * scale.abs().max()
     if problem.members:  # q y <= g w |x| / distance, and the distance is not below this share of |x|
         bound = bound / AT_MINIMUM**0.5
-    return torch.where(bound > 0, bound, 1.0).reshape(1)
+    return torch.where(bound >= torch.finfo(torch.float32).tiny, bound, 1.0).reshape(1)  # its reciprocal is finite
 
 
 def _swapped(pairs: tuple[Any, ...]) -> list[Any]:

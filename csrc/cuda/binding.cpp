@@ -1,8 +1,8 @@
 // The operators contrastive_ops_cuda::*, the functions of sweep.h on tensors, by headers of torch's stable ABI alone:
 // one library for every torch from 2.13 on, with or without CUDA. contrastive_ops/backends/cuda.py calls them.
 //
-// A struct of sweep.h is a list of optional tensors in the order of its fields. No pointer leaves its tensor, whatever
-// calls the operators: everything is checked before a kernel starts.
+// A struct of sweep.h is a list of optional tensors in the order of its fields. Whatever calls the operators, sizes and
+// types are checked before a kernel starts, and no kernel reads or writes beyond a tensor.
 
 #include "sweep.h"
 
@@ -376,6 +376,11 @@ void block(
       call.size("stride", stride)};
   call.check(inside(first_row, rows, problem.n), "rows from ", first_row, " to ", first_row + rows, " are not in x");
   call.check(inside(first_col, cols, problem.m), "columns from ", first_col, " to ", first_col + cols, " are not in y");
+  const auto whole = [](int64_t first, int64_t count, int64_t all, int part) {
+    return count % part == 0 || first + count == all;
+  };
+  call.check(whole(first_row, rows, problem.n, tile.rows), "rows must be whole tiles of ", tile.rows, ", got ", rows);
+  call.check(whole(first_col, cols, problem.m, tile.cols), "cols must be whole tiles of ", tile.cols, ", got ", cols);
   call.check(stride >= cols, "stride must be at least the columns, ", cols, ", got ", stride);
   check_tiles(call, "stride", stride, 16);
   const int64_t matrices = problem.members == 0 ? 1 : problem.members;
@@ -502,7 +507,7 @@ std::tuple<int64_t, int64_t> tiling_of_rows(ScalarType dtype, int64_t features) 
 #define CONTRASTIVE_OPS_TEXT(...) #__VA_ARGS__
 #define CONTRASTIVE_OPS_TEXT_OF(...) CONTRASTIVE_OPS_TEXT(__VA_ARGS__)
 
-// The version of nvcc, and what it made code for: sm_80, of compute_80 PTX.
+// The version of nvcc, and what it made: code (sm_80) and PTX (compute_80).
 std::tuple<std::string, std::string> build_info() {
   return {CONTRASTIVE_OPS_TEXT_OF(CONTRASTIVE_OPS_NVCC), CONTRASTIVE_OPS_TEXT_OF(CONTRASTIVE_OPS_ARCHITECTURES)};
 }

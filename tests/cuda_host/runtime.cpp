@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -33,8 +34,8 @@ namespace contrastive_ops::cuda::host {
 namespace {
 
 constexpr int MOST_THREADS = 1024;
-constexpr int MOST_SHARED_BYTES = 227 * 1024;
-constexpr unsigned MOST_BLOCKS = 65535;  // of a grid in y and in z; in x 2^31 - 1
+constexpr int MOST_SHARED_BYTES = 99 * 1024;  // of 8.6, 8.9 and 12.0, which run the code for 8.0, too
+constexpr unsigned MOST_BLOCKS = 65535;       // of a grid in y and in z; in x 2^31 - 1
 constexpr unsigned MOST_BLOCKS_X = 0x7fffffff;
 
 // ThreadSanitizer of GCC knows 8128 threads. No block may have the fibers, and so the stacks, or the shared memory of
@@ -398,6 +399,12 @@ double of_tf32(uint32_t bits) {
   return value;
 }
 
+// The matrix unit truncates what it adds up.
+float toward_zero(double sum) {
+  const float nearest = static_cast<float>(sum);
+  return std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // The fragments of mma.sync in the PTX ISA. A register has `packed` elements of a row of a, or of a column of b; lane
 // l has row l / 4 and elements packed (l % 4) .. of the first half of K in the first register, and so on:
 //   a[0] (row, first half)   a[1] (row + 8, first half)   a[2] (row, second half)   a[3] (row + 8, second half)
@@ -431,7 +438,7 @@ void multiply_fragments(Lane (&lanes)[32]) {
       for (int k = 0; k < depth; ++k) {
         sum += a[row][k] * b[col][k];
       }
-      d = static_cast<float>(sum);
+      d = toward_zero(sum);
       std::memcpy(&lanes[lane].words[6 + i], &d, sizeof(d));
     }
   }
