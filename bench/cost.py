@@ -17,7 +17,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -194,6 +194,7 @@ class Case(NamedTuple):
     mirrored: bool = False  # self-similarity
     frozen: bool = False  # y needs no gradient, and the rows alone are asked for
     members: int = 0  # vectors of a tuple, of volumes
+    groups: int = 1  # of as many rows each, in order; where there are more, pairs of one group alone take part
 
     @property
     def matrices(self) -> int:
@@ -246,8 +247,10 @@ def problem(case: Case, d: int, device: str) -> sweep.Problem:
     y = x.new_empty(N, case.members, d) if case.members else x
     scale, index = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.int32)
     of_cols = (scale, index) if case.mirrored else (scale if case.members else None, None)
-    vectors = sweep.Vectors(scale, of_cols[0], None, None, index, of_cols[1], None, None)
-    return sweep.Problem(x, y, vectors, sweep.Span(None, None), mirrored=case.mirrored)
+    ids = index if case.groups > 1 else None
+    vectors = sweep.Vectors(scale, of_cols[0], None, None, index, of_cols[1], ids, ids)
+    span = sweep.Span(None, None)
+    return sweep.Problem(x, y, vectors, span, mirrored=case.mirrored, restrict=case.groups > 1)
 
 
 @functools.cache
@@ -396,8 +399,48 @@ def takes_attention(engine: Engine, case: Case, d: int) -> bool:
 def ours(engine: Engine, d: int, device: Device, case: Case = CLIP) -> list[Phase]:
     if takes_attention(engine, case, d):
         return by_attention(engine, case, d, device)
-    backward = by_rows if takes_rows(engine, case, d, device) else by_blocks
-    return [our_forward(engine, case, d, device), *backward(engine, case, d, device)]
+    if takes_rows(engine, case, d, device):
+        return [our_forward(engine, case, d, device), *by_rows(engine, case, d, device)]
+    return in_groups(engine, case, d, device, product_tile(engine, case, d, device))
+
+
+def product_tile(engine: Engine, case: Case, d: int, device: Device) -> Tile | None:
+    """Of the engine's own product, rows and features; None where it is the vendor's."""
+    with pretending(device):
+        tile = engine.kernels().product_tiling(problem(case, d, "cuda"))
+    return None if tile is None else Tile(*tile)
+
+
+def in_groups(engine: Engine, case: Case, d: int, device: Device, product: Tile | None) -> list[Phase]:
+    """Forward, and backward by blocks, without the tiles of which no pair counts.
+
+    The engine's own product, of tiles, leaves them out, too. That of the vendor, None, is of all blocks, and the
+    coefficients of those tiles are written as zeros.
+    """
+    groups = case.groups
+    zeros = 0 if product else N * N * HALF * (1 - 1 / groups)
+    phases = []
+    for phase in (our_forward(engine, case, d, device), *by_blocks(engine, case, d, device)):
+        name = phase.name.partition(",")[0]
+        if name in ("forward", "coefficients") or (name == "product" and product):
+            phase = replace(
+                phase,
+                flops=phase.flops / groups,
+                hbm=phase.hbm / groups,
+                l2=phase.l2 / groups,
+                exponentials=phase.exponentials / groups,
+            )
+        if name == "coefficients":
+            phase = replace(phase, hbm=phase.hbm + zeros, l2=phase.l2 + zeros)
+        if name == "product" and product:  # every tile reads its operands
+            phase = replace(
+                phase,
+                l2=phase.flops * HALF / 2 * (1 / product.rows + 1 / product.cols),
+                programs=math.ceil(sweep.WORKSPACE / product.rows) * math.ceil(d / product.cols),
+                mma_sync=engine.mma_sync,
+            )
+        phases.append(phase)
+    return phases
 
 
 def our_workspace(engine: Engine, d: int, device: Device) -> float:
@@ -705,6 +748,23 @@ def frozen_table() -> str:
     return table(("D", "form", "engine", "per N²D", "exp per pair", "HBM", *TIMES), rows, 3)
 
 
+def equal_ids_table() -> str:
+    def cells(phases: Phases, d: int) -> list[str]:
+        return [f"{total(phases(d, H100), 'flops') / (N * N * d):.3g}", *times(phases, d)]
+
+    def with_vendor(engine: Engine, d: int, case: Case) -> list[str]:
+        return cells(functools.partial(in_groups, engine, case, product=None), d)
+
+    rows = []
+    for d, groups in itertools.product((512, 768), (2, 4, 16)):
+        case, labels = Case(groups=groups), (str(d), str(groups))
+        for engine in ENGINES:
+            if product_tile(engine, case, d, H100):
+                rows.append([*labels, "its own", engine.name, *cells(functools.partial(ours, engine, case=case), d)])
+        rows += by_engine((*labels, "the vendor's"), functools.partial(with_vendor, d=d, case=case))
+    return table(("D", "groups", "products", "engine", "per N²D", *TIMES), rows, 4)
+
+
 def published_table() -> str:
     rows = []
     for what, scheme, d, device, published in PUBLISHED:
@@ -851,6 +911,15 @@ up the gradients of the log-sum-exps beside the sums, and shrinks both where a m
 keeps them in float32, and backward multiplies them. The alternative computes the pairs again.
 
 {frozen_table()}
+
+## Pairs of equal ids, modelled
+
+With `ids="restrict"` (views of one kind, classes) and rows in the order of their ids, tiles without a pair that counts
+are left out: by forward, by the coefficients, and with Triton's kernels by a product of its own, for which those
+coefficients are not written. CUDA's kernels have the vendor's product of all blocks, with zeros for them. For Triton's
+that is the alternative; of two groups it takes an H100 as long.
+
+{equal_ids_table()}
 
 ## Against what is known
 

@@ -179,6 +179,14 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
         (*inputs, problem.span, incoming, unit, problem.x, row_sums, col_sums, *sizes, 0, 0, *block),
         MEMBERS=problem.members,
     )  # fmt: skip
+    if everything and not volumes:
+        stride = block[-1]
+        strides = (1, stride) if problem.mirrored else (stride, 1)  # as for the rows, and as for the columns
+        yield build(
+            "product", tilings.product_tiling(problem),
+            (problem.x, problem.y, problem.x.float(), problem.vectors, *sizes, 0, 0, SIZE, SIZE, *strides),
+            RESTRICT=True,
+        )  # fmt: skip
     for features in (128, tilings.ROWS_FEATURES):
         problem.features = features  # whatever those of x: the tiling has them all
         tiling = tilings.rows_tiling(problem)

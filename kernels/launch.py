@@ -15,6 +15,7 @@ from contrastive_ops.kernels.sweep import (
     excluded_kernel,
     forward_kernel,
     merge_kernel,
+    product_kernel,
     rows_kernel,
 )
 
@@ -78,6 +79,20 @@ class TritonKernels(Kernels):
             problem.n, problem.m, problem.features, *block,
             MEMBERS=problem.members, **options(problem, tiling),
         )  # fmt: skip
+
+    def product(self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor) -> None:
+        tile = self.product_tiling(problem)
+        if tile is None:
+            super().product(problem, block, total, coefficients, y)
+            return
+        product_kernel[(cdiv(block.rows, tile[0]), cdiv(problem.features, tile[1]))](
+            coefficients, y, total, problem.vectors, problem.n, problem.m, problem.features, *block[:4],
+            *coefficients.stride(), **options(problem, tilings.product_tiling(problem)),
+        )  # fmt: skip
+
+    def product_tiling(self, problem: Problem) -> tuple[int, int] | None:
+        tiling = tilings.product_tiling(problem) if problem.restrict else None
+        return None if tiling is None else (tiling.block_m, tiling.block_d)
 
     def rows(
         self,

@@ -6,10 +6,12 @@ forward, one program per (group of rows, strip of columns):
         fold max and sum of e^s over its rows and over its columns into statistics that no other program writes
 block, one program per tile:
     s again, g = dL/ds -> g a b into a workspace, and partial sums of g for scales and biases
+product, where only equal ids take part, one program per (tile of rows, features) of a block:
+    for each tile of columns that is needed: dX += coefficients Y
 rows, for 16-bit features of few dimensions, one program per (tile of rows, strip of columns):
     for each tile of columns: s again, g = dL/ds, dX += (g a b) Y in registers
-    attention, of the same features, one program per (tile of rows, strip of columns):
-        for each tile of columns: s, and a running max, sum of e^s and sum of (e^s a b) Y, rescaled where the max grows
+attention, of the same features, one program per (tile of rows, strip of columns):
+    for each tile of columns: s, and a running max, sum of e^s and sum of (e^s a b) Y, rescaled where the max grows
 """
 
 from __future__ import annotations
@@ -169,7 +171,7 @@ def block_kernel(
     """Coefficients of one tile of a block, [block_rows, stride] or for volumes [P, block_rows, stride].
 
     The stride of rows is a multiple of 16, and what is beyond the columns of the block is stored, too, as 0: stores of
-    whole vectors, which a mask of single columns would prevent.
+    whole vectors, which a mask of single columns would prevent. Tiles that are not needed are not written.
 
     For volumes Q_j = L^-1 (y_j.) and q = -(dL/dpair) / pair give dL/dx_i = sum_jt (q y_ijt) Q_jt - (sum_j q) x_i and
     the moments sum_i (q y_ijt) x_i of a tuple; y_ijt are the coordinates.
@@ -194,11 +196,11 @@ def block_kernel(
                 x, y, span, rows, cols, n, m, features, MEMBERS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
             )
             gradient = gradient_of_tile(pairs, has, vectors, incoming, rows, cols, n, m, RESTRICT)
-        if coefficients is not None:
-            weighted = gradient * (a[:, None] * b[None, :])
-            if unit is not None:
-                weighted = weighted / tl.load(unit)
-            tl.store(coefficients + place, weighted.to(coefficients.dtype.element_ty), mask=inside)
+            if coefficients is not None:
+                weighted = gradient * (a[:, None] * b[None, :])
+                if unit is not None:
+                    weighted = weighted / tl.load(unit)
+                tl.store(coefficients + place, weighted.to(coefficients.dtype.element_ty), mask=inside)
     else:
         pairs, coordinates = pairs_of_tile(
             x, y, span, rows, cols, n, m, features, MEMBERS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
@@ -224,6 +226,40 @@ def block_kernel(
         tl.store(col_sums.scale + col_place, tl.sum(gradient * pairs * a[:, None], 0), mask=local_cols < block_cols)
     if col_sums.bias is not None:
         tl.store(col_sums.bias + col_place, tl.sum(gradient, 0), mask=local_cols < block_cols)
+
+
+@triton.jit
+def product_kernel(
+    coefficients, y, total, vectors, n, m, features,
+    first_row, first_col, block_rows, block_cols, row_stride, col_stride,
+    RESTRICT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """total += coefficients @ y of a block, [block_rows, D], without the tiles that are not needed.
+
+    These tiles divide those of block_kernel, whichever side the rows are: what is needed of them, it has written.
+    """
+    tile_row = tl.program_id(0) * BLOCK_M
+    local_rows = tile_row + tl.arange(0, BLOCK_M)
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    of_rows = coefficients + local_rows.to(tl.int64)[:, None] * row_stride
+    added = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tiles = 0
+    for begin in range(0, block_cols, BLOCK_N):
+        local_cols = begin + tl.arange(0, BLOCK_N)
+        has = has_excluded(vectors, first_row + tile_row, first_col + begin, n, m, BLOCK_M, BLOCK_N)
+        if is_needed(vectors, has, first_row + local_rows, first_col + local_cols, n, m, RESTRICT):
+            within = local_cols < block_cols
+            of_cols = local_cols.to(tl.int64)[None, :] * col_stride
+            weights = tl.load(of_rows + of_cols, mask=(local_rows[:, None] < block_rows) & within[None, :], other=0.0)
+            y_place = local_cols.to(tl.int64)[:, None] * features + feature[None, :]
+            y_tile = tl.load(y + y_place, mask=within[:, None] & (feature[None, :] < features), other=0.0)
+            added = tl.dot(weights, y_tile, added, input_precision=PRECISION)
+            tiles += 1
+    if tiles > 0:
+        place = total + local_rows.to(tl.int64)[:, None] * features + feature[None, :]
+        inside = (local_rows[:, None] < block_rows) & (feature[None, :] < features)
+        tl.store(place, tl.load(place, mask=inside, other=0.0) + added, mask=inside)
 
 
 @triton.jit

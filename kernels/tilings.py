@@ -29,6 +29,7 @@ class Tilings(NamedTuple):
     block_many: Tiling
     volume: Tiling  # forward and block, P = 1 and 2
     volume_many: Tiling  # P = 3 and 4
+    product: Tiling  # at most, see `product_tiling`
     rows: Tiling | None  # rows and attention, its block_d is all features; None where they are not used
 
 
@@ -42,9 +43,15 @@ TILINGS = {
             block_many=Tiling(128, 64, 64, 8, 3),
             volume=Tiling(128, 64, 64, 8, 3),
             volume_many=Tiling(64, 32, 64, 8, 3),
+            product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 32, 0, 8, 2),
         ),
-        4: Tilings(*[Tiling(64, 64, 32, 8, 2)] * 5, volume_many=Tiling(64, 32, 16, 8, 3), rows=None),
+        4: Tilings(
+            *[Tiling(64, 64, 32, 8, 2)] * 5,
+            volume_many=Tiling(64, 32, 16, 8, 3),
+            product=Tiling(64, 32, 64, 8, 2),
+            rows=None,
+        ),
     },
     "sm_90": {
         2: Tilings(
@@ -54,6 +61,7 @@ TILINGS = {
             block_many=Tiling(128, 64, 64, 8, 3),
             volume=Tiling(128, 64, 32, 8, 4),
             volume_many=Tiling(64, 32, 64, 8, 3),
+            product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 64, 0, 8, 2),
         ),
         4: Tilings(
@@ -63,6 +71,7 @@ TILINGS = {
             block_many=Tiling(64, 64, 32, 16, 2),
             volume=Tiling(64, 64, 32, 16, 2),
             volume_many=Tiling(64, 32, 16, 8, 3),
+            product=Tiling(64, 32, 64, 8, 2),
             rows=None,
         ),
     },
@@ -74,6 +83,7 @@ TILINGS = {
             block_many=Tiling(64, 64, 64, 8, 3),
             volume=Tiling(64, 32, 64, 8, 2),
             volume_many=Tiling(64, 32, 64, 8, 2),
+            product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 64, 0, 8, 2),
         ),
         4: Tilings(
@@ -83,6 +93,7 @@ TILINGS = {
             block_many=Tiling(64, 32, 32, 8, 2),
             volume=Tiling(64, 32, 32, 8, 2),
             volume_many=Tiling(64, 32, 32, 8, 2),
+            product=Tiling(64, 32, 128, 8, 2),
             rows=None,
         ),
     },
@@ -94,9 +105,15 @@ TILINGS = {
             block_many=Tiling(128, 64, 64, 8, 2),
             volume=Tiling(128, 64, 64, 8, 2),
             volume_many=Tiling(64, 32, 64, 4, 2),
+            product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 32, 0, 4, 2),
         ),
-        4: Tilings(*[Tiling(64, 64, 16, 8, 3)] * 5, volume_many=Tiling(64, 32, 16, 4, 2), rows=None),
+        4: Tilings(
+            *[Tiling(64, 64, 16, 8, 3)] * 5,
+            volume_many=Tiling(64, 32, 16, 4, 2),
+            product=Tiling(64, 32, 128, 8, 2),
+            rows=None,
+        ),
     },
 }
 ROWS_FEATURES = 256  # most features of both; beyond, bench/COST.md has the blocks ahead or the registers full
@@ -135,6 +152,16 @@ def block_tiling(problem: Problem) -> Tiling:
     return tilings.block_many if _many(problem) or problem.mirrored else tilings.block
 
 
+def product_tiling(problem: Problem) -> Tiling:
+    """Tiles divide those of block_kernel, whichever side the rows are."""
+    tiling, side = _of(problem).product, min(block_tiling(problem)[:2])
+    return tiling._replace(
+        block_m=min(tiling.block_m, side),
+        block_n=min(tiling.block_n, side),
+        block_d=min(tiling.block_d, _lanes(problem.features)),
+    )
+
+
 def rows_tiling(problem: Problem) -> Tiling | None:
     """None where rows_kernel does not take the problem."""
     tiling = _of(problem).rows
@@ -148,4 +175,8 @@ def attention_tiling(problem: Problem) -> Tiling:
 
 
 def _of_all_features(tiling: Tiling, problem: Problem) -> Tiling:
-    return tiling._replace(block_d=max(16, 1 << (problem.features - 1).bit_length()))
+    return tiling._replace(block_d=_lanes(problem.features))
+
+
+def _lanes(features: int) -> int:
+    return max(16, 1 << (features - 1).bit_length())

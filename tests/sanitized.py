@@ -464,7 +464,7 @@ FAULTS = {
     ),
     "columns of the first block in all blocks": Fault("first_col + local_cols", "local_cols", "both", "value"),
     "blocks that overwrite the gradient": Fault(
-        "_accumulate(grad_x[rows], of_member, basis[cols, t])",
+        "kernels.product(problem, block, grad_x[rows], of_member, basis[cols, t])",
         "grad_x[rows] = of_member @ basis[cols, t]",
         "both", "value",
     ),
@@ -472,6 +472,38 @@ FAULTS = {
         "gradient * (a[:, None] * b[None, :])",
         "gradient * a[:, None]",
         "vectors", "value",
+    ),
+    # products of equal ids
+    "product that takes tiles that nobody wrote": Fault(
+        "if is_needed(vectors, has, first_row + local_rows, first_col + local_cols, n, m, RESTRICT):",
+        "if True:",
+        "ids-restrict-sorted", "nan",
+    ),
+    "product that leaves out tiles with an excluded pair": Fault(
+        "is_needed(vectors, has, first_row + local_rows",
+        "is_needed(vectors, False, first_row + local_rows",
+        "everything-restrict", "value",
+    ),
+    "sides of the whole in the product of the columns": Fault(
+        "swapped = problem if members else problem.transposed()",
+        "swapped = problem",
+        "ids-restrict-sorted", "nan",
+    ),
+    "product that overwrites the gradient": Fault(
+        "tl.load(place, mask=inside, other=0.0) + added", "added", "ids-restrict-sorted", "value"
+    ),
+    "columns beyond the block in the product": Fault(
+        "(local_rows[:, None] < block_rows) & within[None, :], other",
+        "local_rows[:, None] < block_rows, other",
+        "ids-restrict-sorted", "nan",
+    ),
+    "features beyond the last in the product": Fault(
+        "mask=within[:, None] & (feature[None, :] < features)",
+        "mask=within[:, None]",
+        "ids-restrict-sorted", "oob_read of y",
+    ),
+    "product that stores beyond its block": Fault(
+        "+ added, mask=inside)", "+ added)", "ids-restrict-sorted", "race of total"
     ),
     # backward in registers
     "columns whose features are not masked": Fault(

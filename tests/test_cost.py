@@ -65,7 +65,7 @@ class Recorder:
 
 def recorded(engine, monkeypatch):
     """Nothing is launched: the programs of each launch by the name of the kernel, filled as host code runs."""
-    recorders = {name: Recorder() for name in ("forward", "attention", "excluded", "merge", "block", "rows")}
+    recorders = {name: Recorder() for name in ("forward", "attention", "excluded", "merge", "block", "product", "rows")}
     if engine is cost.TRITON:
         launch = backends.triton.kernels("launch")
         for name, recorder in recorders.items():
@@ -97,7 +97,8 @@ def recorded(engine, monkeypatch):
 @pytest.mark.parametrize("device", cost.DEVICES, ids=lambda device: device.name)
 @pytest.mark.parametrize(
     ("case", "d"),
-    [(case, 512) for _, case in cost.CASES if case.members <= 2] + [(cost.CLIP, 128), (cost.FROZEN, 128)],
+    [(case, 512) for _, case in cost.CASES if case.members <= 2]
+    + [(cost.CLIP, 128), (cost.FROZEN, 128), (cost.Case(groups=4), 512)],
     ids=str,
 )
 def test_launches_are_those_of_the_code(case, d, device, engine, monkeypatch):
@@ -133,7 +134,7 @@ def test_launches_are_those_of_the_code(case, d, device, engine, monkeypatch):
     assert statistics == sum(len(launched[name]) for name in names)
     assert modelled["coefficients"] == len(launched["block"])
     assert modelled["rows"] == len(launched["rows"])
-    assert modelled["product"] == sum(products.values())
+    assert modelled["product"] == sum(products.values()) + len(launched["product"])
     assert modelled["sums"] == 2 * len(sums)  # a sum, and its addition
     if launched["forward"] and not case.mirrored:  # whose programs below the diagonal have nothing to do
         assert {phases[0].programs} == {*launched["forward"]}
@@ -141,8 +142,12 @@ def test_launches_are_those_of_the_code(case, d, device, engine, monkeypatch):
         *launched["block"],
         *launched["rows"],
     }
-    flops = sum(2 * math.prod(shape) * count for shape, count in products.items())
-    assert flops == sum(phase.flops for phase in phases if phase.name.startswith("product"))
+    of_products = [phase for phase in phases if phase.name.startswith("product")]
+    if cost.product_tile(engine, case, d, device):
+        assert ({phase.programs for phase in of_products}, products) == ({*launched["product"]}, Counter())
+    else:
+        flops = sum(2 * math.prod(shape) * count for shape, count in products.items())
+        assert (flops, launched["product"]) == (sum(phase.flops for phase in of_products), [])
 
 
 @pytest.mark.parametrize("device", cost.DEVICES, ids=lambda device: device.name)
@@ -152,6 +157,13 @@ def test_launches_are_those_of_the_code(case, d, device, engine, monkeypatch):
 )
 def test_flops_of_ours(case, d, products, device, engine):
     assert cost.total(cost.ours(engine, d, device, case), "flops") == pytest.approx(products * cost.N**2 * d)
+
+
+@pytest.mark.parametrize("device", cost.DEVICES, ids=lambda device: device.name)
+def test_flops_of_groups(device, engine):
+    products = {cost.TRITON: 8 / 4, cost.CUDA: 4 / 4 + 4}[engine]  # CUDA's are the vendor's, of all pairs
+    flops = cost.total(cost.ours(engine, 512, device, cost.Case(groups=4)), "flops")
+    assert flops == pytest.approx(products * cost.N**2 * 512)
 
 
 def test_lanes():

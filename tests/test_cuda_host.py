@@ -23,7 +23,7 @@ def probe(case: str, variant: str = "plain", seed: int = 0, eager: bool = False)
     return result.stdout + result.stderr
 
 
-RIGHT = ["indices", "warp_operations", "barrier", "warp_barrier", "early_exit", "pipeline", "blocks"]
+RIGHT = ["indices", "warp_operations", "barrier", "warp_barrier", "early_exit", "pipeline", "load", "blocks"]
 
 
 @needs_compiler
@@ -104,6 +104,7 @@ def test_alignment():
         ("no_warp_barrier", False),
         ("late_write", False),
         ("pipeline_without_barrier", True),
+        ("load_without_barrier", False),
         ("race_of_blocks", False),
     ],
 )

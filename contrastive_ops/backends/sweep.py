@@ -6,7 +6,8 @@
         statistics and the gradients of the log-sum-exps, of which backward takes the multiples
     backward by blocks of the plane:
         `block` gives g a b, with g = dL/ds, in a workspace, and partial sums of g for scales and biases
-        dX += (g a b) Y and dY += (g a b)^T X: two matrix products of the vendor's library
+        dX += (g a b) Y and dY += (g a b)^T X: two matrix products of the vendor's library, or `product` of the engine's
+        own, which can leave out tiles without a pair of equal ids
     backward by rows, where the engine takes the problem: `rows` gives dX, and with the sides swapped dY
 
 No atomics: the results are bitwise repeatable where the vendor's products are. In self-similarity (no y) forward and
@@ -102,6 +103,9 @@ class Block(NamedTuple):
     cols: int
     stride: int
 
+    def transposed(self) -> Block:
+        return Block(self.first_col, self.first_row, self.cols, self.rows, self.stride)
+
 
 class Problem:
     """The inputs of a sweep as the kernels take them: contiguous, with the columns of self-similarity filled in."""
@@ -135,9 +139,10 @@ class Problem:
 
 
 class Kernels(Protocol):
-    """What an engine offers; csrc/cuda/sweep.h is the same in C++. None of a tensor or a member: not given, or needed.
+    """What an engine offers, csrc/cuda/sweep.h in C++; what has a body here may be left out.
 
-    Tilings are the rows and columns of a tile; groups of rows and strips of columns are whole tiles.
+    Tilings are the rows and columns of a tile; groups of rows and strips of columns are whole tiles. None instead of a
+    tensor: an option that was not given, or a result that is not needed.
     """
 
     def programs(self, x: Tensor) -> int:
@@ -175,6 +180,17 @@ class Kernels(Protocol):
         block: Block,
     ) -> None:
         """Coefficients g a b / unit of a block, [rows, stride] or for volumes [P, rows, stride], and partial sums."""
+
+    def product(self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor) -> None:
+        """total += coefficients @ y of the rows of a block, in float32; of its columns with the sides of all swapped.
+
+        An engine of its own may leave out tiles without a pair that counts, whose coefficients `block` need not write.
+        """
+        _accumulate(total, coefficients, y)
+
+    def product_tiling(self, problem: Problem) -> tuple[int, int] | None:
+        """Rows and features of a tile; None where `product` is the vendor's, of all pairs."""
+        return None
 
     def rows(
         self,
@@ -282,22 +298,22 @@ def kept(kernels: Kernels, x: Tensor, y: Tensor | None, cols: bool, needs: list[
 def attention(kernels: Kernels, problem: Problem) -> tuple[Statistics, Tensor]:
     """The statistics of rows and the excluded logits, and what is kept."""
     n, m = problem.n, problem.m
+    has_index = problem.vectors.row_exclude is not None
+    results = Statistics(*(problem.empty(size) for size in (n, 0, n, 0, n if has_index else 0, 0, 0)))
     cols_per_strip = _cols_per_strip(kernels, problem, kernels.attention_tiling(problem))
     strips = cdiv(m, cols_per_strip)
     maxima, sums = problem.empty(strips, n), problem.empty(strips, n)
     slopes = Slopes(problem.empty(strips, n, problem.features), problem.empty(strips, n))
     unit = _unit(problem, Incoming(row_weight=problem.full((1,), 1.0)))
     kernels.attention(problem, unit, Part(maxima, sums), slopes, cols_per_strip)
-    nothing, maximum, log_sum = problem.empty(0), problem.empty(n), problem.empty(n)
-    kernels.merge(Part(maxima, sums), strips, Part(), 0, maximum, log_sum)
-    excluded = nothing if problem.vectors.row_exclude is None else problem.empty(n)
-    if excluded is not nothing:
-        kernels.excluded(problem, excluded)
+    kernels.merge(Part(maxima, sums), strips, Part(), 0, results.row_max, results.row_log_sum)
+    if has_index:
+        kernels.excluded(problem, results.excluded)
     if strips > 1:  # each has its share in the sum
-        weight = (maxima - maximum + sums.log() - log_sum).exp().masked_fill(torch.isneginf(maxima), 0.0)
+        share_of_strip = (maxima - results.row_max + sums.log() - results.row_log_sum).exp()
+        weight = share_of_strip.masked_fill(torch.isneginf(maxima), 0.0)
         slopes = Slopes(slopes.x.mul_(weight[..., None]).sum(0), slopes.scale.mul_(weight).sum(0))
-    statistics = Statistics(maximum, nothing, log_sum, nothing, excluded, nothing, nothing)
-    return statistics, torch.cat([slopes.x.flatten(), slopes.scale.flatten()])
+    return results, torch.cat([slopes.x.flatten(), slopes.scale.flatten()])
 
 
 def multiples(
@@ -425,6 +441,7 @@ def _backward_by_blocks(
     side = math.isqrt(WORKSPACE**2 // matrices) // block_rows * block_rows
     size = min(n, side) * padded(min(m, side)) if need_x or need_y else 0
     workspace = problem.x.new_empty(matrices * size)
+    swapped = problem if members else problem.transposed()  # asked for ids, which volumes have none of
     for first_row in range(0, n, side):
         rows = slice(first_row, min(first_row + side, n))
         for first_col in range(first_row if mirrored else 0, m, side):
@@ -442,11 +459,11 @@ def _backward_by_blocks(
             mirror = mirrored and first_row != first_col
             for t, of_member in enumerate(() if coefficients is None else coefficients[:, :, :width]):
                 if grad_x is not None and basis is not None:
-                    _accumulate(grad_x[rows], of_member, basis[cols, t])
+                    kernels.product(problem, block, grad_x[rows], of_member, basis[cols, t])
                     if mirror:
-                        _accumulate(grad_x[cols], of_member.T, problem.x[rows])
+                        kernels.product(swapped, block.transposed(), grad_x[cols], of_member.T, problem.x[rows])
                 if grad_y is not None:
-                    _accumulate(grad_y[t, cols], of_member.T, problem.x[rows])
+                    kernels.product(swapped, block.transposed(), grad_y[t, cols], of_member.T, problem.x[rows])
             _add_sums(row_grads, rows, row_sums)
             if mirror or not mirrored:
                 _add_sums(col_grads, cols, col_sums)

@@ -202,7 +202,7 @@ class Features {
 };
 
 double rounding_of(Dtype dtype) {
-  return dtype == Dtype::float32 ? 0x1p-24 : dtype == Dtype::bfloat16 ? 0x1p-9 : 0x1p-12;
+  return dtype == Dtype::float32 ? 0x1p-24 : dtype == Dtype::bfloat16 ? 0x1p-8 : 0x1p-11;
 }
 
 using Floats = std::vector<float>;

@@ -93,7 +93,8 @@ inline void carry_out(const Copy& copy) {
 // The row of this lane is read here, where sanitizers know which thread reads it.
 inline void load_row(bool transposed, uint32_t (&r)[4], const void* shared, Place place) {
   check_shared(shared, transposed ? "load_matrices_transposed" : "load_matrices", place);
-  load(transposed, r, *static_cast<const uint4*>(shared), shared, place);
+  const uint4 row = *static_cast<const uint4*>(shared);
+  load(transposed, r, row, shared, place);
 }
 
 }  // namespace host

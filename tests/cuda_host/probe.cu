@@ -177,6 +177,18 @@ __global__ void misplaced_load(int offset) {
   cuda::load_matrices(r, cuda::shared_memory() + offset);
 }
 
+// Each warp loads the rows that another wrote.
+__global__ void load_of_others(uint32_t* out, bool waits) {
+  float4* rows = reinterpret_cast<float4*>(cuda::shared_memory());
+  rows[thread()] = make_float4(1, 1, 1, 1);
+  if (waits) {
+    __syncthreads();
+  }
+  uint32_t r[4];
+  cuda::load_matrices(r, rows + (thread() ^ 32));
+  out[thread()] = r[0];
+}
+
 // Copies and loads of 32 rows with a stride in bytes.
 __global__ void strides(const float4* x, int stride) {
   unsigned char* row = cuda::shared_memory() + lane() * stride;
@@ -396,6 +408,9 @@ const char* run_case(const std::string& name) {
     return run(misplaced_load, 1, 64, 24);
   } else if (name == "load_beyond") {
     return run(misplaced_load, 1, 64, -16);
+  } else if (name == "load" || name == "load_without_barrier") {
+    std::vector<uint32_t> words(THREADS);
+    return run(load_of_others, 1, THREADS * sizeof(float4), words.data(), name == "load");
   } else if (name == "not_tf32") {
     return run(not_tf32, 1, 0);
   } else if (name == "blocks") {
