@@ -3,7 +3,8 @@
 python -m bench.cost [--write]
 
 A scheme is a list of phases, one after the other. A phase takes as long as what it needs most of: floating-point
-operations, bytes of HBM, bytes of L2, or exponentials. How ours cuts a problem is asked of the kernels' own code.
+operations, bytes of HBM, bytes of L2, or exponentials. How ours cuts a problem is asked of the kernels' own code; that
+of the CUDA kernels is what is installed, or else compiled for the CPU (tests/cuda_host).
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from contrastive_ops.backends import sweep
-from contrastive_ops.backends import triton as backend
+from bench.resources_cuda import host
+from contrastive_ops import build
+from contrastive_ops.backends import cuda, sweep, triton
 
 PAGE = Path(__file__).parents[1] / "bench" / "COST.md"
 COMMAND = "python -m bench.cost --write"
@@ -40,7 +42,8 @@ class Device:
     name: str
     capability: tuple[int, int]
     peak: dict[int, float]  # FLOP/s by bytes of an element: bfloat16, TF32
-    attained: float  # share of the peak that the vendor's large products reach; no kernel is taken to reach more
+    mma_sync: float  # share of the peak that products by mma.sync can have
+    attained: float  # share of that which the vendor's large products reach; no kernel is taken to reach more
     hbm: float  # bytes/s
     l2: float  # bytes/s of reads that hit
     cache: float  # bytes of L2
@@ -53,8 +56,8 @@ class Device:
         return 16 * self.multiprocessors * self.clock
 
 
-A100 = Device("A100", (8, 0), {HALF: 312e12, SINGLE: 156e12}, 0.80, 2.0e12, 5.4e12, 40e6, 108, 1.41e9)
-H100 = Device("H100", (9, 0), {HALF: 989e12, SINGLE: 494e12}, 0.75, 3.35e12, 7.0e12, 50e6, 132, 1.755e9)
+A100 = Device("A100", (8, 0), {HALF: 312e12, SINGLE: 156e12}, 1.0, 0.80, 2.0e12, 5.4e12, 40e6, 108, 1.41e9)
+H100 = Device("H100", (9, 0), {HALF: 989e12, SINGLE: 494e12}, 0.63, 0.75, 3.35e12, 7.0e12, 50e6, 132, 1.755e9)
 DEVICES = (A100, H100)
 TARGETS = (((H100, 768), 66e-3), ((A100, 512), 95e-3))  # seconds, of the bound
 LAUNCH = 6e-6  # seconds of the host for one kernel, launched from Python
@@ -73,11 +76,12 @@ class Phase:
     programs: int = 0  # of one launch; 0 where the grid is not known or does not matter
     length: float = 1.0  # mean of the programs, as a share of the longest
     launches: int = 1
+    mma_sync: bool = False  # on Hopper, products that are not by wgmma
 
     def bounds(self, device: Device) -> dict[str, float]:
         """Seconds by resource, each at its peak."""
         return {
-            "products": self.flops / device.peak[self.width],
+            "products": self.flops / (device.peak[self.width] * (device.mma_sync if self.mma_sync else 1.0)),
             "HBM": self.hbm / device.hbm,
             "L2": self.l2 / device.l2,
             "exp": self.exponentials / device.exponentials,
@@ -140,7 +144,48 @@ def product_programs(m: int, d: int, k: int, device: Device) -> int:
 
 # ours
 
-TILINGS, KERNELS = backend.kernels("tilings"), backend.kernels("launch").TritonKernels()
+
+@dataclass(frozen=True, eq=False)  # by identity, a key
+class Engine:
+    name: str
+    kernels: Callable[[], sweep.Kernels]
+    rows_features: int  # the most that rows and attention take
+    lanes: Callable[[int], int]  # of features, those that rows and attention compute
+    mma_sync: bool
+    x_once: bool  # for all vectors of a tuple, rather than for each
+
+
+@functools.cache
+def triton_kernels() -> sweep.Kernels:
+    return triton.kernels("launch").TritonKernels()
+
+
+@functools.cache
+def cuda_kernels() -> sweep.Kernels:
+    if build.cuda is not None:
+        return cuda.KERNELS
+    torch.ops.load_library(host().backend())
+    return cuda.CudaKernels("contrastive_ops_cuda_host")
+
+
+def why_not() -> str | None:
+    """The sentence that says why the tiles of the CUDA kernels are not known here; None when they are."""
+    sentence = host().why_not() if build.cuda is None else None
+    return None if sentence is None else f"{build.cuda_missing} To compile them for the CPU: {sentence}"
+
+
+TRITON = Engine(
+    "Triton",
+    triton_kernels,
+    triton.kernels("tilings").ROWS_FEATURES,
+    lanes=lambda d: max(16, 1 << (d - 1).bit_length()),
+    mma_sync=False,
+    x_once=False,
+)
+CUDA = Engine(
+    "CUDA", cuda_kernels, cuda.ROWS_FEATURES, lanes=lambda d: 16 * math.ceil(d / 16), mma_sync=True, x_once=True
+)
+ENGINES = (TRITON, CUDA)
 
 
 class Case(NamedTuple):
@@ -164,13 +209,20 @@ class Case(NamedTuple):
 CLIP = Case()
 
 
+class Tile(NamedTuple):
+    rows: int
+    cols: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.cols}"
+
+
 class Plan(NamedTuple):
     """How the kernels cut a problem."""
 
-    forward: Any  # a tiling, as are the next two
-    block: Any
-    rows: Any  # of few features; None where rows_kernel does not take the case
-    device_class: str
+    forward: Tile
+    block: Tile
+    rows: Tile | None  # of as many features as they take; None where they don't take the case
     programs: int
     groups: int
     strips: int
@@ -189,7 +241,7 @@ def pretending(device: Device) -> Iterator[None]:
         yield
 
 
-def problem(case: Case, d: int, device: str) -> Any:
+def problem(case: Case, d: int, device: str) -> sweep.Problem:
     """As the kernels take it."""
     x = torch.empty(N, d, dtype=torch.bfloat16, device=device)
     y = x.new_empty(N, case.members, d) if case.members else x
@@ -202,52 +254,59 @@ def problem(case: Case, d: int, device: str) -> Any:
 
 
 @functools.cache
-def plan(case: Case, device: Device) -> Plan:
+def plan(engine: Engine, case: Case, d: int, device: Device) -> Plan:
     with pretending(device):
-        of = problem(case, FEATURES[0], "cuda")
+        kernels, of = engine.kernels(), problem(case, min(d, engine.rows_features), "cuda")
+        rows = kernels.rows_tiling(of)
         return Plan(
-            TILINGS.forward_tiling(of),
-            TILINGS.block_tiling(of),
-            TILINGS.rows_tiling(of),
-            TILINGS.device_class(of.x),
-            KERNELS.programs(of.x),
-            *sweep.groups_and_strips(KERNELS, of),
+            Tile(*kernels.forward_tiling(of)),
+            Tile(*kernels.block_tiling(of)),
+            None if rows is None else Tile(*rows),
+            kernels.programs(of.x),
+            *sweep.groups_and_strips(kernels, of),
         )
 
 
-def our_forward(case: Case, d: int, device: Device) -> Phase:
-    p, x = plan(case, device), N * d * HALF
+def operands(engine: Engine, case: Case, d: int, pairs: float, tile: Tile) -> float:
+    """Bytes of the operands of the products of tiles, each reading its own."""
+    of_x = 1 if engine.x_once else case.matrices
+    return pairs * d * HALF * (case.matrices / tile.rows + of_x / tile.cols)
+
+
+def our_forward(engine: Engine, case: Case, d: int, device: Device) -> Phase:
+    p, x = plan(engine, case, d, device), N * d * HALF
     tile = p.forward
-    group, strip = sweep.share(N, tile.block_m, p.groups), sweep.share(N, tile.block_n, p.strips)
+    group, strip = sweep.share(N, tile.rows, p.groups), sweep.share(N, tile.cols, p.strips)
     groups, strips = math.ceil(N / group), math.ceil(N / strip)
-    longest = (group // tile.block_m) * (strip // tile.block_n)
-    programs, tiles = groups * strips, math.ceil(N / tile.block_m) * math.ceil(N / tile.block_n)
+    longest = (group // tile.rows) * (strip // tile.cols)
+    programs, tiles = groups * strips, math.ceil(N / tile.rows) * math.ceil(N / tile.cols)
     if case.mirrored:  # on the diagonal and above
-        programs, tiles = groups * (groups + 1) // 2, (tiles + math.ceil(N / tile.block_m)) // 2
-    pairs = tiles * tile.block_m * tile.block_n
-    edges = pairs * (1 / tile.block_m + 1 / tile.block_n)  # rows and columns of all tiles
+        programs, tiles = groups * (groups + 1) // 2, (tiles + math.ceil(N / tile.cols)) // 2
+    pairs = tiles * tile.rows * tile.cols
+    edges = pairs * (1 / tile.rows + 1 / tile.cols)  # rows and columns of all tiles
     # all strips go through their columns at the same time, once for every tile of rows of their groups
     waves = math.ceil(programs / device.multiprocessors)
     y = case.matrices * x
-    sweeps = 1.0 if y < device.cache / 2 else waves * group / tile.block_m * pairs / N**2
+    sweeps = 1.0 if y < device.cache / 2 else waves * group / tile.rows * pairs / N**2
     positives = 0 if case.members else 2 * x  # read once more for their logits
     statistics = 2 * (strips if case.frozen else groups + strips) * N * SINGLE  # partial maxima and sums
     return Phase(
         "forward",
         flops=2 * case.matrices * pairs * d,
         hbm=x + sweeps * y + positives + 2 * statistics,
-        l2=edges * (case.matrices * d * HALF + 4 * SINGLE),  # a maximum and a sum are read and written
+        l2=operands(engine, case, d, pairs, tile) + edges * 4 * SINGLE,  # a maximum and a sum are read and written
         exponentials=pairs,
         programs=programs,
         length=tiles / (programs * longest),
         launches=1 + (positives > 0) + (1 if case.mirrored or case.frozen else 2),  # merges
+        mma_sync=engine.mma_sync,
     )
 
 
-def by_blocks(case: Case, d: int, device: Device, side: int = sweep.WORKSPACE) -> list[Phase]:
+def by_blocks(engine: Engine, case: Case, d: int, device: Device, side: int = sweep.WORKSPACE) -> list[Phase]:
     """Of each block the coefficients, two products of the vendor onto the gradients, and the sums for the scale."""
-    tile = plan(case, device).block
-    side = math.isqrt(side**2 // case.matrices) // tile.block_m * tile.block_m
+    tile = plan(engine, case, d, device).block
+    side = math.isqrt(side**2 // case.matrices) // tile.rows * tile.rows
     blocks = Counter(
         (min(side, N - row), min(side, N - col), case.mirrored and row != col)
         for row in range(0, N, side)
@@ -257,16 +316,17 @@ def by_blocks(case: Case, d: int, device: Device, side: int = sweep.WORKSPACE) -
     for (rows, cols, mirror), count in blocks.items():
         pairs = count * rows * cols
         coefficients = case.matrices * pairs * HALF
-        grid = math.ceil(rows / tile.block_m), math.ceil(cols / tile.block_n)
+        grid = math.ceil(rows / tile.rows), math.ceil(cols / tile.cols)
         phases.append(
             Phase(
                 "coefficients",
                 flops=2 * case.matrices * pairs * d,
                 hbm=coefficients + count * (rows + case.matrices * cols) * d * HALF,
-                l2=case.matrices * pairs * d * HALF * (1 / tile.block_m + 1 / tile.block_n) + coefficients,
+                l2=operands(engine, case, d, pairs, tile) + coefficients,
                 exponentials=pairs,
                 programs=grid[0] * grid[1],
                 launches=count,
+                mma_sync=engine.mma_sync,
             )
         )
         products = [("dX", rows, cols)]
@@ -292,33 +352,35 @@ def by_blocks(case: Case, d: int, device: Device, side: int = sweep.WORKSPACE) -
     return phases
 
 
-def by_rows(case: Case, d: int, device: Device) -> list[Phase]:
+def by_rows(engine: Engine, case: Case, d: int, device: Device) -> list[Phase]:
     """A program owns rows, goes through all columns, and keeps the gradient of its rows in registers; both sides."""
-    return [owner("rows", case, d, device)] * case.vectors
+    return [owner("rows", engine, case, d, device)] * case.vectors
 
 
-def owner(name: str, case: Case, d: int, device: Device) -> Phase:
+def owner(name: str, engine: Engine, case: Case, d: int, device: Device) -> Phase:
     """Two products; the gradient is taken to be written in 16 bits."""
-    p, x = plan(case, device), N * d * HALF
-    tiles = math.ceil(N / p.rows.block_m)
-    strips = math.ceil(N / sweep.share(N, p.rows.block_n, math.ceil(p.programs / tiles)))
+    p, x = plan(engine, case, d, device), N * d * HALF
+    assert p.rows, "the case is one that rows or attention take"
+    tiles = math.ceil(N / p.rows.rows)
+    strips = math.ceil(N / sweep.share(N, p.rows.cols, math.ceil(p.programs / tiles)))
     programs = tiles * strips
     sweeps = 1 if x < device.cache / 2 else math.ceil(programs / device.multiprocessors)
     return Phase(
         name,
-        flops=4 * N * N * row_lanes(d),
+        flops=4 * N * N * engine.lanes(d),
         hbm=(2 + sweeps) * x,
-        l2=N * N * d * HALF / p.rows.block_m,
+        l2=N * N * d * HALF / p.rows.rows,
         exponentials=N * N,
         programs=programs,
+        mma_sync=engine.mma_sync,
     )
 
 
-def by_attention(case: Case, d: int, device: Device) -> list[Phase]:
+def by_attention(engine: Engine, case: Case, d: int, device: Device) -> list[Phase]:
     """Of a frozen y: forward owns rows and keeps the gradients of their log-sum-exps, backward takes multiples."""
     x = N * d * HALF
     return [
-        owner("attention", case, d, device),
+        owner("attention", engine, case, d, device),
         Phase("statistics", hbm=2 * x, launches=2),  # merge, and the positives' logits
         Phase("kept", hbm=2 * N * d * SINGLE),
         # the multiples, those of the positives, and the rounding to 16 bits
@@ -326,68 +388,67 @@ def by_attention(case: Case, d: int, device: Device) -> list[Phase]:
     ]
 
 
-def row_lanes(d: int) -> int:
-    return max(16, 1 << (d - 1).bit_length())
+def takes_rows(engine: Engine, case: Case, d: int, device: Device) -> bool:
+    return plan(engine, case, d, device).rows is not None and d <= engine.rows_features
 
 
-def takes_rows(case: Case, d: int, device: Device) -> bool:
-    return plan(case, device).rows is not None and d <= TILINGS.ROWS_FEATURES
+def takes_attention(engine: Engine, case: Case, d: int) -> bool:
+    return case.frozen and engine.kernels().takes_attention(torch.bfloat16, d)
 
 
-def takes_attention(case: Case, d: int) -> bool:
-    return case.frozen and KERNELS.takes_attention(torch.bfloat16, d)
+def ours(engine: Engine, d: int, device: Device, case: Case = CLIP) -> list[Phase]:
+    if takes_attention(engine, case, d):
+        return by_attention(engine, case, d, device)
+    if takes_rows(engine, case, d, device):
+        return [our_forward(engine, case, d, device), *by_rows(engine, case, d, device)]
+    return in_groups(engine, case, d, device, product_tile(engine, case, d, device))
 
 
-def ours(d: int, device: Device, case: Case = CLIP) -> list[Phase]:
-    if takes_attention(case, d):
-        return by_attention(case, d, device)
-    if takes_rows(case, d, device):
-        return [our_forward(case, d, device), *by_rows(case, d, device)]
-    phases = [our_forward(case, d, device), *by_blocks(case, d, device)]
-    return [of_groups(phase, case, d, device) for phase in phases]
-
-
-def of_groups(phase: Phase, case: Case, d: int, device: Device) -> Phase:
-    """A phase of blocks without the tiles of which no pair counts."""
-    name, groups = phase.name.partition(",")[0], case.groups
-    if groups == 1 or name not in ("forward", "coefficients", "product"):
-        return phase
-    flops, hbm, l2 = phase.flops / groups, phase.hbm / groups, phase.l2 / groups
-    programs = phase.programs
-    if name == "product":  # our own: every tile reads its operands
-        tile = product_tile(d, device)
-        l2 = flops * HALF / 2 * (1 / tile.block_m + 1 / tile.block_d)
-        programs = math.ceil(sweep.WORKSPACE / tile.block_m) * math.ceil(d / tile.block_d)
-    exponentials = phase.exponentials / groups
-    return replace(phase, flops=flops, hbm=hbm, l2=l2, exponentials=exponentials, programs=programs)
-
-
-@functools.cache
-def product_tile(d: int, device: Device) -> Any:
+def product_tile(engine: Engine, case: Case, d: int, device: Device) -> Tile | None:
+    """Of the engine's own product, rows and features; None where it is the vendor's."""
     with pretending(device):
-        return TILINGS.product_tiling(problem(Case(groups=2), d, "cuda"))
+        tile = engine.kernels().product_tiling(problem(case, d, "cuda"))
+    return None if tile is None else Tile(*tile)
 
 
-def with_vendor(d: int, device: Device, case: Case) -> list[Phase]:
-    """Of groups, with the vendor's products of all blocks, for which the coefficients of all tiles are written."""
-    everything = [our_forward(case, d, device), *by_blocks(case, d, device)]
-    zeros = N * N * HALF * (1 - 1 / case.groups)
+def in_groups(engine: Engine, case: Case, d: int, device: Device, product: Tile | None) -> list[Phase]:
+    """Forward, and backward by blocks, without the tiles of which no pair counts.
+
+    The engine's own product, of tiles, leaves them out, too. That of the vendor, None, is of all blocks, and the
+    coefficients of those tiles are written as zeros.
+    """
+    groups = case.groups
+    zeros = 0 if product else N * N * HALF * (1 - 1 / groups)
     phases = []
-    for phase in everything:
-        if not phase.name.startswith("product"):
-            phase = of_groups(phase, case, d, device)
-        if phase.name == "coefficients":
+    for phase in (our_forward(engine, case, d, device), *by_blocks(engine, case, d, device)):
+        name = phase.name.partition(",")[0]
+        if name in ("forward", "coefficients") or (name == "product" and product):
+            phase = replace(
+                phase,
+                flops=phase.flops / groups,
+                hbm=phase.hbm / groups,
+                l2=phase.l2 / groups,
+                exponentials=phase.exponentials / groups,
+            )
+        if name == "coefficients":
             phase = replace(phase, hbm=phase.hbm + zeros, l2=phase.l2 + zeros)
+        if name == "product" and product:  # every tile reads its operands
+            phase = replace(
+                phase,
+                l2=phase.flops * HALF / 2 * (1 / product.rows + 1 / product.cols),
+                programs=math.ceil(sweep.WORKSPACE / product.rows) * math.ceil(d / product.cols),
+                mma_sync=engine.mma_sync,
+            )
         phases.append(phase)
     return phases
 
 
-def our_workspace(d: int, device: Device) -> float:
+def our_workspace(engine: Engine, d: int, device: Device) -> float:
     """Of forward the partial maxima and sums; of backward by blocks the coefficients and the gradients in float32."""
-    p = plan(CLIP, device)
+    p = plan(engine, CLIP, d, device)
     statistics = 2 * (p.groups + p.strips) * N * SINGLE
     blocks = sweep.WORKSPACE**2 * HALF + CLIP.vectors * N * d * SINGLE
-    return statistics if takes_rows(CLIP, d, device) else max(statistics, blocks)
+    return statistics if takes_rows(engine, CLIP, d, device) else max(statistics, blocks)
 
 
 # peers: traffic that is not known is left out, in their favour
@@ -473,7 +534,10 @@ def eager(d: int, device: Device) -> list[Phase]:
 
 
 SCHEMES = (
-    Scheme("ours", ours, our_workspace),
+    *(
+        Scheme(f"ours, {engine.name}", functools.partial(ours, engine), functools.partial(our_workspace, engine))
+        for engine in ENGINES
+    ),
     Scheme("memeff", memeff, lambda d, device: 4 * N * SINGLE),
     Scheme("Inf-CL", inf_cl, lambda d, device: 14 * N * d * SINGLE),
     Scheme("Liger, chunks x 2", liger_chunked, lambda d, device: liger_chunk(d) * N * HALF + 2 * N * d * HALF),
@@ -556,37 +620,55 @@ def schemes_table() -> str:
     return table(("D", "scheme", "TFLOP", "per N²D", "HBM", "workspace", *TIMES), rows, 2)
 
 
+def by_engine(labels: Sequence[str], cells_of: Callable[[Engine], list[str]]) -> list[list[str]]:
+    """A row for each engine, or one for both where they agree."""
+    cells = {engine.name: cells_of(engine) for engine in ENGINES}
+    first, *others = cells.values()
+    if all(other == first for other in others):
+        return [[*labels, "both", *first]]
+    return [[*labels, name, *of] for name, of in cells.items()]
+
+
 def phases_table() -> str:
+    def cells(engine: Engine, i: int, d: int, device: Device) -> list[str]:
+        phase = ours(engine, d, device)[i]
+        seconds = phase.bounds(device)
+        of_grid = [str(phase.programs), f"{phase.at_work(device):.0%}"] if phase.programs else ["", ""]
+        limit = max(seconds, key=lambda what: seconds[what])
+        return [str(phase.launches), *of_grid, limit, ms(phase.bound(device)), ms(phase.estimate(device))]
+
     rows = []
     for (device, d), _ in TARGETS:
-        for phase in ours(d, device):
-            seconds = phase.bounds(device)
-            of_grid = [str(phase.programs), f"{phase.at_work(device):.0%}"] if phase.programs else ["", ""]
-            limit = max(seconds, key=lambda what: seconds[what])
-            of_time = [ms(phase.bound(device)), ms(phase.estimate(device))]
-            rows.append([f"{device.name}, D = {d}", phase.name, str(phase.launches), *of_grid, limit, *of_time])
-    columns = ("", "phase", "launches", "programs", "at work", "limit", "bound, ms", "estimate, ms")
-    return table(columns, rows, 2)
+        for i, phase in enumerate(ours(TRITON, d, device)):
+            labels = (f"{device.name}, D = {d}", phase.name)
+            rows += by_engine(labels, functools.partial(cells, i=i, d=d, device=device))
+    columns = ("", "phase", "engine", "launches", "programs", "at work", "limit", "bound, ms", "estimate, ms")
+    return table(columns, rows, 3)
 
 
 def forms_table() -> str:
-    rows = []
     file = 65536 * SINGLE  # bytes of the registers of a multiprocessor
-    for d in (64, 128, 256, 512):
-        for name, form in (("blocks", by_blocks), ("rows", by_rows)):
-            phases = form(CLIP, d, H100)
-            counts = [
-                f"{total(phases, 'flops') / 1e12:.1f}",
-                size(total(phases, "hbm")),
-                size(total(phases, "l2")),
-                f"{total(phases, 'exponentials') / N**2:.0f}",
-                f"{total(phases, 'launches'):.0f}",
-                f"{plan(CLIP, H100).rows.block_m * row_lanes(d) * SINGLE / file:.0%}" if name == "rows" else "",
-            ]
-            taken = "taken" if (name == "rows") == takes_rows(CLIP, d, H100) else ""
-            rows.append([str(d), name, taken, *counts, *times(functools.partial(form, CLIP), d)])
+
+    def cells(engine: Engine, d: int, form: Callable[..., list[Phase]]) -> list[str]:
+        phases, tile = form(engine, CLIP, d, H100), plan(engine, CLIP, d, H100).rows
+        return [
+            "taken" if (form is by_rows) == takes_rows(engine, CLIP, d, H100) else "",
+            f"{total(phases, 'flops') / 1e12:.1f}",
+            size(total(phases, "hbm")),
+            size(total(phases, "l2")),
+            f"{total(phases, 'exponentials') / N**2:.0f}",
+            f"{total(phases, 'launches'):.0f}",
+            f"{tile.rows * engine.lanes(d) * SINGLE / file:.0%}" if tile and form is by_rows else "",
+            *times(functools.partial(form, engine, CLIP), d),
+        ]
+
+    rows = [
+        row
+        for d, (name, form) in itertools.product((64, 128, 256, 512), (("blocks", by_blocks), ("rows", by_rows)))
+        for row in by_engine((str(d), name), functools.partial(cells, d=d, form=form))
+    ]
     counted = ("TFLOP", "HBM", "L2", "exp per pair", "launches", "registers")
-    return table(("D", "form", "", *counted, *TIMES), rows, 3)
+    return table(("D", "form", "engine", "", *counted, *TIMES), rows, 4)
 
 
 SIDES = (sweep.WORKSPACE, 5632, 8192)
@@ -596,14 +678,14 @@ BLOCK_FEATURES = (512, 768, 1024)
 def with_side(d: int, device: Device, side: int) -> str:
     """The estimate of all, and the share of the multiprocessors in dX of a whole block."""
     product = product_programs(side, d, side, device)
-    phases = [our_forward(CLIP, d, device), *by_blocks(CLIP, d, device, side)]
+    phases = [our_forward(TRITON, CLIP, d, device), *by_blocks(TRITON, CLIP, d, device, side)]
     return f"{ms(estimate(phases, device))} ({balance(product, device):.0%})"
 
 
 def fitting_side(d: int, device: Device) -> int:
     """Of at most as many rows and columns as the kernels' own, those of the least estimate."""
     sides = range(sweep.WORKSPACE, sweep.WORKSPACE // 2 - 1, -VENDOR_TILE)
-    return min(sides, key=lambda side: estimate(by_blocks(CLIP, d, device, side), device))
+    return min(sides, key=lambda side: estimate(by_blocks(TRITON, CLIP, d, device, side), device))
 
 
 def workspace_table() -> str:
@@ -626,50 +708,61 @@ CASES = (
 
 
 def cases_table() -> str:
-    rows = []
-    for name, case in CASES:
-        cells = []
+    def cells(engine: Engine, case: Case) -> list[str]:
+        of_time = []
         for (device, d), _ in TARGETS:
-            phases = ours(d, device, case)
-            cells += [ms(bound(phases, device)), ms(estimate(phases, device))]
-        flops, tile = total(phases, "flops"), plan(case, device)
-        tiles = (f"{tiling.block_m} x {tiling.block_n}" for tiling in (tile.forward, tile.block))
-        rows.append([name, *tiles, f"{flops / (N * N * d):.3g}", *cells])
+            phases = ours(engine, d, device, case)
+            of_time += [ms(bound(phases, device)), ms(estimate(phases, device))]
+        tile = plan(engine, case, d, device)
+        return [str(tile.forward), str(tile.block), f"{total(phases, 'flops') / (N * N * d):.3g}", *of_time]
+
+    rows = [row for name, case in CASES for row in by_engine((name,), functools.partial(cells, case=case))]
     timed = (f"{device.name}, D = {d}, {kind}, ms" for (device, d), _ in TARGETS for kind in ("bound", "estimate"))
-    return table(("", "tile of forward", "of backward", "per N²D", *timed), rows, 3)
+    return table(("", "engine", "tile of forward", "of backward", "per N²D", *timed), rows, 4)
 
 
-def recomputed(d: int, device: Device) -> list[Phase]:
+def recomputed(engine: Engine, d: int, device: Device) -> list[Phase]:
     """As for a y that needs its gradient, too."""
-    return [our_forward(FROZEN, d, device), *by_rows(FROZEN, d, device)]
+    return [our_forward(engine, FROZEN, d, device), *by_rows(engine, FROZEN, d, device)]
 
 
 def frozen_table() -> str:
-    rows = []
-    for d in (64, 128, 256):
-        forms = (("attention", functools.partial(ours, case=FROZEN)), ("forward, rows", recomputed))
-        for name, form in forms:
-            phases = form(d, H100)
-            counts = [
-                f"{total(phases, 'flops') / (N * N * d):.3g}",
-                f"{total(phases, 'exponentials') / N**2:.0f}",
-                size(total(phases, "hbm")),
-            ]
-            rows.append([str(d), name, *counts, *times(form, d)])
-    return table(("D", "form", "per N²D", "exp per pair", "HBM", *TIMES), rows, 2)
+    def cells(engine: Engine, d: int, form: Callable[..., list[Phase]]) -> list[str]:
+        phases = form(engine, d, H100)
+        return [
+            f"{total(phases, 'flops') / (N * N * d):.3g}",
+            f"{total(phases, 'exponentials') / N**2:.0f}",
+            size(total(phases, "hbm")),
+            *times(functools.partial(form, engine), d),
+        ]
+
+    forms: dict[str, Callable[..., list[Phase]]] = {
+        "attention": functools.partial(ours, case=FROZEN),
+        "forward, rows": recomputed,
+    }
+    rows = [
+        row
+        for d, (name, form) in itertools.product((64, 128, 256), forms.items())
+        for row in by_engine((str(d), name), functools.partial(cells, d=d, form=form))
+    ]
+    return table(("D", "form", "engine", "per N²D", "exp per pair", "HBM", *TIMES), rows, 3)
 
 
 def equal_ids_table() -> str:
+    def cells(phases: Phases, d: int) -> list[str]:
+        return [f"{total(phases(d, H100), 'flops') / (N * N * d):.3g}", *times(phases, d)]
+
+    def with_vendor(engine: Engine, d: int, case: Case) -> list[str]:
+        return cells(functools.partial(in_groups, engine, case, product=None), d)
+
     rows = []
     for d, groups in itertools.product((512, 768), (2, 4, 16)):
-        case = Case(groups=groups)
-        for name, form in (
-            ("its own", functools.partial(ours, case=case)),
-            ("the vendor's", functools.partial(with_vendor, case=case)),
-        ):
-            flops = f"{total(form(d, H100), 'flops') / (N * N * d):.3g}"
-            rows.append([str(d), str(groups), name, flops, *times(form, d)])
-    return table(("D", "groups", "products", "per N²D", *TIMES), rows, 3)
+        case, labels = Case(groups=groups), (str(d), str(groups))
+        for engine in ENGINES:
+            if product_tile(engine, case, d, H100):
+                rows.append([*labels, "its own", engine.name, *cells(functools.partial(ours, engine, case=case), d)])
+        rows += by_engine((*labels, "the vendor's"), functools.partial(with_vendor, d=d, case=case))
+    return table(("D", "groups", "products", "engine", "per N²D", *TIMES), rows, 4)
 
 
 def published_table() -> str:
@@ -703,6 +796,11 @@ def assumptions_table() -> str:
             lambda on: " / ".join(f"{v / 1e12:g}" for v in on.peak.values()),
             "data sheet",
         ),
+        row(
+            "mma.sync, share of it",
+            lambda on: f"{on.mma_sync:g}",
+            "Luo et al., arXiv:2501.12084, a mean on the H800 PCIe",
+        ),
         row("HBM, TB/s", lambda on: f"{on.hbm / 1e12:g}", "data sheet"),
         row("multiprocessors, GHz", lambda on: f"{on.multiprocessors}, {on.clock / 1e9:g}", "data sheet"),
         row("exponentials per second", lambda on: f"{on.exponentials:.3g}", "16 per clock and multiprocessor"),
@@ -713,18 +811,22 @@ def assumptions_table() -> str:
     return table(("", *(f"{device.name}-SXM" for device in DEVICES), "from"), rows, 1)
 
 
-def tiles_of(device: Device) -> str:
-    p = plan(CLIP, device)
-    forward, block, rows = (f"{tiling.block_m} x {tiling.block_n}" for tiling in (p.forward, p.block, p.rows))
+def tiles_of(engine: Engine, device: Device) -> str:
+    p = plan(engine, CLIP, engine.rows_features, device)
+    by_rows = {plan(engine, CLIP, d, device).rows: d for d in (64, 128, engine.rows_features)}  # the most features last
+    rows = ", ".join(f"{tile} to D = {d}" for tile, d in by_rows.items())
     return (
-        f"- {device.name}: forward {forward}, in {p.groups} x {p.strips} programs; by blocks {block}; by rows {rows}."
+        f"- {engine.name}, {device.name}: forward {p.forward}, in {p.groups} x {p.strips} programs; "
+        f"by blocks {p.block}; by rows {rows}."
     )
 
 
 def page() -> str:
+    def modelled(d: int, device: Device) -> str:
+        return " / ".join(ms(bound(ours(engine, d, device), device)) for engine in ENGINES)
+
     targets = "; ".join(
-        f"{device.name}, D = {d}: {ms(bound(ours(d, device), device))} ms, target {ms(seconds)} ms"
-        for (device, d), seconds in TARGETS
+        f"{device.name}, D = {d}: {modelled(d, device)} ms, target {ms(seconds)} ms" for (device, d), seconds in TARGETS
     )
     return f"""# What the loss would cost on a GPU
 
@@ -734,10 +836,11 @@ published are named as such. `{COMMAND}` writes the page, and a test compares.
 Symmetric InfoNCE (CLIP's loss) with a learned scale, forward + backward, N = {N:,} pairs of bfloat16 vectors.
 
 - **bound**: of each phase, the most of FLOPs, HBM, L2 and exponentials at their peak rates; the phases added up.
-  Ours: {targets}.
+  Ours, {" / ".join(engine.name for engine in ENGINES)}: {targets}.
 - **estimate**: with the share of the peak that products attain, with the multiprocessors that idle while the last
   programs finish, and with the host's launches where they take longer. It still leaves out what a tile does beside
-  products and exponentials, latencies that nothing hides, and instructions that a tile is too small for.
+  products and exponentials, latencies that nothing hides, instructions that a tile is too small for, and reads of
+  shared memory.
 - per N²D: FLOPs over N²D, of which one product takes 2.
 - HBM: where a peer's traffic is not known, its least. Workspace: beyond inputs and gradients of their dtype.
 
@@ -745,14 +848,19 @@ Symmetric InfoNCE (CLIP's loss) with a learned scale, forward + backward, N = {N
 
 {schemes_table()}
 
-Ours goes by rows up to D = {TILINGS.ROWS_FEATURES}, by blocks above, and keeps float32 sums of the gradients there.
+Ours goes by rows up to D = {TRITON.rows_features}, by blocks above, and keeps float32 sums of the gradients there.
+Both engines have the same host code, and the products of blocks are the vendor's. In the kernels, CUDA's products are
+mma.sync (m16n8k16), as all are on the A100; on the H100 Triton's are wgmma, and mma.sync has {H100.mma_sync:.0%} of the
+peak. There the difference shows where the products are the limit, by rows; in forward and the coefficients of blocks it
+is L2, for both engines. That is in favour of CUDA's: mma.sync takes its operands through registers, with more to issue
+and to hide.
 Peers as their code was read: memeff 0.3.1, inf-cl 1.2.1, Liger-Kernel 0.8.5, and for eager open_clip of June 2026.
 
 ## Where ours spends it, modelled
 
 Tiles:
 
-{chr(10).join(map(tiles_of, DEVICES))}
+{chr(10).join(tiles_of(*of) for of in itertools.product(ENGINES, DEVICES))}
 
 {phases_table()}
 
@@ -763,17 +871,23 @@ nothing of the pairs goes through memory: a program goes through all columns and
 registers. The fewer the features, the cheaper its products beside that traffic, and the smaller the gradient.
 "Registers" is the gradient's share of a multiprocessor's file. With more features it leaves room for fewer programs, or
 for smaller tiles, which no count here shows: memeff goes by rows at D = 512, and its published time is far above the
-model. So ours goes by rows only where the gradient is small, up to D = {TILINGS.ROWS_FEATURES}.
+model. So ours goes by rows only where the gradient is small, up to D = {TRITON.rows_features}.
+
+Nor does a count show shared memory, of 128 bytes per clock and multiprocessor, which a warp of CUDA's reads for its own
+rows alone. Up to D = 128 it has 32 rows and reads 3/64 bytes per FLOP, on the H100 for as long as mma.sync computes;
+above, it has 16 and reads 5/64, 1.25 times as long as the products on the A100 and 1.6 times on the H100. There blocks
+may be as fast.
 
 {forms_table()}
 
 ## The workspace of the blocks, modelled
 
-Estimate of forward + backward in ms, and in brackets the share of the multiprocessors at work in a product of a block.
-A larger block gives the vendor's products more tiles, and fewer multiprocessors wait for the last. Ours has
-{sweep.WORKSPACE} rows and columns, for memory; they may also stay in L2, which is not counted here. "As fits" is the
-best of at most as many, in steps of {VENDOR_TILE}: a smaller block whose tiles fill the device. NVIDIA's model of the
-products, below, bears that out for D = 512 and 1024 of the A100, not for the H100, where short products reach less.
+Estimate of forward + backward in ms with Triton's kernels, and in brackets the share of the multiprocessors at work in
+a product of a block. A larger block gives the vendor's products more tiles, and fewer multiprocessors wait for the
+last. Ours has {sweep.WORKSPACE} rows and columns, for memory; they may also stay in L2, which is not counted here. "As
+fits" is the best of at most as many, in steps of {VENDOR_TILE}: a smaller block whose tiles fill the device. NVIDIA's
+model of the products, below, bears that out for D = 512 and 1024 of the A100, not for the H100, where short products
+reach less.
 
 {workspace_table()}
 
@@ -782,12 +896,13 @@ products, below, bears that out for D = 512 and 1024 of the A100, not for the H1
 {cases_table()}
 
 - y frozen: forward 2, the coefficients 2, one product 2. For 4, nothing may be computed twice. Up to
-  D = {TILINGS.ROWS_FEATURES}, of the rows alone, forward does that, below; the weights of the columns are not known
+  D = {TRITON.rows_features}, of the rows alone, forward does that, below; the weights of the columns are not known
   before all rows are seen, and above, a program has no registers for the gradients of its rows.
 - Self-similarity: forward and the coefficients visit the tiles or blocks on and above the diagonal, 1 each; a block
   above it has two products, 2 in all. With many blocks that is 4; the whole blocks on the diagonal add a little.
 - Volumes of tuples of P vectors (`volume_logsumexp`) take P times the products, in smaller tiles, and P matrices of
-  coefficients share the workspace: a block has {sweep.WORKSPACE} / sqrt(P) rows and columns.
+  coefficients share the workspace: a block has {sweep.WORKSPACE} / sqrt(P) rows and columns. CUDA's kernels read the
+  anchors of a tile once, Triton's for each of the P vectors.
 
 ## A frozen side, modelled
 
@@ -800,8 +915,9 @@ keeps them in float32, and backward multiplies them. The alternative computes th
 ## Pairs of equal ids, modelled
 
 With `ids="restrict"` (views of one kind, classes) and rows in the order of their ids, tiles without a pair that counts
-are left out: by forward, by the coefficients, which are not written, and by a product of its own. The alternative is
-the vendor's product of all blocks, with zeros for those coefficients; of two groups that takes an H100 as long.
+are left out: by forward, by the coefficients, and with Triton's kernels by a product of its own, for which those
+coefficients are not written. CUDA's kernels have the vendor's product of all blocks, with zeros for them. For Triton's
+that is the alternative; of two groups it takes an H100 as long.
 
 {equal_ids_table()}
 
@@ -830,7 +946,10 @@ at a time.
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cost", description="Modelled cost of the loss on GPUs.")
     parser.add_argument("--write", action="store_true", help=f"into bench/{PAGE.name}")
-    if parser.parse_args(argv).write:
+    write = parser.parse_args(argv).write
+    if sentence := why_not():
+        sys.exit(sentence)
+    if write:
         PAGE.write_text(page())
     else:
         print(page(), end="")

@@ -81,14 +81,18 @@ class TritonKernels(Kernels):
         )  # fmt: skip
 
     def product(self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor) -> None:
-        if not problem.restrict:
+        tile = self.product_tiling(problem)
+        if tile is None:
             super().product(problem, block, total, coefficients, y)
             return
-        tiling = tilings.product_tiling(problem)
-        product_kernel[(cdiv(block.rows, tiling.block_m), cdiv(problem.features, tiling.block_d))](
+        product_kernel[(cdiv(block.rows, tile[0]), cdiv(problem.features, tile[1]))](
             coefficients, y, total, problem.vectors, problem.n, problem.m, problem.features, *block[:4],
-            *coefficients.stride(), **options(problem, tiling),
+            *coefficients.stride(), **options(problem, tilings.product_tiling(problem)),
         )  # fmt: skip
+
+    def product_tiling(self, problem: Problem) -> tuple[int, int] | None:
+        tiling = tilings.product_tiling(problem) if problem.restrict else None
+        return None if tiling is None else (tiling.block_m, tiling.block_d)
 
     def rows(
         self,

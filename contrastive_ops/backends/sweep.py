@@ -189,6 +189,10 @@ class Kernels(Protocol):
         """
         _accumulate(total, coefficients, y)
 
+    def product_tiling(self, problem: Problem) -> tuple[int, int] | None:
+        """Rows and features of a tile; None where `product` is the vendor's, of all pairs."""
+        return None
+
     def rows(
         self,
         problem: Problem,
