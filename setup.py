@@ -172,7 +172,10 @@ def build_command():
                 cuda_objects(self.build_temp) if extension.name == CUDA_NAME else self.tile_objects(extension)
             )
             extension.depends += extension.extra_objects
-            super().build_extension(extension)
+            try:
+                super().build_extension(extension)
+            except RuntimeError as error:  # of ninja; an optional extension may fail to compile, and in no other way
+                raise CompileError(str(error)) from error
 
         def tile_objects(self, extension):
             # PyTorch's ninja build has one set of flags per extension, so these objects are made beforehand

@@ -417,7 +417,7 @@ REFUSALS = {
         "x must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
     "explain-op": (
         lambda: co.explain(X, op="attention"), ValueError,
-        "op must be one of 'similarity_logsumexp', 'volume_logsumexp', got 'attention'."),
+        "op must be one of 'similarity_logsumexp', 'volume_logsumexp', 'gramian_volume', got 'attention'."),
     "explain-backend": (
         lambda: co.explain(X.to("meta"), backend="cpu"), RuntimeError,
         'backend="cpu" can\'t run similarity_logsumexp: cpu runs CPU tensors, got a tensor on meta. '

@@ -1,4 +1,4 @@
-"""On a GPU: both ops and every loss, by Triton and by plain PyTorch, and what only a device has.
+"""On a GPU: both ops and every loss, by CUDA, by Triton and by plain PyTorch, and what only a device has.
 
     python -m pytest -m gpu
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from torch import Tensor
 
 from contrastive_ops import checks
-from contrastive_ops.backends import cpu, cuda, reference, tiled, triton
+from contrastive_ops.backends import cpu, cuda, reference, tiled, triton, tuples
 
 _MODULES: dict[str, ModuleType] = {
     "cpu": cpu,
@@ -26,6 +26,11 @@ NAMES = ("auto", *_MODULES)
 
 def module(name: str) -> ModuleType:
     return _MODULES[name]
+
+
+def factor(name: str, vectors: Tensor) -> tuples.Basis:
+    """Sets of vectors [M, P, D] factored for `gramian_volume`; a backend without a kernel for it has PyTorch's."""
+    return getattr(_MODULES[name], "factor", tuples.factor)(vectors)
 
 
 def why_not(name: str, op: str, x: Tensor) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from contrastive_ops import build, checks
 from contrastive_ops.backends import tuples as tuple_basis
 
-OPS = ("similarity_logsumexp", "volume_logsumexp")
+OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 
 
 def why_not(op: str, x: Tensor) -> str | None:

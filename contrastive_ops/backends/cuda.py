@@ -13,7 +13,8 @@ from contrastive_ops import build, checks
 from contrastive_ops.backends import sweep
 from contrastive_ops.backends import tuples as tuple_basis
 
-OPS = ("similarity_logsumexp", "volume_logsumexp")
+OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
+MOST_VECTORS = 5  # of factor.cu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 ROWS_FEATURES = 256  # the most that rows_tiling takes: traced sizes can't be given to it
@@ -107,6 +108,8 @@ KERNELS = CudaKernels("contrastive_ops_cuda")
 
 
 def why_not(op: str, x: Tensor) -> str | None:
+    if op == "gramian_volume" and x.shape[-2] > MOST_VECTORS:
+        return f"cuda takes sets of up to {MOST_VECTORS} vectors, got {x.shape[-2]}."
     if build.cuda is None:
         return build.cuda_missing
     if torch.version.cuda is None:
@@ -144,6 +147,10 @@ def no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str 
 
 def kept(*arguments: Any) -> int:
     return sweep.kept(KERNELS, *arguments)
+
+
+def factor(vectors: Tensor) -> tuple_basis.Basis:
+    return KERNELS.factor(vectors)
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from contrastive_ops.reference.similarity_logsumexp import logits_at, logsumexp, similarity_logits
 from contrastive_ops.reference.volume_logsumexp import volume_logits
 
-OPS = ("similarity_logsumexp", "volume_logsumexp")
+OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 
 
 def why_not(op: str, x: Tensor) -> str | None:

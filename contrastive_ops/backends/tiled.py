@@ -24,7 +24,7 @@ from torch import Tensor
 from contrastive_ops.backends import tuples as tuple_basis
 from contrastive_ops.dtypes import statistics_dtype
 
-OPS = ("similarity_logsumexp", "volume_logsumexp")
+OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 TILE = 1024  # rows and columns; 4 MB of float32 logits
 
 

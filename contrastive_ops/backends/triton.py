@@ -15,7 +15,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.backends import sweep
 
-OPS = ("similarity_logsumexp", "volume_logsumexp")
+OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -149,7 +149,7 @@ def _directions(
         totals=totals,
         backend=backend,
     )
-    positive = -logit_scale * gramian_volume(vectors)
+    positive = -logit_scale * gramian_volume(vectors, backend=backend)
     of_rows = Direction(negatives.row_lse, negatives.row_max, negatives.row_total, positive)
     of_cols = Direction(negatives.col_lse, negatives.col_max, negatives.col_total, positive)
     return (of_rows,) * rows + (of_cols,) * cols

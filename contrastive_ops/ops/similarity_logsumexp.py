@@ -72,7 +72,7 @@ def similarity_logsumexp(
         skip whole tiles.
     rows, cols : bool
         The directions to reduce; both cost one sweep. Self-similarity has `rows` only, the columns are the same.
-    backend : "auto", "cpu", "triton", "tiled", "reference"
+    backend : "auto", "cpu", "cuda", "triton", "tiled", "reference"
         "auto" takes the first that can run the input, a named one runs or raises.
 
     Returns
@@ -93,8 +93,8 @@ def similarity_logsumexp(
     Extra memory is O(N + M) in forward and O((N + M) D) in backward, which computes the tiles again; the cpu backend
     keeps up to 64 MB of them instead. Work in units of N M D multiply-adds: 1 forward, 1 for the recomputation and 1
     for each side that requires a gradient; in self-similarity 0.5 + 0.5 + 1. For 16-bit rows of at most 256 features
-    alone, with a y side that requires none, the triton backend does all in forward: 2, and it keeps O(N D). Sums,
-    maxima and gradients accumulate in float32 (float64). Runs are bitwise repeatable. Differentiable once;
+    alone, with a y side that requires none, the cuda and triton backends do all in forward: 2, and they keep O(N D).
+    Sums, maxima and gradients accumulate in float32 (float64). Runs are bitwise repeatable. Differentiable once;
     differentiating twice raises.
 
     Examples

@@ -66,7 +66,7 @@ def volume_logsumexp(
         The directions to reduce; both cost one sweep.
     totals : bool
         Also sum the logits of each direction over the pairs that take part, for label smoothing.
-    backend : "auto", "cpu", "triton", "tiled", "reference"
+    backend : "auto", "cpu", "cuda", "triton", "tiled", "reference"
         "auto" takes the first that can run the input, a named one runs or raises.
 
     Returns

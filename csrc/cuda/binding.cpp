@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
 #include <optional>
@@ -19,6 +20,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #ifdef CONTRASTIVE_OPS_CUDA_HOST
@@ -387,14 +389,18 @@ void block(
   void* out = call.pointer<void>("coefficients", coefficients, {matrices, rows, stride}, x.scalar_type());
   // they are stored 16 bytes at a time
   call.check(reinterpret_cast<uintptr_t>(out) % 16 == 0, "coefficients must be aligned to 16 bytes");
+  const Sums of_rows = sums_of(call, "row_sums", row_sums, parts_of(cols, tile.cols), rows);
+  const Sums of_cols = sums_of(call, "col_sums", col_sums, parts_of(rows, tile.rows), cols);
+  const bool has_along = of_cols.along != nullptr || (of_rows.along != nullptr && problem.members == 0);
+  call.check(!has_along, "along is of the rows of volumes alone");
   call.finish(
       cuda::block(
           problem,
           incoming_of(call, incoming, problem),
           call.pointer<const float>("unit", unit, {1}),
           out,
-          sums_of(call, "row_sums", row_sums, parts_of(cols, tile.cols), rows),
-          sums_of(call, "col_sums", col_sums, parts_of(rows, tile.rows), cols),
+          of_rows,
+          of_cols,
           where,
           call.stream()));
 }
