@@ -54,7 +54,7 @@ WRONG = {
     "no_blocks": r"a grid of 0 x 1 x 1 blocks: each must be at least 1",
     "many_blocks": r"a grid of 1 x 65536 x 1 blocks",
     "many_threads": r"1056 threads in a block: there must be 1 to 1024",
-    "much_shared": r"232449 bytes of shared memory: a block has at most 232448",
+    "much_shared": r"101377 bytes of shared memory: a block has at most 101376",
     # wrong values, by the poison or by the order of the threads
     "no_barrier": "wrong: out",
     "no_warp_barrier": "wrong: out",

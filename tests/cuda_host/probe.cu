@@ -424,9 +424,9 @@ const char* run_case(const std::string& name) {
   } else if (name == "many_threads") {
     return cuda::launch(nothing, dim3(1), 1056, 0, nullptr);
   } else if (name == "much_shared") {
-    return cuda::launch(nothing, dim3(1), THREADS, 227 * 1024 + 1, nullptr);
+    return cuda::launch(nothing, dim3(1), THREADS, 99 * 1024 + 1, nullptr);
   } else if (name == "all_that_fits") {
-    return cuda::launch(nothing, dim3(7), 1024, 227 * 1024, nullptr);
+    return cuda::launch(nothing, dim3(7), 1024, 99 * 1024, nullptr);
   } else if (name == "many_fibers") {
     return cuda::launch(nothing, dim3(126), THREADS, 0, nullptr);
   }
