@@ -3,8 +3,11 @@
 //
 //   a block has a tile of rows, each warp 16 or 32 of them, and a strip of columns; x of the rows in shared memory
 //   for each tile of 32 columns, of which two are in shared memory, one to come:
-//       pairs again, g = dL/ds
-//       dX += (g a b / unit) Y, with g in the registers in which the product left it
+//       pairs, in the registers in which the product left them
+//       rows_kernel: g = dL/ds
+//           dX += (g a b / unit) Y
+//       attention_kernel, where rows alone have gradients: t = e^(s - maximum), the maximum of the row so far
+//           sum = sum decay + t, d lse/dX = d lse/dX decay + (t a b / unit) Y, divided by the sum in the end
 //
 // No atomics: strips are added up afterwards, in their order.
 #include "gradient.cuh"
@@ -222,7 +225,7 @@ __global__ void __launch_bounds__(Shape::threads, 2) rows_kernel(
       const float g = gradient_of_pair<false>(pair, of_tile, shared.row, cols, mask, i, j, k, l);
       scale_sum[k] += g * b * pair;
       bias_sum[k] += g;
-      // all scales before it is rounded: `unit` is of the product
+      // all scales before it is rounded: in float16 the product, in units, is what has room
       pairs[nj][mi][e] = g * b * shared.row.options.scale[i] * reciprocal_unit;
     });
     if (gradient != nullptr) {
