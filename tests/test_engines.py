@@ -95,23 +95,22 @@ def test_huge_logits(size, name, engine):
     op_tests.test_huge_logits(size, name, engine, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "test",
-    [
-        op_tests.test_all_pairs_excluded,
-        op_tests.test_backward_can_run_twice,
-        op_tests.test_columns_are_the_rows_of_the_transposed_problem,
-        op_tests.test_duplicates,
-        op_tests.test_excluded_rows_have_minus_infinity_and_no_gradient,
-        op_tests.test_far_ids_are_told_apart,
-        op_tests.test_index_beyond_the_columns_excludes_nothing,
-        op_tests.test_inputs_are_left_alone,
-        op_tests.test_maxima_carry_no_gradient,
-        op_tests.test_nan_in_an_excluded_pair_is_not_read,
-        op_tests.test_zero_strides,
-    ],
-    ids=lambda test: test.__name__,
-)
+PROPERTIES = [
+    op_tests.test_all_pairs_excluded,
+    op_tests.test_backward_can_run_twice,
+    op_tests.test_columns_are_the_rows_of_the_transposed_problem,
+    op_tests.test_duplicates,
+    op_tests.test_excluded_rows_have_minus_infinity_and_no_gradient,
+    op_tests.test_far_ids_are_told_apart,
+    op_tests.test_index_beyond_the_columns_excludes_nothing,
+    op_tests.test_inputs_are_left_alone,
+    op_tests.test_maxima_carry_no_gradient,
+    op_tests.test_nan_in_an_excluded_pair_is_not_read,
+    op_tests.test_zero_strides,
+]
+
+
+@pytest.mark.parametrize("test", PROPERTIES, ids=lambda test: test.__name__)
 def test_properties(test, engine):
     test(engine)
 

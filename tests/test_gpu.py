@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 import test_compile as compile_tests
+import test_engines as engine_tests
 import test_losses as loss_tests
 import test_similarity_logsumexp as op_tests
 import test_volume_logsumexp as volume_tests
 import torch
-from problems import ALL_OPTIONS, problem
+from problems import ALL_OPTIONS, frozen, problem
 from tolerance import evaluate, judge
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -126,6 +127,32 @@ def test_large(shape, name, engine, dtype):
     judge(op_tests.fused, moved(op_tests.naive), arguments, options, fused_options={"backend": engine}, roundings=1)
 
 
+# rows alone, with columns that require no gradient: of 16-bit features forward has the gradients
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", each(["rows", "vectors-rows", "everything", "everything-restrict"], ["vectors-rows"]))
+@pytest.mark.parametrize(
+    "shape", each([(1, 1, 1), (300, 40, 100), (5000, 4500, 64), (5000, 4500, 256)], [(65, 129, 17)])
+)
+def test_frozen_columns(shape, name, engine, dtype):
+    arguments, options = frozen(name, *shape, dtype)
+    judge(op_tests.fused, moved(op_tests.naive), arguments, options, fused_options={"backend": engine}, roundings=1)
+
+
+@gpu
+@real
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("members", [1, 2, 3, 4, 5])
+def test_volume_of_one_set(members, dtype):
+    vectors = torch.randn(1000, members, 257, dtype=dtype, device=DEVICE)
+    sentence = backends.why_not("cuda", "gramian_volume", vectors)
+    if sentence is not None:
+        pytest.skip(sentence)
+    volumes = [co.gramian_volume(vectors, backend=name) for name in ("cuda", "tiled")]
+    torch.testing.assert_close(*volumes, rtol=1e-6, atol=0.0)
+
+
 @gpu
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,16 +163,7 @@ def test_huge_logits(size, name, engine, dtype):
 
 
 PROPERTIES = [
-    op_tests.test_all_pairs_excluded,
-    op_tests.test_backward_can_run_twice,
-    op_tests.test_columns_are_the_rows_of_the_transposed_problem,
-    op_tests.test_duplicates,
-    op_tests.test_excluded_rows_have_minus_infinity_and_no_gradient,
-    op_tests.test_far_ids_are_told_apart,
-    op_tests.test_index_beyond_the_columns_excludes_nothing,
-    op_tests.test_maxima_carry_no_gradient,
-    op_tests.test_nan_in_an_excluded_pair_is_not_read,
-    op_tests.test_zero_strides,
+    *(test for test in engine_tests.PROPERTIES if test is not op_tests.test_inputs_are_left_alone),  # they are copies
     volume_tests.test_more_vectors_than_dimensions,
     volume_tests.test_only_pair_excluded,
 ]
