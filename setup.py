@@ -9,6 +9,7 @@ compilations.
 import functools
 import hashlib
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -53,6 +54,10 @@ class SourceDistribution(sdist):
 def say(text: str) -> None:
     """pip hides standard output; this reaches the log of `pip -v` and of a failed build."""
     print(f"contrastive_ops: {text}", file=sys.stderr)
+
+
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 class Toolkit(NamedTuple):
@@ -138,8 +143,7 @@ def cuda_objects(build_temp: str) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted(Path("csrc/cuda").glob("*.cu"))
     headers = [str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc/cuda").glob(pattern)]
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    threads = max(1, jobs // len(sources))  # of each nvcc, for its architectures
+    threads = max(1, jobs() // len(sources))  # of each nvcc, for its architectures
 
     def compile_one(source):
         target = folder / f"{source.stem}.o"
@@ -152,7 +156,7 @@ def cuda_objects(build_temp: str) -> list[str]:
                 )
         return str(target)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs()) as pool:
         return list(pool.map(compile_one, sources))
 
 
@@ -179,9 +183,8 @@ def build_command():
 
         def tile_objects(self, extension):
             # PyTorch's ninja build has one set of flags per extension, so these objects are made beforehand
-            objects = []
-            for name, flags in INSTRUCTION_SETS.items():
-                objects += self.compiler.compile(
+            def compile_for(name):
+                return self.compiler.compile(
                     ["csrc/cpu/tile.cpp"],
                     output_dir=os.path.join(self.build_temp, name),
                     include_dirs=extension.include_dirs,
@@ -189,11 +192,13 @@ def build_command():
                         *extension.extra_compile_args["cxx"],
                         f"-DCPU_CAPABILITY={name}",
                         f"-DCPU_CAPABILITY_{name}",
-                        *flags,
+                        *INSTRUCTION_SETS[name],
                     ],
                     depends=extension.depends,
                 )
-            return objects
+
+            with ThreadPoolExecutor(jobs()) as pool:
+                return list(itertools.chain.from_iterable(pool.map(compile_for, INSTRUCTION_SETS)))
 
     return Build.with_options(use_ninja=True)
 
