@@ -21,10 +21,7 @@ try:
     # importing the module registers torch.ops.contrastive_ops_cpu
     extension = importlib.import_module("contrastive_ops._C")
 except ModuleNotFoundError:
-    missing = (
-        "the C++ engine is not part of this installation; install where torch and a C++ compiler are present: "
-        f"{INSTALL}"
-    )
+    missing = f"the C++ engine is not part of this installation; install where torch and a C++ compiler are present: {INSTALL}"
 except ImportError as error:
     missing = f"the C++ engine does not load ({error}); rebuild it against torch {torch.__version__}: {INSTALL}"
 
