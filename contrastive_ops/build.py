@@ -21,7 +21,10 @@ try:
     # importing the module registers torch.ops.contrastive_ops_cpu
     extension = importlib.import_module("contrastive_ops._C")
 except ModuleNotFoundError:
-    missing = f"the C++ engine is not part of this installation; install where torch and a C++ compiler are present: {INSTALL}"
+    missing = (
+        "the C++ engine is not part of this installation; install where torch and a C++ compiler are "
+        f"present: {INSTALL}"
+    )
 except ImportError as error:
     missing = f"the C++ engine does not load ({error}); rebuild it against torch {torch.__version__}: {INSTALL}"
 
