@@ -31,10 +31,13 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # csrc/cpu/tile.cpp is compiled once for each; which one runs is decided when the process starts
 INSTRUCTION_SETS = {"DEFAULT": []}
+MATRIX_UNIT = []  # csrc/cpu/matrix_unit.cpp is compiled with these, where the compiler knows them
 if X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["AVX2"] = avx2
-    INSTRUCTION_SETS["AVX512"] = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+    avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+    INSTRUCTION_SETS.update(AVX2=avx2, AVX512=avx512)
+    MATRIX_UNIT = [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+WITH_MATRIX_UNIT = "-DCONTRASTIVE_OPS_MATRIX_UNIT"
 
 HOMES = (Path("/usr/local/cuda"),)  # of CUDA toolkits, where neither the environment nor PATH name one
 CUDA_NAME = "contrastive_ops._cuda"  # a library for torch.ops.load_library, not a Python module
@@ -183,22 +186,26 @@ def build_command():
 
         def tile_objects(self, extension):
             # PyTorch's ninja build has one set of flags per extension, so these objects are made beforehand
-            def compile_for(name):
+            flags = extension.extra_compile_args["cxx"]
+            parts = [
+                ("csrc/cpu/tile.cpp", name, [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", *options])
+                for name, options in INSTRUCTION_SETS.items()
+            ]
+            if WITH_MATRIX_UNIT in flags:
+                parts.append(("csrc/cpu/matrix_unit.cpp", "AMX", MATRIX_UNIT))
+
+            def compile_part(part):
+                source, folder, options = part
                 return self.compiler.compile(
-                    ["csrc/cpu/tile.cpp"],
-                    output_dir=os.path.join(self.build_temp, name),
+                    [source],
+                    output_dir=os.path.join(self.build_temp, folder),
                     include_dirs=extension.include_dirs,
-                    extra_postargs=[
-                        *extension.extra_compile_args["cxx"],
-                        f"-DCPU_CAPABILITY={name}",
-                        f"-DCPU_CAPABILITY_{name}",
-                        *INSTRUCTION_SETS[name],
-                    ],
+                    extra_postargs=[*flags, *options],
                     depends=extension.depends,
                 )
 
             with ThreadPoolExecutor(jobs()) as pool:
-                return list(itertools.chain.from_iterable(pool.map(compile_for, INSTRUCTION_SETS)))
+                return list(itertools.chain.from_iterable(pool.map(compile_part, parts)))
 
     return Build.with_options(use_ninja=True)
 
@@ -232,6 +239,11 @@ def cpp_extension():
         flags += ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
     if X86:
         flags.append("-DCONTRASTIVE_OPS_X86")
+        probe = [compiler, *MATRIX_UNIT, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+        if sys.platform.startswith("linux") and subprocess.run(probe, capture_output=True).returncode == 0:
+            flags.append(WITH_MATRIX_UNIT)
+        else:
+            say(f"without products on the matrix unit (AMX): {compiler} can't compile them.")
     return torch_build.CppExtension(
         "contrastive_ops._C",
         ["csrc/extension.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/similarity_logsumexp.cpp"],

@@ -41,11 +41,10 @@ def report() -> list[tuple[str, str]]:
         lines.append(("C++ engine", f"not loaded: {build.missing}"))
     else:
         engine = build.extension
-        products = "matrix unit" if engine.bfloat16_matrix_unit() else "float32 after conversion"
         lines += [
             ("C++ engine", f"built with {engine.compiler} against torch {engine.torch_version}"),
             ("instruction sets", f"{', '.join(engine.instruction_sets)}; running {engine.instruction_set()}"),
-            ("bfloat16 products", products),
+            ("matrix unit", "takes products of 32 and 16 bits" if engine.matrix_unit() else "none, or not in use"),
         ]
     if build.cuda is None:
         lines.append(("CUDA kernels", f"not loaded: {build.cuda_missing}"))

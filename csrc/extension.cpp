@@ -1,7 +1,7 @@
 // The Python module contrastive_ops._C: registers the operators of the CPU engine, and describes the build.
 
-#include "cpu/products.h"
 #include "cpu/similarity_logsumexp.h"
+#include "cpu/tile.h"
 
 #include <ATen/Version.h>
 #include <torch/extension.h>
@@ -308,7 +308,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 #endif
   module.attr("instruction_sets") = instruction_sets();
   module.def("instruction_set", [] { return tile_kernels<float>().instruction_set; });
-  module.def("bfloat16_matrix_unit", [] { return MatrixUnitProducts::available(); });
+  module.def("matrix_unit", matrix_unit_available);
   module.def(
       "tile_product_rate",
       &tile_product_rate,

@@ -5,17 +5,18 @@
 //   dY  += G^T X        a: transposed coefficients   b: feature panels of x
 //
 // A panel holds the columns [p W, (p + 1) W) of b, contiguous by depth, zero beyond the last column. VectorProducts
-// runs on vector instructions in the dtype of the statistics, MatrixUnitProducts on a bfloat16 matrix unit (AMX).
+// runs on vector instructions in the dtype of the statistics, MatrixUnitProducts on a matrix unit, see matrix_unit.h.
 #pragma once
 
+#include "matrix_unit.h"
+#include "tasks.h"
 #include "tile.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
-#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cstring>
+#include <type_traits>
 
 namespace contrastive_ops {
 
@@ -27,7 +28,9 @@ template <typename T>
 class VectorProducts {
  public:
   using Statistic = T;
+  using Source = T;
   using Operand = T;
+  struct Session {};
 
   int64_t panel() const {
     return kernels_.panel;
@@ -37,34 +40,39 @@ class VectorProducts {
     return kernels_;
   }
 
-  // Rows of an embedding as the a of the first product, [n, depth(features)].
-  at::Tensor rows(const at::Tensor& x) const {
-    return x.to(c10::CppTypeToScalarType<T>::value).contiguous();
-  }
-
+  // The length along a depth of n in operands.
   int64_t depth(int64_t n) const {
     return n;
   }
 
-  void pack_depth_panel(int64_t cols, int64_t depth, const T* rows, T* panel) const {
+  // Rows of an embedding as they are: the a of the first product.
+  at::Tensor rows(const at::Tensor& source) const {
+    return source;
+  }
+
+  void pack_depth_panel(int64_t cols, int64_t depth, const T* source, T* panel) const {
     if (cols < this->panel()) {
       std::fill_n(panel, depth * this->panel(), T(0));
     }
-    kernels_.transpose(depth, cols, rows, depth, panel, this->panel());
+    kernels_.transpose(depth, cols, source, depth, panel, this->panel());
   }
 
-  void pack_feature_panel(int64_t depth, int64_t cols, const T* rows, int64_t ld, T* panel) const {
+  void pack_feature_panel(int64_t depth, int64_t cols, const T* source, int64_t ld, T* panel) const {
     for (int64_t l = 0; l < depth; ++l) {
       T* target = panel + l * this->panel();
-      std::copy_n(rows + l * ld, cols, target);
+      std::copy_n(source + l * ld, cols, target);
       std::fill(target + cols, target + this->panel(), T(0));
     }
   }
 
-  void multiply(
-      int64_t m, int64_t k, const T* a, int64_t lda, int64_t a_block, const T* b, T* c, int64_t ldc, bool accumulate)
-      const {
-    kernels_.multiply(m, k, a, lda, a_block, b, c, ldc, accumulate);
+  // c[m, panel] = a b, from the rows on that begin at a
+  void multiply_dots(int64_t m, int64_t depth, const T* a, const T* b, T* c) const {
+    kernels_.multiply(m, depth, a, depth, kTile, b, c, kTile, false);
+  }
+
+  // c[m, panel] = (accumulate ? c : 0) + a b, for a strip of coefficient tiles
+  void multiply_strip(int64_t m, int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool accumulate) const {
+    kernels_.multiply(m, k, a, kTile, kTile * kTile, b, c, ldc, accumulate);
   }
 
   // Where the tile of coefficients is computed: in its place in the workspace.
@@ -74,96 +82,79 @@ class VectorProducts {
 
   void store_coefficients(int64_t, const T*, T*) const {}
 
-  void store_transposed(int64_t rows, T* tile, T*, T* stored) const {
+  void store_transposed(int64_t rows, const T* tile, T*, T* stored) const {
     kernels_.transpose(kTile, rows, tile, kTile, stored, kTile);
   }
-
-  void release() const {}
 
  private:
   const TileKernels<T>& kernels_ = tile_kernels<T>();
 };
 
-// bfloat16 x bfloat16 -> float32. Panels interleave pairs along the depth, as the instructions read them, so that a
-// depth is even and padded with zeros.
+#ifdef CONTRASTIVE_OPS_MATRIX_UNIT
+// Embeddings of one part (bfloat16), whose coefficients are rounded to one part, or of three (float32).
+template <int Parts>
 class MatrixUnitProducts {
  public:
   using Statistic = float;
-  using Operand = c10::BFloat16;
+  using Source = std::conditional_t<Parts == 1, c10::BFloat16, float>;
+  using Operand = matrix_unit::Element<Parts>;
 
-  static bool available() {
-    return std::strcmp(tile_kernels<float>().instruction_set, "AVX512") == 0 &&
-           at::native::cpublas::could_pack(at::kBFloat16);
-  }
+  // The unit is in use by this thread.
+  class Session {
+   public:
+    Session() {
+      matrix_unit::configure();
+    }
+    ~Session() {
+      matrix_unit::release();
+    }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+  };
 
   int64_t panel() const {
-    return 64;
+    return matrix_unit::kPanel;
   }
 
   const TileKernels<float>& kernels() const {
     return kernels_;
   }
 
-  at::Tensor rows(const at::Tensor& x) const {
-    const at::Tensor even = x.size(1) % 2 == 0 ? x : at::constant_pad_nd(x, {0, 1});
-    return even.to(at::kBFloat16).contiguous();
-  }
-
   int64_t depth(int64_t n) const {
-    return round_up(n, 2);
+    return round_up(n, matrix_unit::kFragmentDepth);
   }
 
-  // A pair is 32 bits wide: transposing pairs is transposing floats, bit by bit.
-  void pack_depth_panel(int64_t cols, int64_t depth, const Operand* rows, Operand* panel) const {
-    if (cols < this->panel()) {
-      std::fill_n(panel, depth * this->panel(), Operand(0.0f));
-    }
-    kernels_.transpose(
-        depth / 2,
-        cols,
-        reinterpret_cast<const float*>(rows),
-        depth / 2,
-        reinterpret_cast<float*>(panel),
-        this->panel());
+  at::Tensor rows(const at::Tensor& source) const {
+    const int64_t n = source.size(0);
+    const int64_t features = source.size(1);
+    const int64_t width = depth(features);
+    const int64_t bytes = round_up(n, matrix_unit::kFragmentRows) * width * static_cast<int64_t>(sizeof(Operand));
+    const at::Tensor packed = at::empty({bytes}, at::kByte);
+    const Source* values = source.const_data_ptr<Source>();
+    Operand* target = static_cast<Operand*>(packed.mutable_data_ptr());
+    for_each_task((n + kTile - 1) / kTile, [&](int64_t task) {
+      const int64_t first = task * kTile;
+      matrix_unit::pack_rows(
+          std::min(kTile, n - first), features, values + first * features, features, width, target + first * width);
+    });
+    return packed;
   }
 
-  void pack_feature_panel(int64_t depth, int64_t cols, const Operand* rows, int64_t ld, Operand* panel) const {
-    if (cols < this->panel() || depth % 2 != 0) {
-      std::fill_n(panel, this->depth(depth) * this->panel(), Operand(0.0f));
-    }
-    for (int64_t l = 0; l < depth; ++l) {
-      Operand* target = panel + l / 2 * 2 * this->panel() + l % 2;
-      for (int64_t j = 0; j < cols; ++j) {
-        target[2 * j] = rows[l * ld + j];
-      }
-    }
+  void pack_depth_panel(int64_t cols, int64_t depth, const Source* source, Operand* panel) const {
+    matrix_unit::pack_depth_panel(cols, depth, source, depth, panel);
   }
 
-  void multiply(
-      int64_t m,
-      int64_t k,
-      const Operand* a,
-      int64_t lda,
-      int64_t a_block,
-      const Operand* b,
-      float* c,
-      int64_t ldc,
-      bool accumulate) const {
-    const int64_t step = a_block == kTile ? k : kTile;
-    for (int64_t l = 0; l < k; l += step) {
-      at::native::cpublas::brgemm(
-          m,
-          panel(),
-          depth(std::min(step, k - l)),
-          lda,
-          panel(),
-          ldc,
-          accumulate || l > 0,
-          a + l / kTile * a_block,
-          b + l * panel(),
-          c,
-          /*is_vnni=*/true);
-    }
+  void pack_feature_panel(int64_t depth, int64_t cols, const Source* source, int64_t ld, Operand* panel) const {
+    matrix_unit::pack_feature_panel(depth, cols, source, ld, panel);
+  }
+
+  void multiply_dots(int64_t m, int64_t depth, const Operand* a, const Operand* b, float* c) const {
+    matrix_unit::multiply(m, depth, a, kRows * depth, kRows * kTile, b, c, kTile, false);
+  }
+
+  void multiply_strip(
+      int64_t m, int64_t k, const Operand* a, const Operand* b, float* c, int64_t ldc, bool accumulate) const {
+    matrix_unit::multiply(m, k, a, kRows * kTile, kTile * kTile, b, c, ldc, accumulate);
   }
 
   float* coefficients_place(float* scratch, Operand*) const {
@@ -171,22 +162,18 @@ class MatrixUnitProducts {
   }
 
   void store_coefficients(int64_t rows, const float* tile, Operand* stored) const {
-    kernels_.round(rows * kTile, tile, stored);
+    matrix_unit::pack_rows(rows, kTile, tile, kTile, kTile, stored);
   }
 
-  void store_transposed(int64_t rows, float* tile, float* scratch, Operand* stored) const {
-    std::fill(tile + rows * kTile, tile + depth(rows) * kTile, 0.0f);
-    kernels_.transpose(kTile, depth(rows), tile, kTile, scratch, kTile);
-    kernels_.round(kTile * kTile, scratch, stored);
-  }
-
-  // The unit's configuration belongs to the thread and must not outlive the task.
-  void release() const {
-    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  void store_transposed(int64_t rows, const float* tile, float* scratch, Operand* stored) const {
+    kernels_.transpose(kTile, rows, tile, kTile, scratch, kTile);
+    matrix_unit::pack_rows(kTile, rows, scratch, kTile, kTile, stored);
   }
 
  private:
+  static constexpr int64_t kRows = matrix_unit::kFragmentRows;
   const TileKernels<float>& kernels_ = tile_kernels<float>();
 };
+#endif
 
 }  // namespace contrastive_ops

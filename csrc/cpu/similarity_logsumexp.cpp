@@ -28,7 +28,10 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/irange.h>
 
+#include <atomic>
 #include <chrono>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -142,7 +145,9 @@ template <typename Products>
 class Engine {
  public:
   using T = typename Products::Statistic;
+  using Source = typename Products::Source;
   using Operand = typename Products::Operand;
+  using Session = typename Products::Session;
 
   explicit Engine(const SimilarityOptions& options)
       : mirrored_(!options.y.has_value()),
@@ -238,6 +243,7 @@ class Engine {
     T* tile(int64_t index) const {
       return tiles_.template mutable_data_ptr<T>() + index * kTileSize;
     }
+    Session session_;
     int64_t members_;
     Tensor tiles_;
   };
@@ -273,32 +279,39 @@ class Engine {
     return (features_ + products_.panel() - 1) / products_.panel();
   }
 
-  Tensor operands(int64_t count) const {
-    return at::empty({count}, c10::CppTypeToScalarType<Operand>::value);
+  static Tensor operands(int64_t count) {
+    return at::empty({count * static_cast<int64_t>(sizeof(Operand))}, at::kByte);
   }
 
-  Packed pack(const Tensor& x, Range range, bool depth_panels, bool feature_panels) const {
+  static Operand* operands_of(const Tensor& packed) {
+    return static_cast<Operand*>(packed.mutable_data_ptr());
+  }
+
+  Packed pack(const Tensor& x, Range range, bool rows, bool depth_panels, bool feature_panels) const {
     const bool whole = range.size() == x.size(0);  // a view has a price, too
-    Packed packed{products_.rows(whole ? x : x.narrow(0, range.begin, range.size())), {}, {}};
+    const Tensor source =
+        (whole ? x : x.narrow(0, range.begin, range.size())).to(c10::CppTypeToScalarType<Source>::value).contiguous();
+    Packed packed{rows ? products_.rows(source) : Tensor(), {}, {}};
     const int64_t panel = products_.panel();
-    const Operand* rows = packed.rows.template const_data_ptr<Operand>();
+    const Source* values = source.template const_data_ptr<Source>();
     // whole tiles: a tile multiplies all of its panels
     const int64_t depth_count = depth_panels ? round_up(range.size(), kTile) / panel : 0;
     const int64_t feature_count = feature_panels ? this->feature_panels() : 0;
     const int64_t feature_depth = products_.depth(range.size());
     packed.depth_panels = operands(depth_count * depth_ * panel);
     packed.feature_panels = operands(feature_count * feature_depth * panel);
-    Operand* by_depth = packed.depth_panels.template mutable_data_ptr<Operand>();
-    Operand* by_feature = packed.feature_panels.template mutable_data_ptr<Operand>();
+    Operand* by_depth = operands_of(packed.depth_panels);
+    Operand* by_feature = operands_of(packed.feature_panels);
     for_each_task(depth_count + feature_count, [&](int64_t task) {
       if (task < depth_count) {
         const int64_t cols = std::clamp<int64_t>(range.size() - task * panel, 0, panel);
-        products_.pack_depth_panel(cols, depth_, rows + task * panel * depth_, by_depth + task * depth_ * panel);
+        products_.pack_depth_panel(
+            cols, features_, values + task * panel * features_, by_depth + task * depth_ * panel);
       } else {
         const int64_t p = task - depth_count;
         const int64_t cols = std::min(panel, features_ - p * panel);
         products_.pack_feature_panel(
-            range.size(), cols, rows + p * panel, depth_, by_feature + p * feature_depth * panel);
+            range.size(), cols, values + p * panel, features_, by_feature + p * feature_depth * panel);
       }
     });
     return packed;
@@ -328,7 +341,7 @@ class Engine {
   std::vector<Packed> pack_cols(Range cols, bool depth_panels, bool feature_panels) const {
     std::vector<Packed> packed;
     for (const auto t : c10::irange(members_)) {
-      packed.push_back(pack(basis_.defined() ? y_.select(1, t) : y_, cols, depth_panels, feature_panels));
+      packed.push_back(pack(basis_.defined() ? y_.select(1, t) : y_, cols, false, depth_panels, feature_panels));
     }
     return packed;
   }
@@ -352,12 +365,11 @@ class Engine {
       const std::vector<Packed>& y,
       T* dots) const {
     const int64_t panel = products_.panel();
-    const Operand* a = x.rows.template const_data_ptr<Operand>() + (rows.begin - block_rows.begin) * depth_;
+    const Operand* a = operands_of(x.rows) + (rows.begin - block_rows.begin) * depth_;
     for (const Packed& operand : y) {
-      const Operand* b =
-          operand.depth_panels.template const_data_ptr<Operand>() + (cols.begin - block_cols.begin) * depth_;
+      const Operand* b = operands_of(operand.depth_panels) + (cols.begin - block_cols.begin) * depth_;
       for (int64_t p = 0; p < kTile; p += panel) {
-        products_.multiply(rows.size(), depth_, a, depth_, kTile, b + p * depth_, dots + p, kTile, false);
+        products_.multiply_dots(rows.size(), depth_, a, b + p * depth_, dots + p);
       }
       dots += kTileSize;
     }
@@ -470,7 +482,7 @@ class Engine {
     const int64_t bytes = (1 + y_panels) * members_ * m_ * depth_ * static_cast<int64_t>(sizeof(Operand));
     std::vector<std::vector<Packed>> kept(bytes <= kKeptPanelBytes ? col_blocks.size() : 0);
     for (const Range rows : blocks_of(n_)) {
-      const Packed x = pack(x_, rows, false, x_panels);
+      const Packed x = pack(x_, rows, true, false, x_panels);
       for (const auto c : c10::irange(col_blocks.size())) {
         const Range cols = col_blocks[c];
         if (mirrored_ && cols.begin < rows.begin) {
@@ -551,27 +563,23 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
         };
         Vector<T> nothing;
 
-        for_each_task(
-            tiles,
-            new_scratch(),
-            [&](int64_t tile, const Scratch& scratch) {
-              const Range rows = block_rows.tile(tile / tile_cols);
-              const Range cols = block_cols.tile(tile % tile_cols);
-              part[tile] = part_of(rows, cols);
-              if (part[tile] == Part::nothing) {
-                return;
-              }
-              T* dots = place_of_dots(kept, first_tile + tile, scratch.dots());
-              multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
-              const Tile<T> of_logits =
-                  logits(rows, cols, pairs(rows, cols, dots, scratch), scratch.logits(), excluded_logits);
-              Vector<T>& of_cols = part[tile] == Part::both ? col_partials : nothing;
-              kernels.reduce(of_logits, partial(row_partials, tile), partial(of_cols, tile));
-              if (totals_) {
-                kernels.totals(of_logits, total(row_partials, tile), total(of_cols, tile));
-              }
-            },
-            [&] { products_.release(); });
+        for_each_task(tiles, new_scratch(), [&](int64_t tile, const Scratch& scratch) {
+          const Range rows = block_rows.tile(tile / tile_cols);
+          const Range cols = block_cols.tile(tile % tile_cols);
+          part[tile] = part_of(rows, cols);
+          if (part[tile] == Part::nothing) {
+            return;
+          }
+          T* dots = place_of_dots(kept, first_tile + tile, scratch.dots());
+          multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
+          const Tile<T> of_logits =
+              logits(rows, cols, pairs(rows, cols, dots, scratch), scratch.logits(), excluded_logits);
+          Vector<T>& of_cols = part[tile] == Part::both ? col_partials : nothing;
+          kernels.reduce(of_logits, partial(row_partials, tile), partial(of_cols, tile));
+          if (totals_) {
+            kernels.totals(of_logits, total(row_partials, tile), total(of_cols, tile));
+          }
+        });
 
         // in this thread: for a whole block it is some 20 us
         const auto fold_into = [&](const Tensor& max, const Tensor& sum, const Tensor& all, Vector<T>& partials) {
@@ -658,59 +666,55 @@ SimilarityGradients Engine<Products>::backward(
           return sums ? ScaleBiasSums<T>{scale, scale + kTile} : ScaleBiasSums<T>{nullptr, nullptr};
         };
         const auto row_strip = [&](int64_t t, int64_t r) {
-          return coefficients.template mutable_data_ptr<Operand>() + t * workspace + r * tile_cols * kTileSize;
+          return operands_of(coefficients) + t * workspace + r * tile_cols * kTileSize;
         };
         const auto col_strip = [&](int64_t t, int64_t c) {
-          return transposed.template mutable_data_ptr<Operand>() + t * workspace + c * tile_rows * kTileSize;
+          return operands_of(transposed) + t * workspace + c * tile_rows * kTileSize;
         };
 
-        for_each_task(
-            tiles,
-            new_scratch(),
-            [&](int64_t tile, const Scratch& scratch) {
-              const int64_t r = tile / tile_cols;
-              const int64_t c = tile % tile_cols;
-              const Range rows = block_rows.tile(r);
-              const Range cols = block_cols.tile(c);
-              part[tile] = part_of(rows, cols);
-              if (part[tile] == Part::nothing) {
-                return;
-              }
-              T* dots = place_of_dots(statistics.dots, first_tile + tile, scratch.dots());
-              if (dots == scratch.dots()) {
-                multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
-              }
-              const auto stored = [&](int64_t t) { return row_strip(t, r) + c * kTileSize; };
-              T* place = span ? scratch.logits() : products_.coefficients_place(scratch.logits(), stored(0));
-              const ScaleBiasSums<T> row_sums = partial(row_partials, tile);
-              const ScaleBiasSums<T> col_sums = partial(col_partials, tile);
-              const Tile<T> gradients = logits(rows, cols, pairs(rows, cols, dots, scratch), place, nullptr);
-              kernels.coefficients(gradients, of_rows.from(rows.begin), of_cols.from(cols.begin), row_sums, col_sums);
-              for_each_excluded(rows, cols, [&](int64_t row, int64_t at) {
-                add_excluded(gradients, at, *of_excluded.at(row), row_sums, col_sums);
-              });
+        for_each_task(tiles, new_scratch(), [&](int64_t tile, const Scratch& scratch) {
+          const int64_t r = tile / tile_cols;
+          const int64_t c = tile % tile_cols;
+          const Range rows = block_rows.tile(r);
+          const Range cols = block_cols.tile(c);
+          part[tile] = part_of(rows, cols);
+          if (part[tile] == Part::nothing) {
+            return;
+          }
+          T* dots = place_of_dots(statistics.dots, first_tile + tile, scratch.dots());
+          if (dots == scratch.dots()) {
+            multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
+          }
+          const auto stored = [&](int64_t t) { return row_strip(t, r) + c * kTileSize; };
+          T* place = span ? scratch.logits() : products_.coefficients_place(scratch.logits(), stored(0));
+          const ScaleBiasSums<T> row_sums = partial(row_partials, tile);
+          const ScaleBiasSums<T> col_sums = partial(col_partials, tile);
+          const Tile<T> gradients = logits(rows, cols, pairs(rows, cols, dots, scratch), place, nullptr);
+          kernels.coefficients(gradients, of_rows.from(rows.begin), of_cols.from(cols.begin), row_sums, col_sums);
+          for_each_excluded(rows, cols, [&](int64_t row, int64_t at) {
+            add_excluded(gradients, at, *of_excluded.at(row), row_sums, col_sums);
+          });
 
-              SpanCoefficients<T> operand{{place}, {place}, nullptr};
-              if (span) {
-                operand.row_sum = square_partials.at(tile * kTile);
-                for (const auto t : c10::irange(members_)) {
-                  operand.of_x[t] = products_.coefficients_place(scratch.of_x(t), stored(t));
-                  operand.of_y[t] = scratch.of_y(t);
-                }
-                kernels.spread(span_tile(rows, cols, dots), gradients.pairs, place, operand);
-              }
-              for (const auto t : c10::irange(members_)) {
-                if (to_x) {
-                  products_.store_coefficients(rows.size(), operand.of_x[t], stored(t));
-                }
-                if (to_y && part[tile] == Part::both) {
-                  // within a diagonal block the mirror image of a tile belongs to the same workspace
-                  Operand* mirror = diagonal ? row_strip(t, c) + r * kTileSize : col_strip(t, c) + r * kTileSize;
-                  products_.store_transposed(rows.size(), operand.of_y[t], scratch.dots(), mirror);
-                }
-              }
-            },
-            [&] { products_.release(); });
+          SpanCoefficients<T> operand{{place}, {place}, nullptr};
+          if (span) {
+            operand.row_sum = square_partials.at(tile * kTile);
+            for (const auto t : c10::irange(members_)) {
+              operand.of_x[t] = products_.coefficients_place(scratch.of_x(t), stored(t));
+              operand.of_y[t] = scratch.of_y(t);
+            }
+            kernels.spread(span_tile(rows, cols, dots), gradients.pairs, place, operand);
+          }
+          for (const auto t : c10::irange(members_)) {
+            if (to_x) {
+              products_.store_coefficients(rows.size(), operand.of_x[t], stored(t));
+            }
+            if (to_y && part[tile] == Part::both) {
+              // within a diagonal block the mirror image of a tile belongs to the same workspace
+              Operand* mirror = diagonal ? row_strip(t, c) + r * kTileSize : col_strip(t, c) + r * kTileSize;
+              products_.store_transposed(rows.size(), operand.of_y[t], scratch.dots(), mirror);
+            }
+          }
+        });
 
         const auto present = [&](int64_t r, int64_t c) {
           return part[r * tile_cols + c] != Part::nothing || (diagonal && part[c * tile_cols + r] == Part::both);
@@ -725,7 +729,7 @@ SimilarityGradients Engine<Products>::backward(
                                         bool accumulate) {
           const int64_t depth_tiles = depth_range.tiles();
           const int64_t panel_size = products_.depth(depth_range.size()) * panel;
-          const Operand* panels = other.feature_panels.template const_data_ptr<Operand>();
+          const Operand* panels = operands_of(other.feature_panels);
           T* target = grad + range.begin * padded_features;
           for (int64_t begin = 0, end = 0; begin < depth_tiles; begin = end + 1) {
             end = begin;
@@ -738,12 +742,10 @@ SimilarityGradients Engine<Products>::backward(
               continue;
             }
             for (int64_t p = 0; p < feature_panels(); ++p) {
-              products_.multiply(
+              products_.multiply_strip(
                   range.size(),
                   depth,
                   strip + begin * kTileSize,
-                  kTile,
-                  kTileSize,
                   panels + p * panel_size + first * panel,
                   target + p * panel,
                   padded_features,
@@ -761,8 +763,8 @@ SimilarityGradients Engine<Products>::backward(
         const int64_t y_tasks = to_y && !diagonal ? tile_cols * members_ : 0;
         for_each_task(
             x_tasks + y_tasks,
-            [] { return nullptr; },
-            [&](int64_t task, std::nullptr_t) {
+            [] { return Session(); },
+            [&](int64_t task, const Session&) {
               if (task < x_tasks) {
                 for (const auto t : c10::irange(members_)) {
                   multiply_strip(
@@ -786,8 +788,7 @@ SimilarityGradients Engine<Products>::backward(
                     values_of(grad_y, t * m_ * padded_features),
                     y_started);
               }
-            },
-            [&] { products_.release(); });
+            });
 
         const auto add = [](const Tensor& sum, Range range, const T* part_sum) {
           T* of_range = values_of(sum, range.begin);
@@ -836,18 +837,14 @@ double Engine<Products>::product_rate(double seconds) {
   double elapsed = 0.0;
   const Range block_rows = blocks_of(n_).front();
   const Range block_cols = blocks_of(m_).front();
-  const Packed x = pack(x_, block_rows, false, false);
+  const Packed x = pack(x_, block_rows, true, false, false);
   const std::vector<Packed> y = pack_cols(block_cols, true, false);
   while (elapsed < seconds) {
-    for_each_task(
-        block_rows.tiles() * block_cols.tiles(),
-        new_scratch(),
-        [&](int64_t tile, const Scratch& scratch) {
-          const Range rows = block_rows.tile(tile / block_cols.tiles());
-          const Range cols = block_cols.tile(tile % block_cols.tiles());
-          multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch.dots());
-        },
-        [&] { products_.release(); });
+    for_each_task(block_rows.tiles() * block_cols.tiles(), new_scratch(), [&](int64_t tile, const Scratch& scratch) {
+      const Range rows = block_rows.tile(tile / block_cols.tiles());
+      const Range cols = block_cols.tile(tile % block_cols.tiles());
+      multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch.dots());
+    });
     flops += 2.0 * static_cast<double>(block_rows.size()) * static_cast<double>(block_cols.size()) *
              static_cast<double>(features_);
     elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -855,19 +852,59 @@ double Engine<Products>::product_rate(double seconds) {
   return flops / elapsed;
 }
 
-// Calls f with the engine for the dtype of x.
+#ifdef CONTRASTIVE_OPS_MATRIX_UNIT
+// Whether the float32 values of an embedding are sums of three bfloat16; those of float16 always are.
+bool splits(const Tensor& embedding) {
+  if (embedding.scalar_type() != at::kFloat) {
+    return true;
+  }
+  constexpr int64_t kPiece = int64_t(1) << 16;
+  const Tensor contiguous = embedding.contiguous();
+  const float* values = contiguous.const_data_ptr<float>();
+  std::atomic<bool> result{true};
+  for_each_task((embedding.numel() + kPiece - 1) / kPiece, [&](int64_t task) {
+    if (!matrix_unit::splits(std::min(kPiece, embedding.numel() - task * kPiece), values + task * kPiece)) {
+      result = false;
+    }
+  });
+  return result;
+}
+#endif
+
+// Calls f with the engine for the dtype of x and for this processor.
 template <typename F>
 auto with_engine(const SimilarityOptions& options, const F& f) {
-  if (options.x.scalar_type() == at::kDouble) {
+  const c10::ScalarType dtype = options.x.scalar_type();
+  if (dtype == at::kDouble) {
     return f(Engine<VectorProducts<double>>(options));
   }
-  if (options.x.scalar_type() == at::kBFloat16 && MatrixUnitProducts::available()) {
-    return f(Engine<MatrixUnitProducts>(options));
+#ifdef CONTRASTIVE_OPS_MATRIX_UNIT
+  if (matrix_unit_available()) {
+    if (dtype == at::kBFloat16) {
+      return f(Engine<MatrixUnitProducts<1>>(options));
+    }
+    if (splits(options.x) && (!options.y.has_value() || splits(*options.y))) {
+      return f(Engine<MatrixUnitProducts<3>>(options));
+    }
   }
+#endif
   return f(Engine<VectorProducts<float>>(options));
 }
 
 }  // namespace
+
+bool matrix_unit_available() {
+#ifdef CONTRASTIVE_OPS_MATRIX_UNIT
+  static const bool result = [] {
+    const char* wanted = std::getenv("CONTRASTIVE_OPS_MATRIX_UNIT");
+    return (wanted == nullptr || std::strcmp(wanted, "0") != 0) &&
+           std::strcmp(tile_kernels<float>().instruction_set, "AVX512") == 0 && matrix_unit::available();
+  }();
+  return result;
+#else
+  return false;
+#endif
+}
 
 SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options, bool keep) {
   return with_engine(options, [&](auto engine) { return engine.forward(keep); });

@@ -82,6 +82,10 @@ SimilarityGradients similarity_logsumexp_backward(
     const IncomingGradients& incoming,
     Needs needs);
 
+// Whether products of 32 and 16-bit embeddings run on a matrix unit. The environment's CONTRASTIVE_OPS_MATRIX_UNIT=0
+// leaves it alone.
+bool matrix_unit_available();
+
 // FLOP/s of the tile products of x and y alone, measured over `seconds`.
 double tile_product_rate(const at::Tensor& x, const at::Tensor& y, double seconds);
 

@@ -11,26 +11,25 @@
 namespace contrastive_ops {
 
 // Calls work(task, state) for every task in [0, count), tasks taken in turn by whoever is free; each thread makes its
-// own state and ends with release(). Tasks write to separate places, so the result does not depend on who ran them.
-template <typename MakeState, typename Work, typename Release>
-void for_each_task(int64_t count, const MakeState& make_state, const Work& work, const Release& release) {
+// own state. Tasks write to separate places, so the result does not depend on who ran them.
+template <typename MakeState, typename Work>
+void for_each_task(int64_t count, const MakeState& make_state, const Work& work) {
   if (count == 0) {
     return;
   }
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    auto state = make_state();
+    [[maybe_unused]] const auto state = make_state();
     for (int64_t task = next.fetch_add(1); task < count; task = next.fetch_add(1)) {
       work(task, state);
     }
-    release();
   });
 }
 
 template <typename Work>
 void for_each_task(int64_t count, const Work& work) {
-  for_each_task(count, [] { return nullptr; }, [&](int64_t task, std::nullptr_t) { work(task); }, [] {});
+  for_each_task(count, [] { return nullptr; }, [&](int64_t task, std::nullptr_t) { work(task); });
 }
 
 }  // namespace contrastive_ops

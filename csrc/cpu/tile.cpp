@@ -162,10 +162,6 @@ void transpose(int64_t rows, int64_t cols, const T* source, int64_t ld_source, T
   }
 }
 
-void round(int64_t n, const float* source, c10::BFloat16* destination) {
-  at::vec::convert(source, destination, n);
-}
-
 template <typename T>
 void logits(const Tile<T>& tile) {
   for (int64_t i = 0; i < tile.rows; ++i) {
@@ -544,15 +540,6 @@ void spread(const SpanTile<T>& tile, const T* pairs, const T* gradients, const S
   of[tile.members - 1](tile, pairs, gradients, coefficients);
 }
 
-template <typename T>
-constexpr auto rounding() -> decltype(TileKernels<T>::round) {
-  if constexpr (std::is_same_v<T, float>) {
-    return round;
-  } else {
-    return nullptr;
-  }
-}
-
 #define CONTRASTIVE_OPS_STRING_(x) #x
 #define CONTRASTIVE_OPS_STRING(x) CONTRASTIVE_OPS_STRING_(x)
 
@@ -562,7 +549,6 @@ constexpr TileKernels<T> kKernels = {
     kPanel<T>,
     multiply<T>,
     transpose<T>,
-    rounding<T>(),
     logits<T>,
     mask_ids<T>,
     reduce<T>,

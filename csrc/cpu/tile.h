@@ -4,8 +4,6 @@
 // one for double, and the engine takes the best that the processor runs. Nothing here knows of tensors or threads.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-
 #include <cstdint>
 
 namespace contrastive_ops {
@@ -89,9 +87,6 @@ struct TileKernels {
 
   // destination[rows, cols] = source[cols, rows]^T
   void (*transpose)(int64_t rows, int64_t cols, const T* source, int64_t ld_source, T* destination, int64_t ld);
-
-  // Round to bfloat16, the operand of matrix units; null for double.
-  void (*round)(int64_t n, const T* source, c10::BFloat16* destination);
 
   // logits = row_scale col_scale pairs + row_bias + col_bias
   void (*logits)(const Tile<T>& tile);

@@ -1,0 +1,323 @@
+// Compiled for AVX-512 and AMX, and called only where available(): nothing inline of other headers is used here, as the
+// linker could take its code for that of the same function elsewhere.
+
+#include "matrix_unit.h"
+
+#include <ATen/cpu/Utils.h>
+#include <cpuid.h>
+#include <immintrin.h>
+
+#include <type_traits>
+
+namespace contrastive_ops::matrix_unit {
+namespace {
+
+using c10::BFloat16;
+
+constexpr int64_t kFragment = kFragmentRows * kFragmentDepth;
+constexpr int64_t kLanes = 16;  // floats in a vector
+
+constexpr int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// The first `count` of 16 lanes, for a count below 0 none.
+inline __mmask16 first_lanes(int64_t count) {
+  return count >= kLanes ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
+}
+
+inline __m512 load(const float* source, __mmask16 lanes) {
+  return _mm512_maskz_loadu_ps(lanes, source);
+}
+
+// A bfloat16 is the upper half of a float32.
+inline __m512 widen(__m256i values) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
+inline __m512 load(const BFloat16* source, __mmask16 lanes) {
+  return widen(_mm256_maskz_loadu_epi16(lanes, source));
+}
+
+inline __m256i round(__m512 values) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
+}
+
+// Transposes 16 x 16 values of 32 bits: rows become columns by exchanging blocks of 1, 2, 4 and 8.
+inline void transpose(__m512i (&rows)[16]) {
+  __m512i other[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    other[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+    other[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    rows[4 * i] = _mm512_unpacklo_epi64(other[4 * i], other[4 * i + 2]);
+    rows[4 * i + 1] = _mm512_unpackhi_epi64(other[4 * i], other[4 * i + 2]);
+    rows[4 * i + 2] = _mm512_unpacklo_epi64(other[4 * i + 1], other[4 * i + 3]);
+    rows[4 * i + 3] = _mm512_unpackhi_epi64(other[4 * i + 1], other[4 * i + 3]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    other[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+    other[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+    other[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+    other[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0x88);
+    rows[i + 8] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0xdd);
+  }
+}
+
+// The product of one part of a and one of b, of two fragments each way: registers 0 and 1 add up, 2 holds a, 3 and 4 b.
+// More registers would save loads, but what is left of them when two threads share a core then lets no load run ahead.
+inline void load_a(const BFloat16* a, int part) {
+  _tile_loadd(2, a + part * kFragment, 64);
+}
+
+inline void load_b(const BFloat16* b, int part) {
+  _tile_loadd(3, b + 2 * part * kFragment, 64);
+  _tile_loadd(4, b + (2 * part + 1) * kFragment, 64);
+}
+
+inline void multiply_add() {
+  _tile_dpbf16ps(0, 2, 3);
+  _tile_dpbf16ps(1, 2, 4);
+}
+
+// f(fragment of a, fragments of b) along `count` fragments of the depth; those of a lie together four by four.
+template <int Parts, typename F>
+inline void for_each_fragment(int64_t count, const BFloat16* a, int64_t a_block, const BFloat16* b, const F& f) {
+  for (int64_t begin = 0; begin < count; begin += 4, a += a_block) {
+    for (int64_t l = begin; l < min(begin + 4, count); ++l) {
+      f(a + (l - begin) * Parts * kFragment, b + l * 2 * Parts * kFragment);
+    }
+  }
+}
+
+// 16 rows of a times a panel of b, over `count` fragments of the depth.
+template <int Parts>
+inline void multiply_fragments(
+    int64_t count,
+    const BFloat16* a,
+    int64_t a_block,
+    const BFloat16* b,
+    int64_t rows,
+    float* c,
+    int64_t ldc,
+    bool accumulate) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (Parts == 3) {
+    // the small products first, and all of them: a sum that starts small loses nothing of them
+    for_each_fragment<Parts>(count, a, a_block, b, [](const BFloat16* a_parts, const BFloat16* b_parts) {
+      load_a(a_parts, 0);
+      load_b(b_parts, 2);
+      multiply_add();
+      load_b(b_parts, 1);
+      multiply_add();
+      load_a(a_parts, 1);
+      multiply_add();
+      load_b(b_parts, 0);
+      multiply_add();
+      load_a(a_parts, 2);
+      multiply_add();
+    });
+  }
+  for_each_fragment<Parts>(count, a, a_block, b, [](const BFloat16* a_parts, const BFloat16* b_parts) {
+    load_a(a_parts, 0);
+    load_b(b_parts, 0);
+    multiply_add();
+  });
+  if (!accumulate && rows == kFragmentRows) {
+    _tile_stored(0, c, ldc * sizeof(float));
+    _tile_stored(1, c + kLanes, ldc * sizeof(float));
+    return;
+  }
+  alignas(64) float sum[kFragmentRows * kPanel];
+  _tile_stored(0, sum, kPanel * sizeof(float));
+  _tile_stored(1, sum + kLanes, kPanel * sizeof(float));
+  asm volatile("" ::: "memory");  // GCC does not know that the instructions above write to memory
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < kPanel; j += kLanes) {
+      const __m512 part = _mm512_load_ps(sum + i * kPanel + j);
+      float* target = c + i * ldc + j;
+      _mm512_storeu_ps(target, accumulate ? _mm512_add_ps(_mm512_loadu_ps(target), part) : part);
+    }
+  }
+}
+
+}  // namespace
+
+bool available() {
+  static const bool result = [] {
+    unsigned eax = 0;
+    unsigned ebx = 0;
+    unsigned ecx = 0;
+    unsigned edx = 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & bit_AMX_TILE) == 0 ||
+        (edx & bit_AMX_BF16) == 0) {
+      return false;
+    }
+    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0 || (eax & bit_AVX512BF16) == 0) {
+      return false;
+    }
+    return at::cpu::init_amx();  // the system must allow it to the process
+  }();
+  return result;
+}
+
+void configure() {
+  struct alignas(64) Configuration {
+    uint8_t palette;
+    uint8_t start_row;
+    uint8_t reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  static constexpr Configuration configuration = {1, 0, {}, {64, 64, 64, 64, 64}, {16, 16, 16, 16, 16}};
+  _tile_loadconfig(&configuration);
+}
+
+void release() {
+  _tile_release();
+}
+
+bool splits(int64_t n, const float* values) {
+  const __m512 lowest = _mm512_set1_ps(0x1p-100f);
+  const __m512 highest = _mm512_set1_ps(0x1p127f);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __mmask16 lanes = first_lanes(n - i);
+    const __m512 magnitude = _mm512_abs_ps(load(values + i, lanes));
+    const __mmask16 zero = _mm512_cmp_ps_mask(magnitude, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    const __mmask16 inside =
+        _mm512_cmp_ps_mask(magnitude, lowest, _CMP_GE_OQ) & _mm512_cmp_ps_mask(magnitude, highest, _CMP_LE_OQ);
+    if ((zero | inside) != 0xffff) {
+      return false;
+    }
+  }
+  return true;
+}
+
+template <int Parts, typename Source>
+void pack_rows(int64_t rows, int64_t depth, const Source* source, int64_t ld, int64_t width, Element<Parts>* target) {
+  for (int64_t i = 0; i < rows; i += kFragmentRows) {
+    BFloat16* strip = target[i * width].parts;
+    for (int64_t l = 0; l < depth; l += kFragmentDepth) {
+      const __mmask16 lanes[2] = {first_lanes(depth - l), first_lanes(depth - l - kLanes)};
+      BFloat16* fragments = strip + l * kFragmentRows * Parts;
+      for (int64_t r = 0; r < kFragmentRows; ++r) {
+        const Source* row = source + (i + r) * ld + l;
+        __m512 rest[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        if (i + r < rows) {
+          rest[0] = load(row, lanes[0]);
+          rest[1] = lanes[1] == 0 ? rest[1] : load(row + kLanes, lanes[1]);
+        }
+#pragma GCC unroll 3
+        for (int part = 0; part < Parts; ++part) {
+          const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(rest[1], rest[0]));
+          _mm512_storeu_si512(fragments + part * kFragment + r * kFragmentDepth, both);
+          rest[0] = _mm512_sub_ps(rest[0], widen(_mm512_castsi512_si256(both)));
+          rest[1] = _mm512_sub_ps(rest[1], widen(_mm512_extracti64x4_epi64(both, 1)));
+        }
+      }
+    }
+  }
+}
+
+template <int Parts, typename Source>
+void pack_depth_panel(int64_t rows, int64_t depth, const Source* source, int64_t ld, Element<Parts>* panel) {
+  alignas(64) Element<Parts> fragments[kFragment];
+  for (int64_t l = 0; l < depth; l += kFragmentDepth) {
+    for (int64_t half = 0; half < 2; ++half) {
+      // a fragment of an a, its pairs transposed, is one of a b
+      const int64_t first = half * kFragmentRows;
+      const int64_t count = rows <= first ? 0 : min(rows - first, kFragmentRows);
+      if (count > 0) {
+        pack_rows(count, min(depth - l, kFragmentDepth), source + first * ld + l, ld, kFragmentDepth, fragments);
+      }
+      for (int part = 0; part < Parts; ++part) {
+        __m512i pairs[kFragmentRows];
+        for (int64_t r = 0; r < kFragmentRows; ++r) {
+          pairs[r] = count == 0 ? _mm512_setzero_si512()
+                                : _mm512_load_si512(fragments[0].parts + part * kFragment + r * kFragmentDepth);
+        }
+        transpose(pairs);
+        BFloat16* target = panel[l * kPanel].parts + (2 * part + half) * kFragment;
+        for (int64_t r = 0; r < kFragmentRows; ++r) {
+          _mm512_storeu_si512(target + r * kFragmentDepth, pairs[r]);
+        }
+      }
+    }
+  }
+}
+
+template <int Parts, typename Source>
+void pack_feature_panel(int64_t depth, int64_t cols, const Source* source, int64_t ld, Element<Parts>* panel) {
+  for (int64_t l = 0; l < depth; l += kFragmentDepth) {
+    for (int64_t pair = 0; pair < kFragmentDepth / 2; ++pair) {
+      for (int64_t half = 0; half < 2; ++half) {
+        const __mmask16 lanes = first_lanes(cols - half * kLanes);
+        __m512 rest[2];
+        for (int64_t side = 0; side < 2; ++side) {
+          const int64_t row = l + 2 * pair + side;
+          rest[side] = row < depth && lanes != 0 ? load(source + row * ld + half * kLanes, lanes) : _mm512_setzero_ps();
+        }
+#pragma GCC unroll 3
+        for (int part = 0; part < Parts; ++part) {
+          const __m512i low = _mm512_cvtepu16_epi32(round(rest[0]));
+          const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(round(rest[1])), 16);
+          BFloat16* target = panel[l * kPanel].parts + (2 * part + half) * kFragment + pair * kFragmentDepth;
+          _mm512_storeu_si512(target, _mm512_or_si512(low, high));
+          rest[0] = _mm512_sub_ps(rest[0], _mm512_castsi512_ps(_mm512_slli_epi32(low, 16)));
+          rest[1] = _mm512_sub_ps(rest[1], _mm512_castsi512_ps(high));
+        }
+      }
+    }
+  }
+}
+
+template <int Parts>
+void multiply(
+    int64_t m,
+    int64_t k,
+    const Element<Parts>* a,
+    int64_t a_rows,
+    int64_t a_block,
+    const Element<Parts>* b,
+    float* c,
+    int64_t ldc,
+    bool accumulate) {
+  // as deep as keeps the panel in the first-level cache for all rows: 24 KB, with one part 16 KB
+  constexpr int64_t kDepth = Parts == 1 ? 256 : 128;
+  for (int64_t l = 0; l < k; l += kDepth) {
+    const int64_t count = (min(k - l, kDepth) + kFragmentDepth - 1) / kFragmentDepth;
+    for (int64_t i = 0; i < m; i += kFragmentRows) {
+      multiply_fragments<Parts>(
+          count,
+          a[l / 128 * a_block + i / kFragmentRows * a_rows].parts,
+          a_block * Parts,
+          b[l * kPanel].parts,
+          min(m - i, kFragmentRows),
+          c + i * ldc,
+          ldc,
+          accumulate || l > 0);
+    }
+  }
+}
+
+#define CONTRASTIVE_OPS_PACKING(Parts, Source)                                                 \
+  template void pack_rows(int64_t, int64_t, const Source*, int64_t, int64_t, Element<Parts>*); \
+  template void pack_depth_panel(int64_t, int64_t, const Source*, int64_t, Element<Parts>*);   \
+  template void pack_feature_panel(int64_t, int64_t, const Source*, int64_t, Element<Parts>*);
+CONTRASTIVE_OPS_PACKING(1, float)
+CONTRASTIVE_OPS_PACKING(1, BFloat16)
+CONTRASTIVE_OPS_PACKING(3, float)
+#undef CONTRASTIVE_OPS_PACKING
+template void multiply(int64_t, int64_t, const Element<1>*, int64_t, int64_t, const Element<1>*, float*, int64_t, bool);
+template void multiply(int64_t, int64_t, const Element<3>*, int64_t, int64_t, const Element<3>*, float*, int64_t, bool);
+
+}  // namespace contrastive_ops::matrix_unit
