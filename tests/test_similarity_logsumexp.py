@@ -14,6 +14,7 @@ from problems import ALL_OPTIONS, FAR_IDS, VECTORS, fused, naive, problem
 from tolerance import assert_accurate, evaluate, judge
 
 import contrastive_ops as co
+from contrastive_ops import build
 
 # every ISA variant has products of its own for these two; the others differ in how panels are filled
 CORE_DTYPES = (*(pytest.param(dtype, marks=pytest.mark.core) for dtype in (torch.float32, torch.bfloat16)),
@@ -494,11 +495,15 @@ def test_isa_variant_is_the_one_asked_for():
     if asked is None:
         pytest.skip("ATEN_CPU_CAPABILITY is not set: the process runs the best variant of this machine")
     assert torch.backends.cpu.get_cpu_capability() == asked.upper()
+    assert not build.extension.matrix_unit()
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_isa_variants(capability):
-    """The core tests of the C++ engine again, in a process that starts with a lesser instruction set."""
+    """The core tests of the C++ engine again, in a process that starts with a lesser instruction set.
+
+    "avx512" is that without the matrix unit, which only ever runs beside it.
+    """
     import conftest
 
     sentence = conftest.refusal("cpu")
@@ -507,6 +512,8 @@ def test_isa_variants(capability):
     best = torch.backends.cpu.get_cpu_capability()
     if best == "DEFAULT" and capability != "default":
         pytest.skip(f"this machine has no {capability}: it runs {best}")
+    if capability == "avx512" and not build.extension.matrix_unit():
+        pytest.skip(f"no matrix unit: all other tests run {best} already")
     if "ATEN_CPU_CAPABILITY" in os.environ:
         pytest.skip("ATEN_CPU_CAPABILITY is set already: this process is one of the variants")
     result = subprocess.run(
@@ -524,7 +531,7 @@ def test_isa_variants(capability):
             __file__,
             str(Path(__file__).with_name("test_volume_logsumexp.py")),
         ],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "CONTRASTIVE_OPS_MATRIX_UNIT": "0"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

@@ -72,6 +72,18 @@ inline void transpose(__m512i (&rows)[16]) {
   }
 }
 
+// The parts of 32 values as one row of the fragments of an a.
+template <int Parts>
+inline void store_parts(__m512 low, __m512 high, BFloat16* target) {
+#pragma GCC unroll 3
+  for (int part = 0; part < Parts; ++part) {
+    const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    _mm512_storeu_si512(target + part * kFragment, both);
+    low = _mm512_sub_ps(low, widen(_mm512_castsi512_si256(both)));
+    high = _mm512_sub_ps(high, widen(_mm512_extracti64x4_epi64(both, 1)));
+  }
+}
+
 // The product of one part of a and one of b, of two fragments each way: registers 0 and 1 add up, 2 holds a, 3 and 4 b.
 // More registers would save loads, but what is left of them when two threads share a core then lets no load run ahead.
 inline void load_a(const BFloat16* a, int part) {
@@ -211,18 +223,38 @@ void pack_rows(int64_t rows, int64_t depth, const Source* source, int64_t ld, in
       BFloat16* fragments = strip + l * kFragmentRows * Parts;
       for (int64_t r = 0; r < kFragmentRows; ++r) {
         const Source* row = source + (i + r) * ld + l;
-        __m512 rest[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        __m512 low = _mm512_setzero_ps();
+        __m512 high = _mm512_setzero_ps();
         if (i + r < rows) {
-          rest[0] = load(row, lanes[0]);
-          rest[1] = lanes[1] == 0 ? rest[1] : load(row + kLanes, lanes[1]);
+          low = load(row, lanes[0]);
+          high = lanes[1] == 0 ? high : load(row + kLanes, lanes[1]);
         }
-#pragma GCC unroll 3
-        for (int part = 0; part < Parts; ++part) {
-          const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(rest[1], rest[0]));
-          _mm512_storeu_si512(fragments + part * kFragment + r * kFragmentDepth, both);
-          rest[0] = _mm512_sub_ps(rest[0], widen(_mm512_castsi512_si256(both)));
-          rest[1] = _mm512_sub_ps(rest[1], widen(_mm512_extracti64x4_epi64(both, 1)));
+        store_parts<Parts>(low, high, fragments + r * kFragmentDepth);
+      }
+    }
+  }
+}
+
+template <int Parts>
+void pack_transposed(
+    int64_t depth, int64_t cols, const float* source, int64_t ld, int64_t width, Element<Parts>* target) {
+  for (int64_t j = 0; j < cols; j += kFragmentRows) {
+    const __mmask16 lanes = first_lanes(cols - j);
+    BFloat16* strip = target[j * width].parts;
+    for (int64_t l = 0; l < depth; l += kFragmentDepth) {
+      __m512i halves[2][kLanes];
+      for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t r = 0; r < kLanes; ++r) {
+          const int64_t row = l + half * kLanes + r;
+          halves[half][r] =
+              row < depth ? _mm512_castps_si512(load(source + row * ld + j, lanes)) : _mm512_setzero_si512();
         }
+        transpose(halves[half]);
+      }
+      BFloat16* fragments = strip + l * kFragmentRows * Parts;
+      for (int64_t r = 0; r < kFragmentRows; ++r) {
+        store_parts<Parts>(
+            _mm512_castsi512_ps(halves[0][r]), _mm512_castsi512_ps(halves[1][r]), fragments + r * kFragmentDepth);
       }
     }
   }
@@ -317,6 +349,8 @@ CONTRASTIVE_OPS_PACKING(1, float)
 CONTRASTIVE_OPS_PACKING(1, BFloat16)
 CONTRASTIVE_OPS_PACKING(3, float)
 #undef CONTRASTIVE_OPS_PACKING
+template void pack_transposed(int64_t, int64_t, const float*, int64_t, int64_t, Element<1>*);
+template void pack_transposed(int64_t, int64_t, const float*, int64_t, int64_t, Element<3>*);
 template void multiply(int64_t, int64_t, const Element<1>*, int64_t, int64_t, const Element<1>*, float*, int64_t, bool);
 template void multiply(int64_t, int64_t, const Element<3>*, int64_t, int64_t, const Element<3>*, float*, int64_t, bool);
 

@@ -41,6 +41,11 @@ bool splits(int64_t n, const float* values);
 template <int Parts, typename Source>
 void pack_rows(int64_t rows, int64_t depth, const Source* source, int64_t ld, int64_t width, Element<Parts>* target);
 
+// Columns of a [depth, cols] matrix as the rows of an a.
+template <int Parts>
+void pack_transposed(
+    int64_t depth, int64_t cols, const float* source, int64_t ld, int64_t width, Element<Parts>* target);
+
 // A panel of the transpose: at most 32 rows of a [rows, depth] matrix.
 template <int Parts, typename Source>
 void pack_depth_panel(int64_t rows, int64_t depth, const Source* source, int64_t ld, Element<Parts>* panel);

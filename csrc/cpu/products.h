@@ -75,15 +75,13 @@ class VectorProducts {
     kernels_.multiply(m, k, a, kTile, kTile * kTile, b, c, ldc, accumulate);
   }
 
-  // Where the tile of coefficients is computed: in its place in the workspace.
-  T* coefficients_place(T*, T* stored) const {
-    return stored;
-  }
-
-  void store_coefficients(int64_t, const T*, T*) const {}
-
-  void store_transposed(int64_t rows, const T* tile, T*, T* stored) const {
-    kernels_.transpose(kTile, rows, tile, kTile, stored, kTile);
+  // A tile of coefficients with `rows` rows, or its transpose, as a tile of a strip.
+  void pack_tile(int64_t rows, const T* tile, bool transposed, T* target) const {
+    if (transposed) {
+      kernels_.transpose(kTile, rows, tile, kTile, target, kTile);
+    } else {
+      std::copy_n(tile, rows * kTile, target);
+    }
   }
 
  private:
@@ -157,17 +155,12 @@ class MatrixUnitProducts {
     matrix_unit::multiply(m, k, a, kRows * kTile, kTile * kTile, b, c, ldc, accumulate);
   }
 
-  float* coefficients_place(float* scratch, Operand*) const {
-    return scratch;
-  }
-
-  void store_coefficients(int64_t rows, const float* tile, Operand* stored) const {
-    matrix_unit::pack_rows(rows, kTile, tile, kTile, kTile, stored);
-  }
-
-  void store_transposed(int64_t rows, const float* tile, float* scratch, Operand* stored) const {
-    kernels_.transpose(kTile, rows, tile, kTile, scratch, kTile);
-    matrix_unit::pack_rows(kTile, rows, scratch, kTile, kTile, stored);
+  void pack_tile(int64_t rows, const float* tile, bool transposed, Operand* target) const {
+    if (transposed) {
+      matrix_unit::pack_transposed(rows, kTile, tile, kTile, kTile, target);
+    } else {
+      matrix_unit::pack_rows(rows, kTile, tile, kTile, kTile, target);
+    }
   }
 
  private:

@@ -6,7 +6,7 @@
 //       dots = X Y^T;  s = logits of dots, -inf where a pair does not take part
 //       forward:   max and sum of e^s over the rows and over the columns    -> partials of the tile
 //       backward:  g = u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j),
-//                  the gradient of an excluded pair's own logit in its place -> g a b and its transpose, in a workspace
+//                  the gradient of an excluded pair's own logit in its place -> g a b, in a workspace
 //     forward:     fold the partials of the block, in the order of the tiles
 //     backward:    dX += (g a b) Y and dY += (g a b)^T X over the whole block, in parallel over rows and columns
 //
@@ -217,12 +217,11 @@ class Engine {
     Vector<T> grad_total_;
   };
 
-  // What one thread works on: tiles of dots, one per vector of a tuple, and of logits; with tuples also of distances
-  // and of both coefficients.
+  // What one thread works on: tiles of dots, one per vector of a tuple, and of logits; with tuples also of distances.
   class Scratch {
    public:
     explicit Scratch(int64_t members, bool span)
-        : members_(members), tiles_(at::empty({(span ? 3 * members + 2 : 2) * kTileSize}, dtype())) {}
+        : members_(members), tiles_(at::empty({(members + 1 + span) * kTileSize}, dtype())) {}
     T* dots() const {
       return tile(0);
     }
@@ -231,12 +230,6 @@ class Engine {
     }
     T* distances() const {
       return tile(members_ + 1);
-    }
-    T* of_x(int64_t t) const {
-      return tile(members_ + 2 + t);
-    }
-    T* of_y(int64_t t) const {
-      return tile(2 * members_ + 2 + t);
     }
 
    private:
@@ -250,6 +243,22 @@ class Engine {
   auto new_scratch() const {
     return [this] { return Scratch(members_, basis_.defined()); };
   }
+
+  // What one thread makes strips of coefficients in, as long as a block is.
+  struct StripScratch {
+    Session session;
+    Tensor strip;
+  };
+  auto new_strip_scratch() const {
+    return [this] { return StripScratch{{}, operands(kTile * round_up(std::min(kBlock, std::max(n_, m_)), kTile))}; };
+  }
+
+  // A tile of coefficients, or its transpose, of a strip; null where there is none.
+  struct StripTile {
+    const T* values;
+    int64_t rows;
+    bool transposed;
+  };
 
   static constexpr c10::ScalarType dtype() {
     return c10::CppTypeToScalarType<T>::value;
@@ -409,34 +418,49 @@ class Engine {
     }
   }
 
-  // The logits of a tile with -inf where a pair does not take part; those that `exclude` names go to excluded[row],
-  // unless it is null.
-  Tile<T> logits(Range rows, Range cols, const T* pairs, T* logits, T* excluded) const {
-    const Tile<T> tile{
+  // A tile, whose logits are stored only where a pair does not take part. Those that `exclude` names go to
+  // excluded[row], unless it is null.
+  Tile<T> tile_of(Range rows, Range cols, const T* pairs, T* logits, T* excluded) const {
+    Tile<T> tile{
         rows.size(),
         pairs,
-        logits,
+        nullptr,
         row_scale_.at(rows.begin),
         col_scale_.at(cols.begin),
         row_bias_.at(rows.begin),
         col_bias_.at(cols.begin)};
-    products_.kernels().logits(tile);
-    if (excluded != nullptr) {  // all are read before any is masked: two rows may name each other
-      for_each_excluded(rows, cols, [&](int64_t row, int64_t place) { excluded[row] = logits[place]; });
-    }
+    const auto store = [&] {
+      if (tile.logits == nullptr) {
+        products_.kernels().logits(tile, logits);
+        tile.logits = logits;
+      }
+    };
+    for_each_excluded(rows, cols, [&](int64_t row, int64_t place) {
+      store();
+      if (excluded != nullptr) {  // all are read before any is masked: two rows may name each other
+        excluded[row] = logits[place];
+      }
+    });
     for_each_excluded(rows, cols, [&](int64_t, int64_t place) { logits[place] = -kInfinity; });
     if (row_ids_.given() && (restrict_ || !ids_disjoint(rows, cols))) {
-      products_.kernels().mask_ids(tile, row_ids_.values.at(rows.begin), col_ids_.values.at(cols.begin), restrict_);
+      store();
+      products_.kernels().mask_ids(
+          rows.size(), row_ids_.values.at(rows.begin), col_ids_.values.at(cols.begin), restrict_, logits);
     }
     return tile;
   }
 
   // What kernels.coefficients does, for one pair that it has left at 0: the gradient `grad` of its logit.
   static void add_excluded(
-      const Tile<T>& tile, int64_t place, T grad, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums) {
+      const Tile<T>& tile,
+      int64_t place,
+      T grad,
+      ScaleBiasSums<T> row_sums,
+      ScaleBiasSums<T> col_sums,
+      T* coefficients) {
     const int64_t i = place / kTile;
     const int64_t j = place % kTile;
-    tile.logits[place] += grad * tile.row_scale[i] * tile.col_scale[j];
+    coefficients[place] += grad * tile.row_scale[i] * tile.col_scale[j];
     if (row_sums.scale != nullptr) {
       row_sums.scale[i] += grad * tile.col_scale[j] * tile.pairs[place];
       row_sums.bias[i] += grad;
@@ -482,7 +506,7 @@ class Engine {
     const int64_t bytes = (1 + y_panels) * members_ * m_ * depth_ * static_cast<int64_t>(sizeof(Operand));
     std::vector<std::vector<Packed>> kept(bytes <= kKeptPanelBytes ? col_blocks.size() : 0);
     for (const Range rows : blocks_of(n_)) {
-      const Packed x = pack(x_, rows, true, false, x_panels);
+      const Packed x = pack(x_, rows, dots_needed, false, x_panels);
       for (const auto c : c10::irange(col_blocks.size())) {
         const Range cols = col_blocks[c];
         if (mirrored_ && cols.begin < rows.begin) {
@@ -573,7 +597,7 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
           T* dots = place_of_dots(kept, first_tile + tile, scratch.dots());
           multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
           const Tile<T> of_logits =
-              logits(rows, cols, pairs(rows, cols, dots, scratch), scratch.logits(), excluded_logits);
+              tile_of(rows, cols, pairs(rows, cols, dots, scratch), scratch.logits(), excluded_logits);
           Vector<T>& of_cols = part[tile] == Part::both ? col_partials : nothing;
           kernels.reduce(of_logits, partial(row_partials, tile), partial(of_cols, tile));
           if (totals_) {
@@ -644,11 +668,10 @@ SimilarityGradients Engine<Products>::backward(
   const Tensor col_bias_sum = mirrored_ ? row_bias_sum : full(sums ? m_ : 0, T(0));
   const Tensor square_sum = full(span ? n_ : 0, T(0));
 
-  // the coefficients of a block for each vector of a tuple, tile after tile, rows of tiles first; and their transposes,
-  // columns of tiles first
+  // the coefficients of a block, rows of tiles: of the dot products, or with tuples of the products for x with each
+  // vector and then of those for y
   const int64_t workspace = round_up(std::min(kBlock, n_), kTile) * round_up(std::min(kBlock, m_), kTile);
-  const Tensor coefficients = operands(members_ * workspace);
-  const Tensor transposed = operands(to_y ? members_ * workspace : 0);
+  const Tensor coefficients = at::empty({(span ? 2 * members_ : 1) * workspace}, dtype());
 
   const auto visit =
       [&](Range block_rows, Range block_cols, const Packed& x, const std::vector<Packed>& y, int64_t first_tile) {
@@ -665,12 +688,11 @@ SimilarityGradients Engine<Products>::backward(
           T* scale = partials.at(tile * 2 * kTile);
           return sums ? ScaleBiasSums<T>{scale, scale + kTile} : ScaleBiasSums<T>{nullptr, nullptr};
         };
-        const auto row_strip = [&](int64_t t, int64_t r) {
-          return operands_of(coefficients) + t * workspace + r * tile_cols * kTileSize;
+        const auto place_of = [&](int64_t operand, int64_t r, int64_t c) {
+          return values_of(coefficients, operand * workspace + (r * tile_cols + c) * kTileSize);
         };
-        const auto col_strip = [&](int64_t t, int64_t c) {
-          return operands_of(transposed) + t * workspace + c * tile_rows * kTileSize;
-        };
+        const auto of_x = [](int64_t t) { return t; };
+        const auto of_y = [&](int64_t t) { return span ? members_ + t : t; };
 
         for_each_task(tiles, new_scratch(), [&](int64_t tile, const Scratch& scratch) {
           const int64_t r = tile / tile_cols;
@@ -685,56 +707,58 @@ SimilarityGradients Engine<Products>::backward(
           if (dots == scratch.dots()) {
             multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
           }
-          const auto stored = [&](int64_t t) { return row_strip(t, r) + c * kTileSize; };
-          T* place = span ? scratch.logits() : products_.coefficients_place(scratch.logits(), stored(0));
+          T* place = span ? scratch.logits() : place_of(0, r, c);
           const ScaleBiasSums<T> row_sums = partial(row_partials, tile);
           const ScaleBiasSums<T> col_sums = partial(col_partials, tile);
-          const Tile<T> gradients = logits(rows, cols, pairs(rows, cols, dots, scratch), place, nullptr);
-          kernels.coefficients(gradients, of_rows.from(rows.begin), of_cols.from(cols.begin), row_sums, col_sums);
+          const Tile<T> of_logits = tile_of(rows, cols, pairs(rows, cols, dots, scratch), place, nullptr);
+          kernels.coefficients(
+              of_logits, of_rows.from(rows.begin), of_cols.from(cols.begin), row_sums, col_sums, place);
           for_each_excluded(rows, cols, [&](int64_t row, int64_t at) {
-            add_excluded(gradients, at, *of_excluded.at(row), row_sums, col_sums);
+            add_excluded(of_logits, at, *of_excluded.at(row), row_sums, col_sums, place);
           });
-
-          SpanCoefficients<T> operand{{place}, {place}, nullptr};
           if (span) {
-            operand.row_sum = square_partials.at(tile * kTile);
+            SpanCoefficients<T> operands{{}, {}, square_partials.at(tile * kTile)};
             for (const auto t : c10::irange(members_)) {
-              operand.of_x[t] = products_.coefficients_place(scratch.of_x(t), stored(t));
-              operand.of_y[t] = scratch.of_y(t);
+              operands.of_x[t] = place_of(of_x(t), r, c);
+              operands.of_y[t] = place_of(of_y(t), r, c);
             }
-            kernels.spread(span_tile(rows, cols, dots), gradients.pairs, place, operand);
-          }
-          for (const auto t : c10::irange(members_)) {
-            if (to_x) {
-              products_.store_coefficients(rows.size(), operand.of_x[t], stored(t));
-            }
-            if (to_y && part[tile] == Part::both) {
-              // within a diagonal block the mirror image of a tile belongs to the same workspace
-              Operand* mirror = diagonal ? row_strip(t, c) + r * kTileSize : col_strip(t, c) + r * kTileSize;
-              products_.store_transposed(rows.size(), operand.of_y[t], scratch.dots(), mirror);
-            }
+            kernels.spread(span_tile(rows, cols, dots), of_logits.pairs, place, operands);
           }
         });
 
-        const auto present = [&](int64_t r, int64_t c) {
-          return part[r * tile_cols + c] != Part::nothing || (diagonal && part[c * tile_cols + r] == Part::both);
+        // tile (r, c) of the coefficients for x; within a diagonal block it may be the mirror image of (c, r)
+        const auto tile_for_x = [&](int64_t t, int64_t r, int64_t c) -> StripTile {
+          if (part[r * tile_cols + c] != Part::nothing) {
+            return {place_of(of_x(t), r, c), block_rows.tile(r).size(), false};
+          }
+          const bool mirror = diagonal && part[c * tile_cols + r] == Part::both;
+          return {mirror ? place_of(of_x(t), c, r) : nullptr, block_rows.tile(c).size(), true};
         };
-        // 128 rows of a gradient: their strip of coefficient tiles times the feature panels, over runs of present tiles
+        const auto tile_for_y = [&](int64_t t, int64_t r, int64_t c) -> StripTile {
+          const bool present = part[r * tile_cols + c] != Part::nothing;
+          return {present ? place_of(of_y(t), r, c) : nullptr, block_rows.tile(r).size(), true};
+        };
+        // 128 rows of a gradient: the tiles (tile_at) along a depth times the feature panels, over runs of present
+        // tiles
         const auto multiply_strip = [&](Range range,
-                                        const Operand* strip,
                                         Range depth_range,
-                                        const auto& is_present,
+                                        const auto& tile_at,
                                         const Packed& other,
                                         T* grad,
-                                        bool accumulate) {
+                                        bool accumulate,
+                                        const StripScratch& scratch) {
           const int64_t depth_tiles = depth_range.tiles();
           const int64_t panel_size = products_.depth(depth_range.size()) * panel;
           const Operand* panels = operands_of(other.feature_panels);
+          Operand* strip = operands_of(scratch.strip);
           T* target = grad + range.begin * padded_features;
           for (int64_t begin = 0, end = 0; begin < depth_tiles; begin = end + 1) {
-            end = begin;
-            while (end < depth_tiles && is_present(end)) {
-              ++end;
+            for (end = begin; end < depth_tiles; ++end) {
+              const StripTile tile = tile_at(end);
+              if (tile.values == nullptr) {
+                break;
+              }
+              products_.pack_tile(tile.rows, tile.values, tile.transposed, strip + end * kTileSize);
             }
             const int64_t first = begin * kTile;
             const int64_t depth = std::min(end * kTile, depth_range.size()) - first;
@@ -761,34 +785,31 @@ SimilarityGradients Engine<Products>::backward(
         const bool y_started = block_rows.begin > 0;
         const int64_t x_tasks = to_x ? tile_rows : 0;
         const int64_t y_tasks = to_y && !diagonal ? tile_cols * members_ : 0;
-        for_each_task(
-            x_tasks + y_tasks,
-            [] { return Session(); },
-            [&](int64_t task, const Session&) {
-              if (task < x_tasks) {
-                for (const auto t : c10::irange(members_)) {
-                  multiply_strip(
-                      block_rows.tile(task),
-                      row_strip(t, task),
-                      block_cols,
-                      [&](int64_t c) { return present(task, c); },
-                      y[t],
-                      values_of(grad_x, 0),
-                      x_started || t > 0);
-                }
-              } else {
-                const int64_t c = (task - x_tasks) / members_;
-                const int64_t t = (task - x_tasks) % members_;
-                multiply_strip(
-                    block_cols.tile(c),
-                    col_strip(t, c),
-                    block_rows,
-                    [&](int64_t r) { return present(r, c); },
-                    x,
-                    values_of(grad_y, t * m_ * padded_features),
-                    y_started);
-              }
-            });
+        for_each_task(x_tasks + y_tasks, new_strip_scratch(), [&](int64_t task, const StripScratch& scratch) {
+          if (task < x_tasks) {
+            for (const auto t : c10::irange(members_)) {
+              multiply_strip(
+                  block_rows.tile(task),
+                  block_cols,
+                  [&](int64_t c) { return tile_for_x(t, task, c); },
+                  y[t],
+                  values_of(grad_x, 0),
+                  x_started || t > 0,
+                  scratch);
+            }
+          } else {
+            const int64_t c = (task - x_tasks) / members_;
+            const int64_t t = (task - x_tasks) % members_;
+            multiply_strip(
+                block_cols.tile(c),
+                block_rows,
+                [&](int64_t r) { return tile_for_y(t, r, c); },
+                x,
+                values_of(grad_y, t * m_ * padded_features),
+                y_started,
+                scratch);
+          }
+        });
 
         const auto add = [](const Tensor& sum, Range range, const T* part_sum) {
           T* of_range = values_of(sum, range.begin);
@@ -858,7 +879,7 @@ bool splits(const Tensor& embedding) {
   if (embedding.scalar_type() != at::kFloat) {
     return true;
   }
-  constexpr int64_t kPiece = int64_t(1) << 16;
+  constexpr int64_t kPiece = int64_t(1) << 18;
   const Tensor contiguous = embedding.contiguous();
   const float* values = contiguous.const_data_ptr<float>();
   std::atomic<bool> result{true};

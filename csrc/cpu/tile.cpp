@@ -162,28 +162,53 @@ void transpose(int64_t rows, int64_t cols, const T* source, int64_t ld_source, T
   }
 }
 
+// A row of logits: as they are stored, or else made of the pairs.
+template <bool Stored, typename T>
+class LogitRow {
+ public:
+  LogitRow(const Tile<T>& tile, int64_t i)
+      : tile_(tile),
+        values_((Stored ? tile.logits : tile.pairs) + i * kTile),
+        scale_(tile.row_scale[i]),
+        bias_(tile.row_bias[i]) {}
+
+  Vec<T> at(int64_t j) const {
+    const Vec<T> value = Vec<T>::loadu(values_ + j);
+    if constexpr (Stored) {
+      return value;
+    }
+    return at::vec::fmadd(
+        value, scale_ * Vec<T>::loadu(tile_.col_scale + j), bias_ + Vec<T>::loadu(tile_.col_bias + j));
+  }
+
+ private:
+  const Tile<T>& tile_;
+  const T* values_;
+  Vec<T> scale_;
+  Vec<T> bias_;
+};
+
+// f(whether logits are stored), as a constant.
+template <typename T, typename F>
+inline auto with_stored(const Tile<T>& tile, const F& f) {
+  return tile.logits == nullptr ? f(std::false_type()) : f(std::true_type());
+}
+
 template <typename T>
-void logits(const Tile<T>& tile) {
+void logits(const Tile<T>& tile, T* logits) {
   for (int64_t i = 0; i < tile.rows; ++i) {
-    const Vec<T> row_scale(tile.row_scale[i]);
-    const Vec<T> row_bias(tile.row_bias[i]);
-    const T* pairs = tile.pairs + i * kTile;
-    T* logits = tile.logits + i * kTile;
+    const LogitRow<false, T> row(tile, i);
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
-      const Vec<T> scale = row_scale * Vec<T>::loadu(tile.col_scale + j);
-      const Vec<T> bias = row_bias + Vec<T>::loadu(tile.col_bias + j);
-      at::vec::fmadd(Vec<T>::loadu(pairs + j), scale, bias).store(logits + j);
+      row.at(j).store(logits + i * kTile + j);
     }
   }
 }
 
 template <typename T>
-void mask_ids(const Tile<T>& tile, const int64_t* row_ids, const int64_t* col_ids, bool restrict) {
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    const int64_t id = row_ids[i];
-    T* logits = tile.logits + i * kTile;
+void mask_ids(int64_t rows, const int64_t* row_ids, const int64_t* col_ids, bool restrict, T* logits) {
+  for (int64_t i = 0; i < rows; ++i, logits += kTile) {
     for (int64_t j = 0; j < kTile; ++j) {
-      logits[j] = ((id == col_ids[j]) != restrict) ? -kInfinity<T> : logits[j];
+      logits[j] = ((row_ids[i] == col_ids[j]) != restrict) ? -kInfinity<T> : logits[j];
     }
   }
 }
@@ -199,25 +224,26 @@ inline Vec<T> shift_of(Vec<T> max) {
   return Vec<T>::blendv(max, Vec<T>(T(0)), max == Vec<T>(-kInfinity<T>));
 }
 
-template <typename T>
+template <bool Stored, typename T>
 void sum_rows(const Tile<T>& tile, MaxSum<T> rows) {
   for (int64_t i = 0; i < tile.rows; ++i) {
+    const LogitRow<Stored, T> row(tile, i);
     const Vec<T> shift(shift_of(rows.max[i]));
     Vec<T> sum(T(0));
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
-      sum = sum + exp(Vec<T>::loadu(tile.logits + i * kTile + j) - shift);
+      sum = sum + exp(row.at(j) - shift);
     }
     rows.sum[i] = sum_of(sum);
   }
 }
 
-template <typename T>
+template <bool Stored, typename T>
 void sum_cols(const Tile<T>& tile, MaxSum<T> cols) {
   for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
     const Vec<T> shift = shift_of(Vec<T>::loadu(cols.max + j));
     Vec<T> sum(T(0));
     for (int64_t i = 0; i < tile.rows; ++i) {
-      sum = sum + exp(Vec<T>::loadu(tile.logits + i * kTile + j) - shift);
+      sum = sum + exp(LogitRow<Stored, T>(tile, i).at(j) - shift);
     }
     sum.store(cols.sum + j);
   }
@@ -230,7 +256,7 @@ constexpr T kSharedShift = T(40);
 
 // Both directions from one exponential per pair: sums relative to the maximum of the tile, then rescaled to the
 // maximum of each row and column. Returns false, with nothing done, where the maxima are too far apart.
-template <typename T>
+template <bool Stored, typename T>
 bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
   T lowest = kInfinity<T>;
   T highest = -kInfinity<T>;
@@ -253,7 +279,7 @@ bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
       Vec<T> col_sum = Vec<T>::loadu(cols.sum + j);
       for (int r = 0; r < kRows; ++r) {
-        const Vec<T> term = exp(Vec<T>::loadu(tile.logits + (i + r) * kTile + j) - shift);
+        const Vec<T> term = exp(LogitRow<Stored, T>(tile, i + r).at(j) - shift);
         sum[r] = sum[r] + term;
         col_sum = col_sum + term;
       }
@@ -276,8 +302,8 @@ bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
   return true;
 }
 
-template <typename T>
-void reduce(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
+template <bool Stored, typename T>
+void reduce_logits(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
   if (cols.max != nullptr) {
     std::fill_n(cols.max, kTile, -kInfinity<T>);
   }
@@ -288,7 +314,7 @@ void reduce(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
       Vec<T> col_max(-kInfinity<T>);
       for (int r = 0; r < kRows; ++r) {
-        const Vec<T> logit = Vec<T>::loadu(tile.logits + (i + r) * kTile + j);
+        const Vec<T> logit = LogitRow<Stored, T>(tile, i + r).at(j);
         row_max[r] = at::vec::maximum(row_max[r], logit);
         col_max = at::vec::maximum(col_max, logit);
       }
@@ -300,26 +326,32 @@ void reduce(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
       rows.max[i + r] = max_of(row_max[r]);
     }
   });
-  if (rows.max != nullptr && cols.max != nullptr && sum_both(tile, rows, cols)) {
+  if (rows.max != nullptr && cols.max != nullptr && sum_both<Stored>(tile, rows, cols)) {
     return;
   }
   if (rows.max != nullptr) {
-    sum_rows(tile, rows);
+    sum_rows<Stored>(tile, rows);
   }
   if (cols.max != nullptr) {
-    sum_cols(tile, cols);
+    sum_cols<Stored>(tile, cols);
   }
 }
 
 template <typename T>
-void totals(const Tile<T>& tile, T* rows, T* cols) {
+void reduce(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
+  with_stored(tile, [&](auto stored) { reduce_logits<stored.value>(tile, rows, cols); });
+}
+
+template <bool Stored, typename T>
+void totals_of(const Tile<T>& tile, T* rows, T* cols) {
   if (cols != nullptr) {
     std::fill_n(cols, kTile, T(0));
   }
   for (int64_t i = 0; i < tile.rows; ++i) {
+    const LogitRow<Stored, T> logits(tile, i);
     Vec<T> row(T(0));
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
-      const Vec<T> logit = Vec<T>::loadu(tile.logits + i * kTile + j);
+      const Vec<T> logit = logits.at(j);
       const Vec<T> value = Vec<T>::blendv(logit, Vec<T>(T(0)), logit == Vec<T>(-kInfinity<T>));
       row = row + value;
       if (cols != nullptr) {
@@ -330,6 +362,11 @@ void totals(const Tile<T>& tile, T* rows, T* cols) {
       rows[i] = sum_of(row);
     }
   }
+}
+
+template <typename T>
+void totals(const Tile<T>& tile, T* rows, T* cols) {
+  with_stored(tile, [&](auto stored) { totals_of<stored.value>(tile, rows, cols); });
 }
 
 template <typename T>
@@ -348,13 +385,14 @@ void fold(int64_t n, MaxSum<T> running, MaxSum<T> part) {
 
 // The loop of `coefficients`; softmax(i, j, logit) is the vector of what the log-sum-exps give to pairs, to which the
 // gradients of the totals are added where given.
-template <bool Sums, typename T, typename Softmax>
+template <bool Stored, bool Sums, typename T, typename Softmax>
 inline void coefficients_loop(
     const Tile<T>& tile,
     Direction<T> rows,
     Direction<T> cols,
     ScaleBiasSums<T> row_sums,
     ScaleBiasSums<T> col_sums,
+    T* coefficients,
     const Softmax& softmax) {
   const auto pair = [&](int64_t i, int64_t j, Vec<T> logit) {
     const Vec<T> value = softmax(i, j, logit);
@@ -380,8 +418,7 @@ inline void coefficients_loop(
       Vec<T> col_bias_sum(T(0));
       for (int r = 0; r < kRows; ++r) {
         const Vec<T> row_scale(tile.row_scale[i + r]);
-        T* logits = tile.logits + (i + r) * kTile + j;
-        const Vec<T> coefficient = pair(i + r, j, Vec<T>::loadu(logits));
+        const Vec<T> coefficient = pair(i + r, j, LogitRow<Stored, T>(tile, i + r).at(j));
         if constexpr (Sums) {
           const Vec<T> with_pair = coefficient * Vec<T>::loadu(tile.pairs + (i + r) * kTile + j);
           scale_sum[r] = at::vec::fmadd(with_pair, col_scale, scale_sum[r]);
@@ -389,7 +426,7 @@ inline void coefficients_loop(
           col_scale_sum = at::vec::fmadd(with_pair, row_scale, col_scale_sum);
           col_bias_sum = col_bias_sum + coefficient;
         }
-        (coefficient * (row_scale * col_scale)).store(logits);
+        (coefficient * (row_scale * col_scale)).store(coefficients + (i + r) * kTile + j);
       }
       if constexpr (Sums) {
         (Vec<T>::loadu(col_sums.scale + j) + col_scale_sum).store(col_sums.scale + j);
@@ -403,9 +440,17 @@ inline void coefficients_loop(
   });
 }
 
-template <bool Sums, typename T>
+template <bool Stored, bool Sums, typename T>
 void coefficients_of(
-    const Tile<T>& tile, Direction<T> rows, Direction<T> cols, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums) {
+    const Tile<T>& tile,
+    Direction<T> rows,
+    Direction<T> cols,
+    ScaleBiasSums<T> row_sums,
+    ScaleBiasSums<T> col_sums,
+    T* coefficients) {
+  const auto loop = [&](const auto& softmax) {
+    coefficients_loop<Stored, Sums>(tile, rows, cols, row_sums, col_sums, coefficients, softmax);
+  };
   const auto row_term = [&](int64_t i, Vec<T> logit) {
     return Vec<T>(rows.grad_lse[i]) * exp((logit - Vec<T>(rows.max[i])) - Vec<T>(rows.log_sum[i]));
   };
@@ -414,13 +459,11 @@ void coefficients_of(
            exp((logit - Vec<T>::loadu(cols.max + j)) - Vec<T>::loadu(cols.log_sum + j));
   };
   if (cols.max == nullptr) {
-    coefficients_loop<Sums>(
-        tile, rows, cols, row_sums, col_sums, [&](int64_t i, int64_t, Vec<T> logit) { return row_term(i, logit); });
+    loop([&](int64_t i, int64_t, Vec<T> logit) { return row_term(i, logit); });
     return;
   }
   if (rows.max == nullptr) {
-    coefficients_loop<Sums>(
-        tile, rows, cols, row_sums, col_sums, [&](int64_t, int64_t j, Vec<T> logit) { return col_term(j, logit); });
+    loop([&](int64_t, int64_t j, Vec<T> logit) { return col_term(j, logit); });
     return;
   }
 
@@ -447,24 +490,29 @@ void coefficients_of(
     };
     factors(tile.rows, rows, row_factor);
     factors(kTile, cols, col_factor);
-    coefficients_loop<Sums>(tile, rows, cols, row_sums, col_sums, [&](int64_t i, int64_t j, Vec<T> logit) {
+    loop([&](int64_t i, int64_t j, Vec<T> logit) {
       return exp(logit - shift) * (Vec<T>(row_factor[i]) + Vec<T>::loadu(col_factor + j));
     });
     return;
   }
-  coefficients_loop<Sums>(tile, rows, cols, row_sums, col_sums, [&](int64_t i, int64_t j, Vec<T> logit) {
-    return row_term(i, logit) + col_term(j, logit);
-  });
+  loop([&](int64_t i, int64_t j, Vec<T> logit) { return row_term(i, logit) + col_term(j, logit); });
 }
 
 template <typename T>
 void coefficients(
-    const Tile<T>& tile, Direction<T> rows, Direction<T> cols, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums) {
-  if (row_sums.scale != nullptr) {
-    coefficients_of<true>(tile, rows, cols, row_sums, col_sums);
-  } else {
-    coefficients_of<false>(tile, rows, cols, row_sums, col_sums);
-  }
+    const Tile<T>& tile,
+    Direction<T> rows,
+    Direction<T> cols,
+    ScaleBiasSums<T> row_sums,
+    ScaleBiasSums<T> col_sums,
+    T* coefficients) {
+  with_stored(tile, [&](auto stored) {
+    if (row_sums.scale != nullptr) {
+      coefficients_of<stored.value, true>(tile, rows, cols, row_sums, col_sums, coefficients);
+    } else {
+      coefficients_of<stored.value, false>(tile, rows, cols, row_sums, col_sums, coefficients);
+    }
+  });
 }
 
 // Coordinates y of rows in the spans of their columns' tuples, from the dot products of row i at the columns from j on.

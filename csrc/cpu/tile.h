@@ -16,8 +16,8 @@ constexpr int64_t kTile = 128;
 template <typename T>
 struct Tile {
   int64_t rows;
-  const T* pairs;  // of x_i and y_j: their dot product, or minus the distance of x_i from the span of the tuple y_j
-  T* logits;       // s_ij, then overwritten by what the function computes
+  const T* pairs;   // of x_i and y_j: their dot product, or minus the distance of x_i from the span of the tuple y_j
+  const T* logits;  // s_ij, -inf where a pair does not take part; null where all do: s_ij is then made from the pairs
   const T* row_scale;
   const T* col_scale;
   const T* row_bias;
@@ -88,11 +88,11 @@ struct TileKernels {
   // destination[rows, cols] = source[cols, rows]^T
   void (*transpose)(int64_t rows, int64_t cols, const T* source, int64_t ld_source, T* destination, int64_t ld);
 
-  // logits = row_scale col_scale pairs + row_bias + col_bias
-  void (*logits)(const Tile<T>& tile);
+  // logits = row_scale col_scale pairs + row_bias + col_bias, from a tile without logits
+  void (*logits)(const Tile<T>& tile, T* logits);
 
   // logits = -inf where the ids are equal, or with `restrict` where they are not
-  void (*mask_ids)(const Tile<T>& tile, const int64_t* row_ids, const int64_t* col_ids, bool restrict);
+  void (*mask_ids)(int64_t rows, const int64_t* row_ids, const int64_t* col_ids, bool restrict, T* logits);
 
   // Maxima and sums over the rows and over the columns of the logits; a null direction is skipped.
   void (*reduce)(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols);
@@ -103,11 +103,16 @@ struct TileKernels {
   // Fold `part` into the running statistics of n rows (columns).
   void (*fold)(int64_t n, MaxSum<T> running, MaxSum<T> part);
 
-  // logits = (u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j) + the gradients of the totals) row_scale_i col_scale_j, the
-  // gradient of the pair: for dot products the weight of y_j in the gradient of x_i, and of x_i in that of y_j. A
-  // direction whose max is null is skipped. Sums are skipped where null.
+  // coefficients = (u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j) + the gradients of the totals) row_scale_i
+  // col_scale_j, the gradient of the pair: for dot products the weight of y_j in the gradient of x_i, and of x_i in
+  // that of y_j. A direction whose max is null is skipped. Sums are skipped where null. May overwrite the logits.
   void (*coefficients)(
-      const Tile<T>& tile, Direction<T> rows, Direction<T> cols, ScaleBiasSums<T> row_sums, ScaleBiasSums<T> col_sums);
+      const Tile<T>& tile,
+      Direction<T> rows,
+      Direction<T> cols,
+      ScaleBiasSums<T> row_sums,
+      ScaleBiasSums<T> col_sums,
+      T* coefficients);
 
   // pairs = minus the distances of the rows from the spans
   void (*distances)(const SpanTile<T>& tile, T* pairs);
