@@ -251,6 +251,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> volume_backward(
   return {grad.x, grad.y, grad.row_scale, grad.col_scale};
 }
 
+Tensor gram(const Tensor& tuples) {
+  TORCH_CHECK_VALUE(tuples.dim() == 3, "tuples must have shape (M, P, D), got ", tuples.sizes());
+  TORCH_CHECK_TYPE(tuples.is_floating_point(), "tuples must be floating-point, got ", tuples.scalar_type());
+  return gram_matrices(tuples);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names{DEFAULT::float_kernels.instruction_set};
 #ifdef CONTRASTIVE_OPS_X86
@@ -284,6 +290,7 @@ TORCH_LIBRARY(contrastive_ops_cpu, library) {
       volume_options + ", bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)";
   library.def(volume_forward_schema.c_str());
   library.def(volume_backward_schema.c_str());
+  library.def("gram_matrices(Tensor tuples) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(contrastive_ops_cpu, CPU, library) {
@@ -291,6 +298,7 @@ TORCH_LIBRARY_IMPL(contrastive_ops_cpu, CPU, library) {
   library.impl("similarity_logsumexp_backward", backward);
   library.impl("volume_logsumexp", volume_forward);
   library.impl("volume_logsumexp_backward", volume_backward);
+  library.impl("gram_matrices", gram);
 }
 
 }  // namespace

@@ -44,6 +44,10 @@ def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.contrastive_ops_cpu.similarity_logsumexp_backward(*arguments)
 
 
+def factor(vectors: Tensor) -> tuple_basis.Basis:
+    return tuple_basis.factor_gram(torch.ops.contrastive_ops_cpu.gram_matrices(vectors))
+
+
 def volume_logsumexp_forward(
     anchor: Tensor,
     tuples: Tensor,
@@ -53,7 +57,7 @@ def volume_logsumexp_forward(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     *flags, needs = arguments
-    basis = tuple_basis.factor(tuples)
+    basis = factor(tuples)
     weight = tuple_basis.column_weight(basis, col_scale, anchor)
     return torch.ops.contrastive_ops_cpu.volume_logsumexp(
         anchor, tuples, *tuple_basis.packed(basis, anchor), row_scale, weight, exclude, *flags, any(needs)
@@ -62,7 +66,7 @@ def volume_logsumexp_forward(
 
 def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
     *incoming, anchor, tuples, row_scale, col_scale, exclude, rows, cols, totals, needs = arguments
-    basis = tuple_basis.factor(tuples)
+    basis = factor(tuples)
     weight = tuple_basis.column_weight(basis, col_scale, anchor)
     grads = torch.ops.contrastive_ops_cpu.volume_logsumexp_backward(
         *incoming, anchor, tuples, *tuple_basis.packed(basis, anchor), row_scale, weight, exclude, rows, cols, totals,

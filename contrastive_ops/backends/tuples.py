@@ -33,9 +33,15 @@ def factor(tuples: Tensor) -> Basis:
     for rows in range(0, m, ROWS):
         part = tuples[rows : rows + ROWS].double()
         gram[rows : rows + ROWS] = part @ part.mT
+    return factor_gram(gram)
+
+
+def factor_gram(gram: Tensor) -> Basis:
+    """The Cholesky factors L of Gram matrices [M, P, P], float64, as what the sweep and the gradients need of them."""
+    members = gram.shape[1]
     lower = torch.zeros_like(gram)
     inverse = torch.zeros_like(gram)
-    volume = gram.new_ones(m)
+    volume = gram.new_ones(gram.shape[0])
     for t in range(members):
         square = gram[:, t, t]
         pivot = square - lower[:, t, :t].square().sum(-1)

@@ -2,7 +2,9 @@
 //
 // A bfloat16 is one part. A float32 is three, x = x_0 + x_1 + x_2 of 8 bits each, without an error, and of the nine
 // products of their parts six are taken: x_0 y_0, x_0 y_1, x_1 y_0, x_1 y_1, x_0 y_2, x_2 y_0. The others are below
-// 2^-25 of the product, so that the sum has the error of float32.
+// 2^-25 of the product, so that the sum has the error of float32. A part below the normal numbers counts as 0, so that
+// values below 2^-100 may lose digits: features are tested for them (splits), coefficients are not, as one that small
+// counts for nothing beside others.
 //
 // A fragment is what a register of the unit holds, 1 KB: of an a 16 rows x 32 of the depth; of a b 32 of the depth x 16
 // columns, where the two values of a pair along the depth lie side by side. Operands are fragments, padded with zeros:

@@ -939,6 +939,35 @@ SimilarityGradients similarity_logsumexp_backward(
   return with_engine(options, [&](auto engine) { return engine.backward(statistics, incoming, needs); });
 }
 
+Tensor gram_matrices(const Tensor& tuples) {
+  constexpr int64_t kTuples = 64;   // of a task
+  constexpr int64_t kPiece = 4096;  // tuples that are converted at a time
+  const int64_t m = tuples.size(0);
+  const int64_t members = tuples.size(1);
+  const int64_t depth = tuples.size(2);
+  const Tensor grams = at::empty({m, members, members}, at::kDouble);
+  const auto fill = [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t begin = 0; begin < m; begin += kPiece) {
+      const int64_t count = std::min(kPiece, m - begin);
+      const Tensor piece = tuples.narrow(0, begin, count).to(c10::CppTypeToScalarType<T>::value).contiguous();
+      const T* rows = piece.const_data_ptr<T>();
+      double* target = grams.mutable_data_ptr<double>() + begin * members * members;
+      for_each_task((count + kTuples - 1) / kTuples, [&](int64_t task) {
+        for (int64_t j = task * kTuples; j < std::min(count, (task + 1) * kTuples); ++j) {
+          tile_kernels<T>().gram(members, depth, rows + j * members * depth, target + j * members * members);
+        }
+      });
+    }
+  };
+  if (tuples.scalar_type() == at::kDouble) {
+    fill(double());
+  } else {
+    fill(float());
+  }
+  return grams;
+}
+
 double tile_product_rate(const Tensor& x, const Tensor& y, double seconds) {
   TORCH_CHECK_VALUE(x.numel() > 0 && y.numel() > 0, "x and y must not be empty");
   SimilarityOptions options;

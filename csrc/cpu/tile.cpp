@@ -515,6 +515,32 @@ void coefficients(
   });
 }
 
+template <typename T>
+void gram(int64_t members, int64_t depth, const T* rows, double* gram) {
+  constexpr int kLanes = 16;  // sums side by side, for vector instructions
+  for (int64_t s = 0; s < members; ++s) {
+    for (int64_t t = 0; t <= s; ++t) {
+      const T* a = rows + s * depth;
+      const T* b = rows + t * depth;
+      double sums[kLanes] = {};
+      int64_t l = 0;
+      for (; l + kLanes <= depth; l += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          sums[lane] += static_cast<double>(a[l + lane]) * static_cast<double>(b[l + lane]);
+        }
+      }
+      double sum = 0.0;
+      for (; l < depth; ++l) {
+        sum += static_cast<double>(a[l]) * static_cast<double>(b[l]);
+      }
+      for (const double part : sums) {
+        sum += part;
+      }
+      gram[s * members + t] = gram[t * members + s] = sum;
+    }
+  }
+}
+
 // Coordinates y of rows in the spans of their columns' tuples, from the dot products of row i at the columns from j on.
 template <int Members, typename T>
 inline std::array<Vec<T>, Members> coordinates(const SpanTile<T>& tile, int64_t i, int64_t j) {
@@ -603,6 +629,7 @@ constexpr TileKernels<T> kKernels = {
     totals<T>,
     fold<T>,
     coefficients<T>,
+    gram<T>,
     distances<T>,
     spread<T>,
 };

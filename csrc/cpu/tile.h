@@ -114,6 +114,9 @@ struct TileKernels {
       ScaleBiasSums<T> col_sums,
       T* coefficients);
 
+  // gram[P, P] = rows rows^T of P rows, in float64
+  void (*gram)(int64_t members, int64_t depth, const T* rows, double* gram);
+
   // pairs = minus the distances of the rows from the spans
   void (*distances)(const SpanTile<T>& tile, T* pairs);
 
