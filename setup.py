@@ -13,6 +13,7 @@ import itertools
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -226,6 +227,16 @@ def compiler_flags() -> list[str]:
     return flags
 
 
+def compiles_for_matrix_unit(compiler: str) -> bool:
+    """Whether the compiler, its headers and its assembler know AMX."""
+    program = "#include <immintrin.h>\nvoid load(const void* a) { _tile_loadd(0, a, 64); _tile_dpbf16ps(2, 0, 1); }\n"
+    command = [*shlex.split(compiler), *MATRIX_UNIT, "-x", "c++", "-", "-c", "-o", os.devnull]
+    result = subprocess.run(command, input=program, text=True, capture_output=True)
+    if result.returncode != 0:
+        say(f"without products on the matrix unit (AMX), which {compiler} does not know.")
+    return result.returncode == 0
+
+
 def cpp_extension():
     """The C++ engine; raises where it can't be built."""
     import torch  # noqa: F401  says why in its own words when it is missing
@@ -239,11 +250,8 @@ def cpp_extension():
         flags += ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
     if X86:
         flags.append("-DCONTRASTIVE_OPS_X86")
-        probe = [compiler, *MATRIX_UNIT, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
-        if sys.platform.startswith("linux") and subprocess.run(probe, capture_output=True).returncode == 0:
+        if sys.platform.startswith("linux") and compiles_for_matrix_unit(compiler):
             flags.append(WITH_MATRIX_UNIT)
-        else:
-            say(f"without products on the matrix unit (AMX): {compiler} can't compile them.")
     return torch_build.CppExtension(
         "contrastive_ops._C",
         ["csrc/extension.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/similarity_logsumexp.cpp"],

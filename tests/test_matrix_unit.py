@@ -25,42 +25,65 @@ def _needs_the_unit() -> None:
         pytest.skip("this processor has no matrix unit (AMX), or CONTRASTIVE_OPS_MATRIX_UNIT=0 leaves it alone")
 
 
-def logits(x: torch.Tensor, column: int, **options) -> torch.Tensor:
-    """x[:, column], as dot products of its rows with a unit vector."""
-    features = x.shape[1]
-    unit = torch.eye(features)[column].expand(len(x), -1).contiguous()
-    return co.similarity_logsumexp(x, unit, exclude=torch.zeros(len(x), dtype=torch.int64), **options).excluded_logit
+def dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """<x_i, y_i>: the logits of the excluded pairs, as the engine makes them."""
+    return co.similarity_logsumexp(x, y, exclude=torch.arange(len(x))).excluded_logit
 
 
-@pytest.mark.parametrize("exponent", [-100, -60, -20, 0, 40, 120])
-def test_every_bit_of_a_float32_passes(exponent):
-    """A product with 1 is the value itself, bit for bit: no part is lost, at no place of a fragment."""
-    torch.manual_seed(exponent)
-    x = (1 + torch.rand(50, 70)) * torch.randint(-1, 2, (50, 70)) * 2.0**exponent
-    for column in range(x.shape[1]):
-        assert torch.equal(logits(x, column), x[:, column]), column
+def unit_vectors(count: int, features: int, column: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.eye(features, dtype=dtype)[column].repeat(count, 1)
 
 
+def test_every_bit_of_a_float32_passes():
+    """A product with 1 is the value itself, bit for bit: no part of either side is lost, at no place of a fragment."""
+    torch.manual_seed(0)
+    values = (1 + torch.rand(150, 70)) * torch.randint(-1, 2, (150, 70)) * 2.0 ** torch.randint(-40, 100, (150, 1))
+    for column in range(values.shape[1]):
+        ones = unit_vectors(*values.shape, column)
+        assert torch.equal(dots(values, ones), values[:, column]), column
+        assert torch.equal(dots(ones, values), values[:, column]), column
+
+
+def test_products_of_all_parts():
+    """One product each: an error above that of float32 is that of a product of parts which is not taken."""
+    torch.manual_seed(0)
+    x, y = (1 + torch.rand(2, 4000, 1)).unbind()
+    truth = x.double() * y.double()
+    error = (dots(x, y).double() - truth[:, 0]) / truth[:, 0]
+    assert error.abs().max() < 2.0**-23
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("value", [1e-39, 1.3e-36, 3.4e38, float("inf"), float("nan")])
-def test_values_without_three_parts(value):
+def test_values_without_three_parts(value, dtype):
     """Their lowest part would be below the normal numbers, or the highest beyond them: no such value loses a digit."""
-    x = torch.full((3, 40), 0.0)
+    x = torch.zeros(3, 40, dtype=dtype)
     x[1, 5] = value
     x[2, 5] = 1 / 3
-    torch.testing.assert_close(logits(x, 5), x[:, 5], rtol=0, atol=0, equal_nan=True)
+    got = dots(x, unit_vectors(3, 40, 5, dtype))
+    torch.testing.assert_close(got, x[:, 5].float(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("side", ["x", "y"])
-def test_gradients_of_tiny_features(side):
-    """2^-118: two of the three parts would be flushed to 0."""
+def test_tiny_values_beside_large_ones():
+    """What activations leave of -12, or a softmax: such a value counts for nothing, and sends nobody another way."""
     torch.manual_seed(0)
-    features = {"x": torch.randn(40, 33), "y": torch.randn(30, 33)}
-    features[side] *= 2.0**-118
+    x, y = torch.randn(2, 30, 33).unbind()
+    x[:, ::2] *= 1e-38
+    y[:, ::3] *= 1e-33
+    truth = (x.double() * y.double()).sum(1)
+    assert_accurate(dots(x, y), truth, what="dots")
+
+
+@pytest.mark.parametrize("exponents", [(-118, 0), (0, -118), (-60, -60), (-48, -48)])
+def test_gradients_of_tiny_features(exponents):
+    """Where parts, or products of parts, would be below the normal numbers, and at the edge of what the unit takes."""
+    torch.manual_seed(0)
+    features = [torch.randn(40, 33) * 2.0 ** exponents[0], torch.randn(30, 33) * 2.0 ** exponents[1]]
 
     def gradients(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        x, y = (value.to(dtype).requires_grad_() for value in features.values())
+        x, y = (value.to(dtype).requires_grad_() for value in features)
         backend = "cpu" if dtype == torch.float32 else "reference"
-        out = co.similarity_logsumexp(x, y, row_scale=2.0**117, backend=backend)
+        out = co.similarity_logsumexp(x, y, row_scale=2.0 ** -sum(exponents), backend=backend)
         return torch.autograd.grad(out.row_lse.sum() * 2.0**-60, (x, y))
 
     for name, got, truth in zip("xy", gradients(torch.float32), gradients(torch.float64), strict=True):

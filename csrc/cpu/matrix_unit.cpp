@@ -1,13 +1,9 @@
-// Compiled for AVX-512 and AMX, and called only where available(): nothing inline of other headers is used here, as the
-// linker could take its code for that of the same function elsewhere.
+// Compiled for AVX-512 and AMX, and called only where matrix_unit_available(): no other header is included, as the
+// linker could take what is inline there for the same function elsewhere.
 
 #include "matrix_unit.h"
 
-#include <ATen/cpu/Utils.h>
-#include <cpuid.h>
 #include <immintrin.h>
-
-#include <type_traits>
 
 namespace contrastive_ops::matrix_unit {
 namespace {
@@ -100,11 +96,12 @@ inline void multiply_add() {
   _tile_dpbf16ps(1, 2, 4);
 }
 
-// f(fragment of a, fragments of b) along `count` fragments of the depth; those of a lie together four by four.
+// f(fragment of a, fragments of b) along `count` fragments of the depth; those of a lie together block by block.
 template <int Parts, typename F>
 inline void for_each_fragment(int64_t count, const BFloat16* a, int64_t a_block, const BFloat16* b, const F& f) {
-  for (int64_t begin = 0; begin < count; begin += 4, a += a_block) {
-    for (int64_t l = begin; l < min(begin + 4, count); ++l) {
+  constexpr int64_t kTogether = kBlockDepth / kFragmentDepth;
+  for (int64_t begin = 0; begin < count; begin += kTogether, a += a_block) {
+    for (int64_t l = begin; l < min(begin + kTogether, count); ++l) {
       f(a + (l - begin) * Parts * kFragment, b + l * 2 * Parts * kFragment);
     }
   }
@@ -163,24 +160,6 @@ inline void multiply_fragments(
 
 }  // namespace
 
-bool available() {
-  static const bool result = [] {
-    unsigned eax = 0;
-    unsigned ebx = 0;
-    unsigned ecx = 0;
-    unsigned edx = 0;
-    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & bit_AMX_TILE) == 0 ||
-        (edx & bit_AMX_BF16) == 0) {
-      return false;
-    }
-    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0 || (eax & bit_AVX512BF16) == 0) {
-      return false;
-    }
-    return at::cpu::init_amx();  // the system must allow it to the process
-  }();
-  return result;
-}
-
 void configure() {
   struct alignas(64) Configuration {
     uint8_t palette;
@@ -198,16 +177,18 @@ void release() {
   _tile_release();
 }
 
-bool splits(int64_t n, const float* values) {
-  const __m512 lowest = _mm512_set1_ps(0x1p-100f);
+bool splits(int64_t rows, int64_t depth, const float* values) {
   const __m512 highest = _mm512_set1_ps(0x1p127f);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const __mmask16 lanes = first_lanes(n - i);
-    const __m512 magnitude = _mm512_abs_ps(load(values + i, lanes));
-    const __mmask16 zero = _mm512_cmp_ps_mask(magnitude, _mm512_setzero_ps(), _CMP_EQ_OQ);
-    const __mmask16 inside =
-        _mm512_cmp_ps_mask(magnitude, lowest, _CMP_GE_OQ) & _mm512_cmp_ps_mask(magnitude, highest, _CMP_LE_OQ);
-    if ((zero | inside) != 0xffff) {
+  for (int64_t i = 0; i < rows; ++i, values += depth) {
+    __m512 largest = _mm512_setzero_ps();
+    __mmask16 inside = 0xffff;  // false for NaN
+    for (int64_t l = 0; l < depth; l += kLanes) {
+      const __m512 magnitude = _mm512_abs_ps(load(values + l, first_lanes(depth - l)));
+      inside &= _mm512_cmp_ps_mask(magnitude, highest, _CMP_LE_OQ);
+      largest = _mm512_max_ps(largest, magnitude);
+    }
+    const float of_row = _mm512_reduce_max_ps(largest);
+    if (inside != 0xffff || (of_row != 0.0f && of_row < 0x1p-48f)) {
       return false;
     }
   }
@@ -324,13 +305,13 @@ void multiply(
     int64_t ldc,
     bool accumulate) {
   // as deep as keeps the panel in the first-level cache for all rows: 24 KB, with one part 16 KB
-  constexpr int64_t kDepth = Parts == 1 ? 256 : 128;
+  constexpr int64_t kDepth = (Parts == 1 ? 2 : 1) * kBlockDepth;
   for (int64_t l = 0; l < k; l += kDepth) {
     const int64_t count = (min(k - l, kDepth) + kFragmentDepth - 1) / kFragmentDepth;
     for (int64_t i = 0; i < m; i += kFragmentRows) {
       multiply_fragments<Parts>(
           count,
-          a[l / 128 * a_block + i / kFragmentRows * a_rows].parts,
+          a[l / kBlockDepth * a_block + i / kFragmentRows * a_rows].parts,
           a_block * Parts,
           b[l * kPanel].parts,
           min(m - i, kFragmentRows),
@@ -341,16 +322,15 @@ void multiply(
   }
 }
 
-#define CONTRASTIVE_OPS_PACKING(Parts, Source)                                                 \
-  template void pack_rows(int64_t, int64_t, const Source*, int64_t, int64_t, Element<Parts>*); \
-  template void pack_depth_panel(int64_t, int64_t, const Source*, int64_t, Element<Parts>*);   \
-  template void pack_feature_panel(int64_t, int64_t, const Source*, int64_t, Element<Parts>*);
-CONTRASTIVE_OPS_PACKING(1, float)
-CONTRASTIVE_OPS_PACKING(1, BFloat16)
-CONTRASTIVE_OPS_PACKING(3, float)
-#undef CONTRASTIVE_OPS_PACKING
+template void pack_rows(int64_t, int64_t, const float*, int64_t, int64_t, Element<1>*);
+template void pack_rows(int64_t, int64_t, const float*, int64_t, int64_t, Element<3>*);
+template void pack_rows(int64_t, int64_t, const BFloat16*, int64_t, int64_t, Element<1>*);
 template void pack_transposed(int64_t, int64_t, const float*, int64_t, int64_t, Element<1>*);
 template void pack_transposed(int64_t, int64_t, const float*, int64_t, int64_t, Element<3>*);
+template void pack_depth_panel(int64_t, int64_t, const float*, int64_t, Element<3>*);
+template void pack_depth_panel(int64_t, int64_t, const BFloat16*, int64_t, Element<1>*);
+template void pack_feature_panel(int64_t, int64_t, const float*, int64_t, Element<3>*);
+template void pack_feature_panel(int64_t, int64_t, const BFloat16*, int64_t, Element<1>*);
 template void multiply(int64_t, int64_t, const Element<1>*, int64_t, int64_t, const Element<1>*, float*, int64_t, bool);
 template void multiply(int64_t, int64_t, const Element<3>*, int64_t, int64_t, const Element<3>*, float*, int64_t, bool);
 

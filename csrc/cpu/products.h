@@ -9,11 +9,11 @@
 #pragma once
 
 #include "matrix_unit.h"
+#include "memory.h"
 #include "tasks.h"
 #include "tile.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -127,7 +127,7 @@ class MatrixUnitProducts {
     const int64_t features = source.size(1);
     const int64_t width = depth(features);
     const int64_t bytes = round_up(n, matrix_unit::kFragmentRows) * width * static_cast<int64_t>(sizeof(Operand));
-    const at::Tensor packed = at::empty({bytes}, at::kByte);
+    const at::Tensor packed = empty_for_reuse({bytes}, at::kByte);
     const Source* values = source.const_data_ptr<Source>();
     Operand* target = static_cast<Operand*>(packed.mutable_data_ptr());
     for_each_task((n + kTile - 1) / kTile, [&](int64_t task) {
@@ -164,6 +164,7 @@ class MatrixUnitProducts {
   }
 
  private:
+  static_assert(matrix_unit::kBlockDepth == kTile);
   static constexpr int64_t kRows = matrix_unit::kFragmentRows;
   const TileKernels<float>& kernels_ = tile_kernels<float>();
 };

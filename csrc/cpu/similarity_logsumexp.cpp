@@ -19,6 +19,7 @@
 // it, and P pairs of coefficients q b_t, q y_t (SpanCoefficients) take the place of g a b in the products of backward.
 
 #include "similarity_logsumexp.h"
+#include "memory.h"
 #include "products.h"
 #include "tasks.h"
 
@@ -30,8 +31,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -246,11 +245,12 @@ class Engine {
 
   // What one thread makes strips of coefficients in, as long as a block is.
   struct StripScratch {
+    explicit StripScratch(int64_t length) : strip(operands(kTile * length)) {}
     Session session;
     Tensor strip;
   };
   auto new_strip_scratch() const {
-    return [this] { return StripScratch{{}, operands(kTile * round_up(std::min(kBlock, std::max(n_, m_)), kTile))}; };
+    return [this] { return StripScratch(round_up(std::min(kBlock, std::max(n_, m_)), kTile)); };
   }
 
   // A tile of coefficients, or its transpose, of a strip; null where there is none.
@@ -269,10 +269,6 @@ class Engine {
     return statistic.numel() == 0 ? nullptr : statistic.mutable_data_ptr<T>() + offset;
   }
 
-  static Tensor uninitialised(int64_t n) {
-    return at::empty({n}, dtype());
-  }
-
   static Tensor full(int64_t n, T value) {
     return at::full({n}, value, dtype());
   }
@@ -289,11 +285,16 @@ class Engine {
   }
 
   static Tensor operands(int64_t count) {
-    return at::empty({count * static_cast<int64_t>(sizeof(Operand))}, at::kByte);
+    return empty_for_reuse({count * static_cast<int64_t>(sizeof(Operand))}, at::kByte);
   }
 
   static Operand* operands_of(const Tensor& packed) {
     return static_cast<Operand*>(packed.mutable_data_ptr());
+  }
+
+  // To read: rows may be the caller's own tensor.
+  static const Operand* packed_of(const Tensor& packed) {
+    return static_cast<const Operand*>(packed.const_data_ptr());
   }
 
   Packed pack(const Tensor& x, Range range, bool rows, bool depth_panels, bool feature_panels) const {
@@ -374,9 +375,9 @@ class Engine {
       const std::vector<Packed>& y,
       T* dots) const {
     const int64_t panel = products_.panel();
-    const Operand* a = operands_of(x.rows) + (rows.begin - block_rows.begin) * depth_;
+    const Operand* a = packed_of(x.rows) + (rows.begin - block_rows.begin) * depth_;
     for (const Packed& operand : y) {
-      const Operand* b = operands_of(operand.depth_panels) + (cols.begin - block_cols.begin) * depth_;
+      const Operand* b = packed_of(operand.depth_panels) + (cols.begin - block_cols.begin) * depth_;
       for (int64_t p = 0; p < kTile; p += panel) {
         products_.multiply_dots(rows.size(), depth_, a, b + p * depth_, dots + p);
       }
@@ -567,7 +568,7 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
 
   const Tensor excluded = full(exclude_.defined() ? n_ : 0, -kInfinity);
   T* excluded_logits = values_of(excluded, 0);
-  const Tensor kept = uninitialised(keep ? kept_tiles() * members_ * kTileSize : 0);
+  const Tensor kept = empty_for_reuse({keep ? kept_tiles() * members_ * kTileSize : 0}, dtype());
 
   const auto visit =
       [&](Range block_rows, Range block_cols, const Packed& x, const std::vector<Packed>& y, int64_t first_tile) {
@@ -658,7 +659,7 @@ SimilarityGradients Engine<Products>::backward(
   // the first block of a strip of rows or columns overwrites, the others add; without blocks there is nothing to add
   const auto features_gradient = [&](int64_t members, int64_t rows) {
     return n_ * m_ == 0 ? at::zeros({members, rows, padded_features}, dtype())
-                        : at::empty({members, rows, padded_features}, dtype());
+                        : empty_for_reuse({members, rows, padded_features}, dtype());
   };
   const Tensor grad_x = features_gradient(1, to_x ? n_ : 0);
   const Tensor grad_y = mirrored_ ? grad_x : features_gradient(members_, to_y ? m_ : 0);
@@ -671,7 +672,7 @@ SimilarityGradients Engine<Products>::backward(
   // the coefficients of a block, rows of tiles: of the dot products, or with tuples of the products for x with each
   // vector and then of those for y
   const int64_t workspace = round_up(std::min(kBlock, n_), kTile) * round_up(std::min(kBlock, m_), kTile);
-  const Tensor coefficients = at::empty({(span ? 2 * members_ : 1) * workspace}, dtype());
+  const Tensor coefficients = empty_for_reuse({(span ? 2 * members_ : 1) * workspace}, dtype());
 
   const auto visit =
       [&](Range block_rows, Range block_cols, const Packed& x, const std::vector<Packed>& y, int64_t first_tile) {
@@ -749,7 +750,7 @@ SimilarityGradients Engine<Products>::backward(
                                         const StripScratch& scratch) {
           const int64_t depth_tiles = depth_range.tiles();
           const int64_t panel_size = products_.depth(depth_range.size()) * panel;
-          const Operand* panels = operands_of(other.feature_panels);
+          const Operand* panels = packed_of(other.feature_panels);
           Operand* strip = operands_of(scratch.strip);
           T* target = grad + range.begin * padded_features;
           for (int64_t begin = 0, end = 0; begin < depth_tiles; begin = end + 1) {
@@ -874,17 +875,16 @@ double Engine<Products>::product_rate(double seconds) {
 }
 
 #ifdef CONTRASTIVE_OPS_MATRIX_UNIT
-// Whether the float32 values of an embedding are sums of three bfloat16; those of float16 always are.
+// Whether the rows of an embedding may go through the matrix unit as sums of three bfloat16.
 bool splits(const Tensor& embedding) {
-  if (embedding.scalar_type() != at::kFloat) {
-    return true;
-  }
-  constexpr int64_t kPiece = int64_t(1) << 18;
-  const Tensor contiguous = embedding.contiguous();
-  const float* values = contiguous.const_data_ptr<float>();
+  const int64_t n = embedding.size(0);
+  const int64_t piece = std::max<int64_t>(1, (int64_t(1) << 18) * n / std::max<int64_t>(1, embedding.numel()));
+  const int64_t depth = embedding.size(-1);
   std::atomic<bool> result{true};
-  for_each_task((embedding.numel() + kPiece - 1) / kPiece, [&](int64_t task) {
-    if (!matrix_unit::splits(std::min(kPiece, embedding.numel() - task * kPiece), values + task * kPiece)) {
+  for_each_task((n + piece - 1) / piece, [&](int64_t task) {
+    const int64_t begin = task * piece;
+    const Tensor rows = embedding.narrow(0, begin, std::min(piece, n - begin)).to(at::kFloat).contiguous();
+    if (!matrix_unit::splits(rows.numel() / depth, depth, rows.const_data_ptr<float>())) {
       result = false;
     }
   });
@@ -913,19 +913,6 @@ auto with_engine(const SimilarityOptions& options, const F& f) {
 }
 
 }  // namespace
-
-bool matrix_unit_available() {
-#ifdef CONTRASTIVE_OPS_MATRIX_UNIT
-  static const bool result = [] {
-    const char* wanted = std::getenv("CONTRASTIVE_OPS_MATRIX_UNIT");
-    return (wanted == nullptr || std::strcmp(wanted, "0") != 0) &&
-           std::strcmp(tile_kernels<float>().instruction_set, "AVX512") == 0 && matrix_unit::available();
-  }();
-  return result;
-#else
-  return false;
-#endif
-}
 
 SimilarityStatistics similarity_logsumexp(const SimilarityOptions& options, bool keep) {
   return with_engine(options, [&](auto engine) { return engine.forward(keep); });

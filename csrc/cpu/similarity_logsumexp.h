@@ -85,10 +85,6 @@ SimilarityGradients similarity_logsumexp_backward(
 // The Gram matrices [M, P, P] of tuples of vectors [M, P, D], in float64.
 at::Tensor gram_matrices(const at::Tensor& tuples);
 
-// Whether products of 32 and 16-bit embeddings run on a matrix unit. The environment's CONTRASTIVE_OPS_MATRIX_UNIT=0
-// leaves it alone.
-bool matrix_unit_available();
-
 // FLOP/s of the tile products of x and y alone, measured over `seconds`.
 double tile_product_rate(const at::Tensor& x, const at::Tensor& y, double seconds);
 

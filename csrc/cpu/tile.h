@@ -130,6 +130,10 @@ struct TileKernels {
 template <typename T>
 const TileKernels<T>& tile_kernels();
 
+// Whether products of 32 and 16-bit embeddings run on a matrix unit, see matrix_unit.h. The environment's
+// CONTRASTIVE_OPS_MATRIX_UNIT=0 leaves it alone.
+bool matrix_unit_available();
+
 // One per object compiled from tile.cpp.
 #define CONTRASTIVE_OPS_DECLARE_VARIANT(name)      \
   namespace name {                                 \
