@@ -380,7 +380,7 @@ def _pair_logits(views: Tensor, scale: Tensor) -> Tensor:
 
     Products of rows and not a batched matrix product: the backward of that one, run under autocast, would round.
     """
-    z = views.to(terms.statistics_dtype(views))
-    return torch.cat(
-        [scale[view] * scale[view + 1 :] * terms.row_dot(z[view], z[view + 1 :]) for view in range(len(z) - 1)]
-    )
+    # not views[l], whose backward fills and adds a tensor as large as all views
+    rows, scales = views.to(terms.statistics_dtype(views)).unbind(), scale.unbind()
+    pairs = combinations(range(len(rows)), 2)
+    return torch.stack([scales[left] * scales[right] * terms.row_dot(rows[left], rows[right]) for left, right in pairs])
