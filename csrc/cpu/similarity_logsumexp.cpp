@@ -140,6 +140,16 @@ struct Ids {
 // What a tile above, on, or below the diagonal contributes to.
 enum class Part : uint8_t { nothing, rows, both };
 
+// The tiles of a block, and the place of each among the kept dots: the number of tiles visited before it.
+struct Plan {
+  std::vector<Part> part;
+  std::vector<int64_t> place;
+
+  bool empty() const {
+    return std::all_of(part.begin(), part.end(), [](Part of_tile) { return of_tile == Part::nothing; });
+  }
+};
+
 template <typename Products>
 class Engine {
  public:
@@ -470,16 +480,29 @@ class Engine {
     }
   }
 
-  // The tiles whose dots are kept: in the order of the visits, the first that fit.
+  // `visited` counts the tiles of the blocks before this one, and then those of this one, too.
+  Plan plan_of(Range block_rows, Range block_cols, int64_t& visited) {
+    Plan plan;
+    for (const auto r : c10::irange(block_rows.tiles())) {
+      for (const auto c : c10::irange(block_cols.tiles())) {
+        plan.part.push_back(part_of(block_rows.tile(r), block_cols.tile(c)));
+        plan.place.push_back(visited);
+        visited += plan.part.back() != Part::nothing;
+      }
+    }
+    return plan;
+  }
+
+  // The most tiles whose dots are kept: in the order of the visits, the first that fit.
   int64_t kept_tiles() const {
     const int64_t tiles = round_up(n_, kTile) / kTile * (round_up(m_, kTile) / kTile);
     return std::min(tiles, kKeptDotsBytes / (members_ * kTileSize * static_cast<int64_t>(sizeof(T))));
   }
 
-  // Where the dots of a tile are kept, or `scratch` where they are not; `tile` counts in the order of the visits.
-  T* place_of_dots(const Tensor& kept, int64_t tile, T* scratch) const {
-    const int64_t place = tile * members_ * kTileSize;
-    return place < kept.numel() ? values_of(kept, place) : scratch;
+  // Where the dots of a tile are kept, or `scratch` where they are not.
+  T* place_of_dots(const Tensor& kept, int64_t place, T* scratch) const {
+    const int64_t offset = place * members_ * kTileSize;
+    return offset < kept.numel() ? values_of(kept, offset) : scratch;
   }
 
   // to_rows(range, tile) for the tiles of a block that contribute to its rows, to_cols likewise, in a fixed order.
@@ -497,11 +520,12 @@ class Engine {
     }
   }
 
-  // Visits every block with its packed sides and the number of its first tile; `dots_kept` counts the dots that need no
-  // panels to make them. The panels of y are kept for all rows of blocks where they are small.
+  // Visits every block with its packed sides and its plan; `dots_kept` counts the dots that need no panels to make
+  // them. The panels of y are kept for all rows of blocks where they are small. Blocks without tiles are left out, but
+  // for the first ones, where gradients start.
   template <typename Visit>
-  void for_each_block(bool x_panels, bool y_panels, int64_t dots_kept, const Visit& visit) const {
-    int64_t first_tile = 0;
+  void for_each_block(bool x_panels, bool y_panels, int64_t dots_kept, const Visit& visit) {
+    int64_t visited = 0;
     const bool dots_needed = dots_kept < members_ * round_up(n_, kTile) * round_up(m_, kTile);
     const std::vector<Range> col_blocks = blocks_of(m_);
     const int64_t bytes = (1 + y_panels) * members_ * m_ * depth_ * static_cast<int64_t>(sizeof(Operand));
@@ -513,15 +537,18 @@ class Engine {
         if (mirrored_ && cols.begin < rows.begin) {
           continue;
         }
+        const Plan plan = plan_of(rows, cols, visited);
+        if (plan.empty() && rows.begin > 0 && (mirrored_ || cols.begin > 0)) {
+          continue;
+        }
         if (kept.empty()) {
-          visit(rows, cols, x, pack_cols(cols, dots_needed, y_panels), first_tile);
+          visit(rows, cols, x, pack_cols(cols, dots_needed, y_panels), plan);
         } else {
           if (kept[c].empty()) {
             kept[c] = pack_cols(cols, dots_needed, y_panels);
           }
-          visit(rows, cols, x, kept[c], first_tile);
+          visit(rows, cols, x, kept[c], plan);
         }
-        first_tile += rows.tiles() * cols.tiles();
       }
     }
   }
@@ -571,10 +598,10 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
   const Tensor kept = empty_for_reuse({keep ? kept_tiles() * members_ * kTileSize : 0}, dtype());
 
   const auto visit =
-      [&](Range block_rows, Range block_cols, const Packed& x, const std::vector<Packed>& y, int64_t first_tile) {
+      [&](Range block_rows, Range block_cols, const Packed& x, const std::vector<Packed>& y, const Plan& plan) {
         const int64_t tile_cols = block_cols.tiles();
         const int64_t tiles = block_rows.tiles() * tile_cols;
-        std::vector<Part> part(tiles);
+        const std::vector<Part>& part = plan.part;
         // partials of a tile: the maxima, the sums and the totals of its 128 rows, and the same of its columns
         Vector<T> row_partials(rows_ ? tiles * 3 * kTile : 0, T(0));
         Vector<T> col_partials(to_cols ? tiles * 3 * kTile : 0, T(0));
@@ -591,11 +618,10 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
         for_each_task(tiles, new_scratch(), [&](int64_t tile, const Scratch& scratch) {
           const Range rows = block_rows.tile(tile / tile_cols);
           const Range cols = block_cols.tile(tile % tile_cols);
-          part[tile] = part_of(rows, cols);
           if (part[tile] == Part::nothing) {
             return;
           }
-          T* dots = place_of_dots(kept, first_tile + tile, scratch.dots());
+          T* dots = place_of_dots(kept, plan.place[tile], scratch.dots());
           multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
           const Tile<T> of_logits =
               tile_of(rows, cols, pairs(rows, cols, dots, scratch), scratch.logits(), excluded_logits);
@@ -675,12 +701,12 @@ SimilarityGradients Engine<Products>::backward(
   const Tensor coefficients = empty_for_reuse({(span ? 2 * members_ : 1) * workspace}, dtype());
 
   const auto visit =
-      [&](Range block_rows, Range block_cols, const Packed& x, const std::vector<Packed>& y, int64_t first_tile) {
+      [&](Range block_rows, Range block_cols, const Packed& x, const std::vector<Packed>& y, const Plan& plan) {
         const int64_t tile_rows = block_rows.tiles();
         const int64_t tile_cols = block_cols.tiles();
         const int64_t tiles = tile_rows * tile_cols;
         const bool diagonal = mirrored_ && block_rows == block_cols;
-        std::vector<Part> part(tiles);
+        const std::vector<Part>& part = plan.part;
         // partials of tile (r, c): the sums for scale, then for bias of its 128 rows, and the same of its columns
         Vector<T> row_partials(sums ? tiles * 2 * kTile : 0, T(0));
         Vector<T> col_partials(sums ? tiles * 2 * kTile : 0, T(0));
@@ -700,11 +726,10 @@ SimilarityGradients Engine<Products>::backward(
           const int64_t c = tile % tile_cols;
           const Range rows = block_rows.tile(r);
           const Range cols = block_cols.tile(c);
-          part[tile] = part_of(rows, cols);
           if (part[tile] == Part::nothing) {
             return;
           }
-          T* dots = place_of_dots(statistics.dots, first_tile + tile, scratch.dots());
+          T* dots = place_of_dots(statistics.dots, plan.place[tile], scratch.dots());
           if (dots == scratch.dots()) {
             multiply_dots(rows, cols, block_rows, block_cols, x, y, dots);
           }
