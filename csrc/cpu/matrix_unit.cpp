@@ -12,6 +12,11 @@ using c10::BFloat16;
 
 constexpr int64_t kFragment = kFragmentRows * kFragmentDepth;
 constexpr int64_t kLanes = 16;  // floats in a vector
+constexpr int64_t kLine = 32;   // bfloat16 in a line of the cache
+
+// Of the next panel, what is fetched beside the product of two fragments: all of it in the course of 8 x 2 of them.
+template <int Parts>
+constexpr int64_t kAhead = 2 * Parts * kFragment / 16;
 
 constexpr int64_t min(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -80,81 +85,77 @@ inline void store_parts(__m512 low, __m512 high, BFloat16* target) {
   }
 }
 
-// The product of one part of a and one of b, of two fragments each way: registers 0 and 1 add up, 2 holds a, 3 and 4 b.
-// More registers would save loads, but what is left of them when two threads share a core then lets no load run ahead.
+// Registers of the unit: 0 adds up, 1 holds a part of a, 2 one of b. More of them would save loads, but what is left of
+// the eight when two threads share a core then lets no load run ahead.
 inline void load_a(const BFloat16* a, int part) {
-  _tile_loadd(2, a + part * kFragment, 64);
+  _tile_loadd(1, a + part * kFragment, 64);
 }
 
 inline void load_b(const BFloat16* b, int part) {
-  _tile_loadd(3, b + 2 * part * kFragment, 64);
-  _tile_loadd(4, b + (2 * part + 1) * kFragment, 64);
+  _tile_loadd(2, b + 2 * part * kFragment, 64);
 }
 
 inline void multiply_add() {
-  _tile_dpbf16ps(0, 2, 3);
-  _tile_dpbf16ps(1, 2, 4);
+  _tile_dpbf16ps(0, 1, 2);
 }
 
-// f(fragment of a, fragments of b) along `count` fragments of the depth; those of a lie together block by block.
-template <int Parts, typename F>
-inline void for_each_fragment(int64_t count, const BFloat16* a, int64_t a_block, const BFloat16* b, const F& f) {
-  constexpr int64_t kTogether = kBlockDepth / kFragmentDepth;
-  for (int64_t begin = 0; begin < count; begin += kTogether, a += a_block) {
-    for (int64_t l = begin; l < min(begin + kTogether, count); ++l) {
-      f(a + (l - begin) * Parts * kFragment, b + l * 2 * Parts * kFragment);
-    }
+// The product of two fragments. With three parts every product but the first takes one new operand, the small ones come
+// before the large one.
+template <int Parts>
+inline void multiply_parts(const BFloat16* a, const BFloat16* b) {
+  load_a(a, 0);
+  if constexpr (Parts == 3) {
+    load_b(b, 2);
+    multiply_add();
+    load_b(b, 1);
+    multiply_add();
+    load_a(a, 1);
+    multiply_add();
+    load_b(b, 0);
+    multiply_add();
+    load_a(a, 2);
+    multiply_add();
+    load_a(a, 0);
+  } else {
+    load_b(b, 0);
   }
+  multiply_add();
 }
 
-// 16 rows of a times a panel of b, over `count` fragments of the depth.
+// 16 rows of a times half a panel of b, over `count` fragments of the depth; those of a lie together block by block.
+// Meanwhile `ahead` is fetched, which the next products take: a panel comes from the last-level cache.
 template <int Parts>
 inline void multiply_fragments(
     int64_t count,
     const BFloat16* a,
     int64_t a_block,
     const BFloat16* b,
+    const BFloat16* ahead,
     int64_t rows,
     float* c,
     int64_t ldc,
     bool accumulate) {
+  constexpr int64_t kTogether = kBlockDepth / kFragmentDepth;
   _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (Parts == 3) {
-    // the small products first, and all of them: a sum that starts small loses nothing of them
-    for_each_fragment<Parts>(count, a, a_block, b, [](const BFloat16* a_parts, const BFloat16* b_parts) {
-      load_a(a_parts, 0);
-      load_b(b_parts, 2);
-      multiply_add();
-      load_b(b_parts, 1);
-      multiply_add();
-      load_a(a_parts, 1);
-      multiply_add();
-      load_b(b_parts, 0);
-      multiply_add();
-      load_a(a_parts, 2);
-      multiply_add();
-    });
+  for (int64_t begin = 0; begin < count; begin += kTogether, a += a_block) {
+    for (int64_t l = begin; l < min(begin + kTogether, count); ++l) {
+      multiply_parts<Parts>(a + (l - begin) * Parts * kFragment, b + l * 2 * Parts * kFragment);
+#pragma GCC unroll 6
+      for (int line = 0; line < kAhead<Parts> / kLine; ++line) {
+        _mm_prefetch(ahead + l * kAhead<Parts> + line * kLine, _MM_HINT_T1);
+      }
+    }
   }
-  for_each_fragment<Parts>(count, a, a_block, b, [](const BFloat16* a_parts, const BFloat16* b_parts) {
-    load_a(a_parts, 0);
-    load_b(b_parts, 0);
-    multiply_add();
-  });
   if (!accumulate && rows == kFragmentRows) {
     _tile_stored(0, c, ldc * sizeof(float));
-    _tile_stored(1, c + kLanes, ldc * sizeof(float));
     return;
   }
-  alignas(64) float sum[kFragmentRows * kPanel];
-  _tile_stored(0, sum, kPanel * sizeof(float));
-  _tile_stored(1, sum + kLanes, kPanel * sizeof(float));
+  alignas(64) float sum[kFragmentRows * kLanes];
+  _tile_stored(0, sum, kLanes * sizeof(float));
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < kPanel; j += kLanes) {
-      const __m512 part = _mm512_load_ps(sum + i * kPanel + j);
-      float* target = c + i * ldc + j;
-      _mm512_storeu_ps(target, accumulate ? _mm512_add_ps(_mm512_loadu_ps(target), part) : part);
-    }
+    const __m512 part = _mm512_load_ps(sum + i * kLanes);
+    float* target = c + i * ldc;
+    _mm512_storeu_ps(target, accumulate ? _mm512_add_ps(_mm512_loadu_ps(target), part) : part);
   }
 }
 
@@ -169,7 +170,7 @@ void configure() {
     uint8_t rows[16];
   };
   // a constant: to GCC 12 the instruction reads 8 bytes, and what sets the others would be dropped
-  static constexpr Configuration configuration = {1, 0, {}, {64, 64, 64, 64, 64}, {16, 16, 16, 16, 16}};
+  static constexpr Configuration configuration = {1, 0, {}, {64, 64, 64}, {16, 16, 16}};
   _tile_loadconfig(&configuration);
 }
 
@@ -308,16 +309,21 @@ void multiply(
   constexpr int64_t kDepth = (Parts == 1 ? 2 : 1) * kBlockDepth;
   for (int64_t l = 0; l < k; l += kDepth) {
     const int64_t count = (min(k - l, kDepth) + kFragmentDepth - 1) / kFragmentDepth;
+    const BFloat16* panel = b[l * kPanel].parts;
+    const BFloat16* ahead = b[(l + kDepth) * kPanel].parts;
     for (int64_t i = 0; i < m; i += kFragmentRows) {
-      multiply_fragments<Parts>(
-          count,
-          a[l / kBlockDepth * a_block + i / kFragmentRows * a_rows].parts,
-          a_block * Parts,
-          b[l * kPanel].parts,
-          min(m - i, kFragmentRows),
-          c + i * ldc,
-          ldc,
-          accumulate || l > 0);
+      for (int64_t half = 0; half < 2; ++half, ahead += count * kAhead<Parts>) {
+        multiply_fragments<Parts>(
+            count,
+            a[l / kBlockDepth * a_block + i / kFragmentRows * a_rows].parts,
+            a_block * Parts,
+            panel + half * kFragment,
+            ahead,
+            min(m - i, kFragmentRows),
+            c + i * ldc + half * kLanes,
+            ldc,
+            accumulate || l > 0);
+      }
     }
   }
 }
