@@ -254,7 +254,7 @@ def cpp_extension():
             flags.append(WITH_MATRIX_UNIT)
     return torch_build.CppExtension(
         "contrastive_ops._C",
-        ["csrc/extension.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/similarity_logsumexp.cpp"],
+        [f"csrc/{name}.cpp" for name in ("extension", "cpu/dispatch", "cpu/rowwise", "cpu/similarity_logsumexp")],
         extra_compile_args={"cxx": flags},
         depends=[str(path) for path in Path("csrc/cpu").glob("*.h")],
     )

@@ -1,5 +1,6 @@
 // The Python module contrastive_ops._C: registers the operators of the CPU engine, and describes the build.
 
+#include "cpu/rowwise.h"
 #include "cpu/similarity_logsumexp.h"
 #include "cpu/tile.h"
 
@@ -251,10 +252,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> volume_backward(
   return {grad.x, grad.y, grad.row_scale, grad.col_scale};
 }
 
-Tensor gram(const Tensor& tuples) {
-  TORCH_CHECK_VALUE(tuples.dim() == 3, "tuples must have shape (M, P, D), got ", tuples.sizes());
-  TORCH_CHECK_TYPE(tuples.is_floating_point(), "tuples must be floating-point, got ", tuples.scalar_type());
-  return gram_matrices(tuples);
+void check_vectors(const char* name, const Tensor& vectors, const Tensor& like) {
+  TORCH_CHECK_VALUE(
+      vectors.dim() == 3 && vectors.size(0) == like.size(0) && vectors.size(2) == like.size(2) &&
+          vectors.scalar_type() == like.scalar_type(),
+      name,
+      " must have shape (",
+      like.size(0),
+      ", K, ",
+      like.size(2),
+      ") and one dtype, got ",
+      vectors.sizes());
+  TORCH_CHECK_TYPE(vectors.is_floating_point(), name, " must be floating-point, got ", vectors.scalar_type());
+}
+
+Tensor products(const Tensor& a, const Tensor& b) {
+  TORCH_CHECK_VALUE(a.dim() == 3, "a must have shape (N, S, D), got ", a.sizes());
+  check_vectors("a", a, a);
+  check_vectors("b", b, a);
+  return row_products(a, b);
+}
+
+void combination(const Tensor& weights, at::TensorList vectors, const Tensor& result) {
+  TORCH_CHECK_VALUE(!vectors.empty() && result.dim() == 3, "vectors and result must have shape (N, T, D)");
+  int64_t count = 0;
+  for (const Tensor& tensor : vectors) {
+    TORCH_CHECK_VALUE(
+        tensor.dim() == 3 && tensor.size(0) == result.size(0) && tensor.size(2) == result.size(2),
+        "vectors must have shape (",
+        result.size(0),
+        ", T, ",
+        result.size(2),
+        "), got ",
+        tensor.sizes());
+    check_vectors("vectors", tensor, vectors.front());
+    count += tensor.size(1);
+  }
+  TORCH_CHECK_VALUE(
+      weights.scalar_type() == at::kDouble && weights.sizes() == at::IntArrayRef({result.size(0), result.size(1), count}),
+      "weights must be float64 of shape (",
+      result.size(0),
+      ", ",
+      result.size(1),
+      ", ",
+      count,
+      "), got ",
+      weights.sizes());
+  combine_rows(weights, vectors, result);
 }
 
 std::vector<std::string> instruction_sets() {
@@ -290,7 +334,8 @@ TORCH_LIBRARY(contrastive_ops_cpu, library) {
       volume_options + ", bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)";
   library.def(volume_forward_schema.c_str());
   library.def(volume_backward_schema.c_str());
-  library.def("gram_matrices(Tensor tuples) -> Tensor");
+  library.def("row_products(Tensor a, Tensor b) -> Tensor");
+  library.def("combine_rows(Tensor weights, Tensor[] vectors, Tensor(a!) result) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(contrastive_ops_cpu, CPU, library) {
@@ -298,7 +343,8 @@ TORCH_LIBRARY_IMPL(contrastive_ops_cpu, CPU, library) {
   library.impl("similarity_logsumexp_backward", backward);
   library.impl("volume_logsumexp", volume_forward);
   library.impl("volume_logsumexp_backward", volume_backward);
-  library.impl("gram_matrices", gram);
+  library.impl("row_products", products);
+  library.impl("combine_rows", combination);
 }
 
 }  // namespace

@@ -33,6 +33,11 @@ def factor(name: str, vectors: Tensor) -> tuples.Basis:
     return getattr(_MODULES[name], "factor", tuples.factor)(vectors)
 
 
+def volume_gradient(name: str, vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
+    """factor L^-T L^-1 X, the gradient of the volumes of sets X [M, P, D]; likewise."""
+    return getattr(_MODULES[name], "volume_gradient", tuples.volume_gradient)(vectors, inverse, factor)
+
+
 def why_not(name: str, op: str, x: Tensor) -> str | None:
     """The sentence that says why the backend can't run `op` on tensors like `x`; None when it can."""
     if op not in _MODULES[name].OPS:

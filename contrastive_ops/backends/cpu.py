@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from contrastive_ops import build, checks
 from contrastive_ops.backends import tuples as tuple_basis
+from contrastive_ops.dtypes import statistics_dtype
 
 OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 
@@ -44,8 +46,35 @@ def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.contrastive_ops_cpu.similarity_logsumexp_backward(*arguments)
 
 
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """<a[n, s], b[n, t]> of a [N, S, D] and b [N, T, D], in float64."""
+    return torch.ops.contrastive_ops_cpu.row_products(a, b)
+
+
+def combine_rows(weights: Tensor, vectors: Sequence[Tensor], result: Tensor) -> Tensor:
+    """Fill and return `result` [N, S, D]: weights [N, S, T] times tensors [N, T_i, D] side by side, in float64."""
+    torch.ops.contrastive_ops_cpu.combine_rows(weights.double(), vectors, result)
+    return result
+
+
+if build.missing is None:  # for FakeTensorMode, make_fx and what else traces without torch.compile
+
+    @torch.library.register_fake("contrastive_ops_cpu::row_products")
+    def _row_products_fake(a, b):
+        return a.new_empty((*a.shape[:2], b.shape[1]), dtype=torch.float64)
+
+    @torch.library.register_fake("contrastive_ops_cpu::combine_rows")
+    def _combine_rows_fake(weights, vectors, result):
+        return None
+
+
 def factor(vectors: Tensor) -> tuple_basis.Basis:
-    return tuple_basis.factor_gram(torch.ops.contrastive_ops_cpu.gram_matrices(vectors))
+    return tuple_basis.factor_gram(row_products(vectors, vectors))
+
+
+def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
+    inverse = inverse.double()
+    return combine_rows(factor[:, None, None] * (inverse.mT @ inverse), (vectors,), torch.empty_like(vectors))
 
 
 def volume_logsumexp_forward(
@@ -58,18 +87,33 @@ def volume_logsumexp_forward(
 ) -> tuple[Tensor, ...]:
     *flags, needs = arguments
     basis = factor(tuples)
-    weight = tuple_basis.column_weight(basis, col_scale, anchor)
     return torch.ops.contrastive_ops_cpu.volume_logsumexp(
-        anchor, tuples, *tuple_basis.packed(basis, anchor), row_scale, weight, exclude, *flags, any(needs)
-    )
+        anchor, tuples, *_span(basis, anchor), row_scale, tuple_basis.column_weight(basis, col_scale, anchor), exclude,
+        *flags, any(needs),
+    )  # fmt: skip
 
 
 def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
     *incoming, anchor, tuples, row_scale, col_scale, exclude, rows, cols, totals, needs = arguments
     basis = factor(tuples)
-    weight = tuple_basis.column_weight(basis, col_scale, anchor)
     grads = torch.ops.contrastive_ops_cpu.volume_logsumexp_backward(
-        *incoming, anchor, tuples, *tuple_basis.packed(basis, anchor), row_scale, weight, exclude, rows, cols, totals,
+        *incoming, anchor, tuples, *_span(basis, anchor), row_scale,
+        tuple_basis.column_weight(basis, col_scale, anchor), exclude, rows, cols, totals,
         tuple_basis.needs_of_sweep(needs),
     )  # fmt: skip
-    return tuple_basis.gradients(tuples, basis, col_scale, grads, needs)
+    return tuple_basis.gradients(tuples, basis, col_scale, grads, needs, tuple_gradient)
+
+
+def _span(basis: tuple_basis.Basis, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """What the sweep reads of the tuples, and |a_i|^2 [N]."""
+    row = anchor.unsqueeze(1)
+    return tuple_basis.triangles(basis, anchor), row_products(row, row).flatten().to(statistics_dtype(anchor))
+
+
+def tuple_gradient(tuples: Tensor, basis: tuple_basis.Basis, moments: Tensor, grad_volume: Tensor) -> Tensor:
+    """As `tuple_basis.tuple_gradient`, with L^-T T + L^-T (dL/dv v I - T M^T L^-T) L^-1 M from one pass in float64."""
+    inverse, vectors = basis.inverse, tuples.to(moments.dtype)
+    along = torch.diag_embed((grad_volume * basis.volume)[:, None].expand(inverse.shape[:2]))
+    along = along - row_products(moments, vectors) @ inverse.mT
+    weights = inverse.mT @ torch.cat([torch.eye(inverse.shape[1]).expand_as(inverse), along @ inverse], -1)
+    return combine_rows(weights, (moments, vectors), torch.empty_like(tuples))

@@ -621,7 +621,7 @@ def _volumes(
 ) -> Problem:
     weight = tuple_basis.column_weight(basis, col_scale, anchor)
     vectors = Vectors(row_scale, weight, None, None, _index_below(tuples.shape[0], exclude), None, None, None)
-    return Problem(anchor, tuples, vectors, Span(*tuple_basis.packed(basis, anchor)))
+    return Problem(anchor, tuples, vectors, Span(tuple_basis.triangles(basis, anchor), tuple_basis.squares(anchor)))
 
 
 def volume_logsumexp_forward(kernels: Kernels, anchor: Tensor, tuples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

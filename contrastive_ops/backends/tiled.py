@@ -148,7 +148,7 @@ class SpanTiles(Tiles):
         weight = tuple_basis.column_weight(basis, col_scale, anchor)
         super().__init__(anchor, tuples, row_scale, weight, exclude=exclude)
         self.inverse = basis.inverse.to(self.dtype)
-        _, self.square = tuple_basis.packed(basis, anchor)
+        self.square = tuple_basis.squares(anchor)
 
     def coordinates(self, i: slice, j: slice) -> Tensor:
         """y_ijt as [P, rows, columns]."""

@@ -8,6 +8,7 @@ float64: of a float32 one, the error of L ruins the tuples whose vectors are clo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,15 @@ def factor_gram(gram: Tensor) -> Basis:
     return Basis(inverse, volume)
 
 
+def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
+    """factor L^-T L^-1 X [M, P, D], in the dtype of the vectors."""
+    dtype = statistics_dtype(vectors)
+    inverse = inverse.to(dtype)
+    with torch.autocast(vectors.device.type, enabled=False):  # it would round the operands
+        q = inverse @ vectors.to(dtype)
+        return ((factor[:, None, None] * inverse.mT) @ q).to(vectors.dtype)
+
+
 def orthonormal(tuples: Tensor, basis: Basis) -> Tensor:
     """Q = L^-1 M [M, P, D], in the dtype of the tuples."""
     q = torch.empty_like(tuples)
@@ -66,12 +76,16 @@ def orthonormal(tuples: Tensor, basis: Basis) -> Tensor:
     return q
 
 
-def packed(basis: Basis, anchor: Tensor) -> tuple[Tensor, Tensor]:
-    """What the sweep reads: the lower triangles of L^-1 [P (P + 1) / 2, M], row after row, and |a_i|^2 [N]."""
-    dtype = statistics_dtype(anchor)
+def triangles(basis: Basis, anchor: Tensor) -> Tensor:
+    """What the sweep reads of the tuples: the lower triangles of L^-1 [P (P + 1) / 2, M], row after row."""
     row, col = torch.tril_indices(*basis.inverse.shape[1:], device=anchor.device)
-    squares = [part.to(dtype).square().sum(-1, dtype=torch.float64) for part in anchor.split(ROWS)]
-    return basis.inverse[:, row, col].T.to(dtype).contiguous(), torch.cat(squares).to(dtype)
+    return basis.inverse[:, row, col].T.to(statistics_dtype(anchor)).contiguous()
+
+
+def squares(anchor: Tensor) -> Tensor:
+    """|a_i|^2 [N], summed in float64."""
+    dtype = statistics_dtype(anchor)
+    return torch.cat([part.to(dtype).square().sum(-1, dtype=torch.float64) for part in anchor.split(ROWS)]).to(dtype)
 
 
 def column_weight(basis: Basis, col_scale: Tensor | None, anchor: Tensor) -> Tensor:
@@ -87,25 +101,33 @@ def needs_of_sweep(needs: list[bool]) -> list[bool]:
 
 
 def gradients(
-    tuples: Tensor, basis: Basis, col_scale: Tensor | None, sweep: tuple[Tensor, ...], needs: list[bool]
+    tuples: Tensor,
+    basis: Basis,
+    col_scale: Tensor | None,
+    sweep: tuple[Tensor, ...],
+    needs: list[bool],
+    of_tuples: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of the op from those of the sweep.
-
-    The sweep gives the moments T_jt = sum_i q_ij y_ijt a_i, which move the span; only their part outside of it does:
-    dM = L^-T (T + (dL/dv v I - T Q^T) Q).
-    """
+    """The gradients of the op from those of the sweep, that of the tuples by `tuple_gradient` or by `of_tuples`."""
     grad_anchor, moments, grad_row_scale, grad_weight = sweep
-    dtype = grad_row_scale.dtype
     grad_tuples, grad_col_scale = tuples.new_empty(0), grad_weight.new_empty(0)
-    volume = basis.volume.to(dtype)
     if needs[1]:
         grad_volume = grad_weight if col_scale is None else grad_weight * col_scale
-        inverse = basis.inverse.to(dtype)
-        with torch.autocast(tuples.device.type, enabled=False):  # it would round the operands
-            q = inverse @ tuples.to(dtype)
-            along = torch.diag_embed((grad_volume * volume)[:, None].expand(inverse.shape[:2])) - moments @ q.mT
-            grad = inverse.mT @ torch.baddbmm(moments, along, q)
-        grad_tuples = grad.to(tuples.dtype)
+        grad_tuples = (of_tuples or tuple_gradient)(tuples, basis, moments, grad_volume)
     if needs[3]:
-        grad_col_scale = grad_weight * volume
+        grad_col_scale = grad_weight * basis.volume.to(grad_weight.dtype)
     return grad_anchor, grad_tuples, grad_row_scale, grad_col_scale
+
+
+def tuple_gradient(tuples: Tensor, basis: Basis, moments: Tensor, grad_volume: Tensor) -> Tensor:
+    """The gradient of the tuples from the moments T_jt = sum_i q_ij y_ijt a_i of the sweep, and that of v_j.
+
+    The moments move the span; only their part outside of it does: dM = L^-T (T + (dL/dv v I - T Q^T) Q).
+    """
+    dtype = moments.dtype
+    inverse, volume = basis.inverse.to(dtype), basis.volume.to(dtype)
+    with torch.autocast(tuples.device.type, enabled=False):  # it would round the operands
+        q = inverse @ tuples.to(dtype)
+        along = torch.diag_embed((grad_volume * volume)[:, None].expand(inverse.shape[:2])) - moments @ q.mT
+        grad = inverse.mT @ torch.baddbmm(moments, along, q)
+    return grad.to(tuples.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.losses import terms, volume
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import gramian_volume, volume_logsumexp
+from contrastive_ops.ops import gramian_volume, unit, volume_logsumexp
 
 
 class Direction(NamedTuple):
@@ -133,11 +133,9 @@ def _directions(
     cols: bool = True,
 ) -> tuple[Direction, ...]:
     """The rows, the columns, or both, from one sweep; the positives exactly, apart from it."""
-    vectors = volume.stacked((anchor, *others))
-    if normalize:
-        # not as scales: the gradient of a volume is radial but for a small part, which is all that is left of it here.
-        # Projecting the whole float32 gradient keeps that part; the sum of two that are rounded apart loses it.
-        vectors = volume.unit(vectors)
+    # unit vectors and not scales: the gradient of a volume is radial but for a small part, which is all that is left of
+    # it. Projecting the whole float32 gradient keeps that part; the sum of two that are rounded apart loses it.
+    vectors = unit(anchor, *others) if normalize else volume.stacked((anchor, *others))
     first, rest = vectors.split([1, len(others)], 1)
     negatives = volume_logsumexp(
         first.squeeze(1),

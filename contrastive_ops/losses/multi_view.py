@@ -18,7 +18,7 @@ from contrastive_ops import checks
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.info_nce import info_nce
 from contrastive_ops.losses.two_views import dcl, nt_xent
-from contrastive_ops.ops import similarity_logsumexp
+from contrastive_ops.ops import inverse_norm, similarity_logsumexp, view_products
 
 PAIR_LOSSES: dict[str, Callable[..., Any]] = {"nt_xent": nt_xent, "info_nce": info_nce, "dcl": dcl}
 
@@ -356,7 +356,7 @@ def _scale(views: Tensor, temperature: float | Tensor, reduction: str, normalize
     terms.check_options(reduction, normalize)
     checks.views("views", views)
     checks.temperature("temperature", temperature, views.device)
-    norm_scale = terms.inverse_norm(views) if normalize else terms.ones(views)
+    norm_scale = inverse_norm(views) if normalize else terms.ones(views)
     return terms.inverse(temperature, views) ** 0.5 * norm_scale
 
 
@@ -376,11 +376,6 @@ def _other_instances(views: Tensor, scale: Tensor, backend: str) -> Tensor:
 
 
 def _pair_logits(views: Tensor, scale: Tensor) -> Tensor:
-    """Logits [V (V - 1) / 2, N] of the views l < m of each instance, in the order of `combinations`.
-
-    Products of rows and not a batched matrix product: the backward of that one, run under autocast, would round.
-    """
-    # not views[l], whose backward fills and adds a tensor as large as all views
-    rows, scales = views.to(terms.statistics_dtype(views)).unbind(), scale.unbind()
-    pairs = combinations(range(len(rows)), 2)
-    return torch.stack([scales[left] * scales[right] * terms.row_dot(rows[left], rows[right]) for left, right in pairs])
+    """Logits [V (V - 1) / 2, N] of the views l < m of each instance, in the order of `combinations`."""
+    left, right = torch.triu_indices(len(views), len(views), 1, device=views.device)
+    return (scale.unsqueeze(1) * scale * view_products(views))[left, right]

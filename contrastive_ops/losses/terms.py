@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from contrastive_ops import checks
 from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.ops import row_dot
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -27,13 +28,6 @@ class LossStats(NamedTuple):
     accuracy: Tensor
 
 
-def inverse_norm(x: Tensor) -> Tensor:
-    """1 / |x_i|, the scale that makes dot products cosines; 0 with zero gradient for a zero row."""
-    squared = x.to(statistics_dtype(x)).square().sum(-1)
-    zero = squared == 0
-    return squared.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
-
-
 def ones(x: Tensor) -> Tensor:
     """The scale of the rows of x that leaves them as they are."""
     return torch.ones(x.shape[:-1], dtype=statistics_dtype(x), device=x.device)
@@ -43,13 +37,6 @@ def logsumexp(x: Tensor, dim: int) -> Tensor:
     """torch.logsumexp, with zero gradient where all entries are -inf and that one has NaN."""
     empty = (x == -torch.inf).all(dim, keepdim=True)
     return torch.where(empty.squeeze(dim), -torch.inf, x.masked_fill(empty, 0.0).logsumexp(dim))
-
-
-def row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """<x_i, y_i> in the dtype of the statistics."""
-    dtype = statistics_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):  # it would round the products
-        return torch.linalg.vecdot(x.to(dtype), y.to(dtype))
 
 
 def inverse(temperature: float | Tensor, x: Tensor) -> float | Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from contrastive_ops import checks
 from contrastive_ops.losses import terms
-from contrastive_ops.ops import similarity_logsumexp
+from contrastive_ops.ops import inverse_norm, row_dot, similarity_logsumexp
 
 
 def uniformity(
@@ -200,8 +200,8 @@ def _gaussian(x: Tensor, t: float, normalize: bool) -> tuple[float | Tensor, Ten
     """Scale and bias of one side of -t |x_i - y_j|^2; a zero row stays zero."""
     root = (2.0 * t) ** 0.5
     if not normalize:
-        return root, -t * terms.row_dot(x, x)
-    norm_scale = terms.inverse_norm(x)
+        return root, -t * row_dot(x, x)
+    norm_scale = inverse_norm(x)
     return root * norm_scale, -t * (norm_scale.detach() > 0).to(norm_scale.dtype)
 
 
@@ -214,7 +214,7 @@ def _unit_difference(x: Tensor, y: Tensor) -> Tensor:
     Each unit vector is rounded: their plain difference is off by eps, however small it is. Far apart it is the more
     accurate of the two, because m is not small there.
     """
-    inverse_x, inverse_y = terms.inverse_norm(x)[:, None], terms.inverse_norm(y)[:, None]
+    inverse_x, inverse_y = inverse_norm(x)[:, None], inverse_norm(y)[:, None]
     unit_y, difference = inverse_y * y, x - y
     plain = inverse_x * x - unit_y
     total = inverse_x + inverse_y

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
-from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.losses import terms
-from contrastive_ops.ops import orthogonalised
+from contrastive_ops.ops import inverse_norm, orthogonalised
 
 
 def inverse_norms(tuples: Tensor) -> Tensor:
     """The product over a tuple of 1 / |m_t|: the scale that makes its volume that of unit vectors."""
-    return reduce(mul, terms.inverse_norm(tuples).unbind(-1))
+    return reduce(mul, inverse_norm(tuples).unbind(-1))
 
 
 class Columns(NamedTuple):
@@ -49,11 +48,6 @@ def tile(anchor: Tensor, cols: Columns) -> Tensor:
 def rows_per_chunk(size: int, per_row: int) -> int:
     """How many rows make a chunk of about 2**22 numbers: 16 MB in float32."""
     return max(1, min(size, 2**22 // max(per_row, 1)))
-
-
-def unit(x: Tensor) -> Tensor:
-    """The rows at length 1 in the dtype of the statistics; a zero row stays 0, with zero gradient."""
-    return terms.inverse_norm(x).unsqueeze(-1) * x.to(statistics_dtype(x))
 
 
 def stacked(vectors: tuple[Tensor, ...]) -> Tensor:

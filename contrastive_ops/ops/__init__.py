@@ -1,6 +1,7 @@
-"""The streaming reductions: differentiable ops that read embeddings and return vectors."""
+"""Differentiable ops that read embeddings and return vectors: the streaming reductions, and what is done row by row."""
 
 from contrastive_ops.ops.gramian_volume import gramian_volume, orthogonalised
+from contrastive_ops.ops.rowwise import inverse_norm, row_dot, unit, view_products
 from contrastive_ops.ops.similarity_logsumexp import SimilarityLSE, similarity_logsumexp
 from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 
@@ -8,7 +9,11 @@ __all__ = [
     "SimilarityLSE",
     "VolumeLSE",
     "gramian_volume",
+    "inverse_norm",
     "orthogonalised",
+    "row_dot",
     "similarity_logsumexp",
+    "unit",
+    "view_products",
     "volume_logsumexp",
 ]

@@ -86,9 +86,9 @@ class _Volume(torch.autograd.Function):
             inverse = torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True).mT
         else:
             basis = backends.factor(backend, vectors.reshape(-1, *vectors.shape[-2:]))
-            volume = basis.volume.view(vectors.shape[:-2]).to(dtype)
-            inverse = basis.inverse.view(*vectors.shape[:-2], *basis.inverse.shape[1:]).to(dtype)
+            volume, inverse = basis.volume.view(vectors.shape[:-2]).to(dtype), basis.inverse
         ctx.save_for_backward(vectors, volume, inverse)
+        ctx.backend = backend
         return volume
 
     @staticmethod
@@ -97,9 +97,11 @@ class _Volume(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: by steps that autograd sees
             (result,) = torch.autograd.grad(_by_residuals(vectors), vectors, grad, create_graph=True)
             return result, None
-        with torch.autocast(grad.device.type, enabled=False):  # it would round the operands
-            q = inverse @ vectors.to(inverse.dtype)
-            return (((grad * volume)[..., None, None] * inverse.mT) @ q).to(vectors.dtype), None
+        sets = vectors.reshape(-1, *vectors.shape[-2:])
+        factor = (grad * volume).flatten()
+        return backends.volume_gradient(ctx.backend, sets, inverse.reshape(-1, *inverse.shape[-2:]), factor).view(
+            vectors.shape
+        ), None
 
 
 def orthogonalised(vectors: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -178,9 +178,9 @@ void release() {
   _tile_release();
 }
 
-bool splits(int64_t rows, int64_t depth, const float* values) {
+bool splits(int64_t rows, int64_t depth, const float* values, int64_t ld) {
   const __m512 highest = _mm512_set1_ps(0x1p127f);
-  for (int64_t i = 0; i < rows; ++i, values += depth) {
+  for (int64_t i = 0; i < rows; ++i, values += ld) {
     __m512 largest = _mm512_setzero_ps();
     __mmask16 inside = 0xffff;  // false for NaN
     for (int64_t l = 0; l < depth; l += kLanes) {

@@ -37,7 +37,7 @@ void configure();
 void release();
 
 // Whether every row of a [rows, depth] matrix is 0 or has its largest magnitude in [2^-48, 2^127].
-bool splits(int64_t rows, int64_t depth, const float* values);
+bool splits(int64_t rows, int64_t depth, const float* values, int64_t ld);
 
 // Rows of a [rows, depth] matrix as the rows of an a. The fragments of 16 rows begin every `width` of the depth.
 template <int Parts, typename Source>

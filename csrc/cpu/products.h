@@ -47,14 +47,14 @@ class VectorProducts {
 
   // Rows of an embedding as they are: the a of the first product.
   at::Tensor rows(const at::Tensor& source) const {
-    return source;
+    return source.contiguous();
   }
 
-  void pack_depth_panel(int64_t cols, int64_t depth, const T* source, T* panel) const {
+  void pack_depth_panel(int64_t cols, int64_t depth, const T* source, int64_t ld, T* panel) const {
     if (cols < this->panel()) {
       std::fill_n(panel, depth * this->panel(), T(0));
     }
-    kernels_.transpose(depth, cols, source, depth, panel, this->panel());
+    kernels_.transpose(depth, cols, source, ld, panel, this->panel());
   }
 
   void pack_feature_panel(int64_t depth, int64_t cols, const T* source, int64_t ld, T* panel) const {
@@ -129,17 +129,18 @@ class MatrixUnitProducts {
     const int64_t bytes = round_up(n, matrix_unit::kFragmentRows) * width * static_cast<int64_t>(sizeof(Operand));
     const at::Tensor packed = empty_for_reuse({bytes}, at::kByte);
     const Source* values = source.const_data_ptr<Source>();
+    const int64_t ld = source.stride(0);
     Operand* target = static_cast<Operand*>(packed.mutable_data_ptr());
     for_each_task((n + kTile - 1) / kTile, [&](int64_t task) {
       const int64_t first = task * kTile;
       matrix_unit::pack_rows(
-          std::min(kTile, n - first), features, values + first * features, features, width, target + first * width);
+          std::min(kTile, n - first), features, values + first * ld, ld, width, target + first * width);
     });
     return packed;
   }
 
-  void pack_depth_panel(int64_t cols, int64_t depth, const Source* source, Operand* panel) const {
-    matrix_unit::pack_depth_panel(cols, depth, source, depth, panel);
+  void pack_depth_panel(int64_t cols, int64_t depth, const Source* source, int64_t ld, Operand* panel) const {
+    matrix_unit::pack_depth_panel(cols, depth, source, ld, panel);
   }
 
   void pack_feature_panel(int64_t depth, int64_t cols, const Source* source, int64_t ld, Operand* panel) const {

@@ -150,6 +150,13 @@ struct Plan {
   }
 };
 
+// A matrix in the dtype T whose rows are contiguous; they may lie apart from each other.
+template <typename T>
+Tensor with_dense_rows(const Tensor& matrix) {
+  const Tensor converted = matrix.to(c10::CppTypeToScalarType<T>::value);
+  return converted.stride(1) == 1 ? converted : converted.contiguous();
+}
+
 template <typename Products>
 class Engine {
  public:
@@ -309,8 +316,8 @@ class Engine {
 
   Packed pack(const Tensor& x, Range range, bool rows, bool depth_panels, bool feature_panels) const {
     const bool whole = range.size() == x.size(0);  // a view has a price, too
-    const Tensor source =
-        (whole ? x : x.narrow(0, range.begin, range.size())).to(c10::CppTypeToScalarType<Source>::value).contiguous();
+    const Tensor source = with_dense_rows<Source>(whole ? x : x.narrow(0, range.begin, range.size()));
+    const int64_t ld = source.stride(0);
     Packed packed{rows ? products_.rows(source) : Tensor(), {}, {}};
     const int64_t panel = products_.panel();
     const Source* values = source.template const_data_ptr<Source>();
@@ -325,13 +332,12 @@ class Engine {
     for_each_task(depth_count + feature_count, [&](int64_t task) {
       if (task < depth_count) {
         const int64_t cols = std::clamp<int64_t>(range.size() - task * panel, 0, panel);
-        products_.pack_depth_panel(
-            cols, features_, values + task * panel * features_, by_depth + task * depth_ * panel);
+        products_.pack_depth_panel(cols, features_, values + task * panel * ld, ld, by_depth + task * depth_ * panel);
       } else {
         const int64_t p = task - depth_count;
         const int64_t cols = std::min(panel, features_ - p * panel);
         products_.pack_feature_panel(
-            range.size(), cols, values + p * panel, features_, by_feature + p * feature_depth * panel);
+            range.size(), cols, values + p * panel, ld, by_feature + p * feature_depth * panel);
       }
     });
     return packed;
@@ -339,6 +345,14 @@ class Engine {
 
   bool ids_disjoint(Range rows, Range cols) const {
     return row_ids_.ranges[rows.begin / kTile].disjoint(col_ids_.ranges[cols.begin / kTile]);
+  }
+
+  // Whether ids may take a pair of a tile out.
+  bool may_mask_ids(Range rows, Range cols) const {
+    const IdRange& of_rows = row_ids_.ranges[rows.begin / kTile];
+    const IdRange& of_cols = col_ids_.ranges[cols.begin / kTile];
+    const bool all_equal = of_rows.min == of_cols.max && of_cols.min == of_rows.max;
+    return restrict_ ? !all_equal : !of_rows.disjoint(of_cols);
   }
 
   std::vector<bool>::reference excluded_tile(int64_t row, int64_t col) {
@@ -453,7 +467,7 @@ class Engine {
       }
     });
     for_each_excluded(rows, cols, [&](int64_t, int64_t place) { logits[place] = -kInfinity; });
-    if (row_ids_.given() && (restrict_ || !ids_disjoint(rows, cols))) {
+    if (row_ids_.given() && may_mask_ids(rows, cols)) {
       store();
       products_.kernels().mask_ids(
           rows.size(), row_ids_.values.at(rows.begin), col_ids_.values.at(cols.begin), restrict_, logits);
@@ -683,12 +697,12 @@ SimilarityGradients Engine<Products>::backward(
   const Vector<T> of_excluded = exclude_.defined() ? Vector<T>(incoming.excluded, n_, T(0), T(0)) : Vector<T>();
 
   // the first block of a strip of rows or columns overwrites, the others add; without blocks there is nothing to add
-  const auto features_gradient = [&](int64_t members, int64_t rows) {
-    return n_ * m_ == 0 ? at::zeros({members, rows, padded_features}, dtype())
-                        : empty_for_reuse({members, rows, padded_features}, dtype());
+  const auto features_gradient = [&](int64_t rows, int64_t members) {
+    const int64_t sizes[] = {rows, members, padded_features};
+    return n_ * m_ == 0 ? at::zeros(sizes, dtype()) : empty_for_reuse(sizes, dtype());
   };
-  const Tensor grad_x = features_gradient(1, to_x ? n_ : 0);
-  const Tensor grad_y = mirrored_ ? grad_x : features_gradient(members_, to_y ? m_ : 0);
+  const Tensor grad_x = features_gradient(to_x ? n_ : 0, 1);
+  const Tensor grad_y = mirrored_ ? grad_x : features_gradient(to_y ? m_ : 0, members_);
   const Tensor row_scale_sum = full(sums ? n_ : 0, T(0));
   const Tensor row_bias_sum = full(sums ? n_ : 0, T(0));
   const Tensor col_scale_sum = mirrored_ ? row_scale_sum : full(sums ? m_ : 0, T(0));
@@ -771,13 +785,14 @@ SimilarityGradients Engine<Products>::backward(
                                         const auto& tile_at,
                                         const Packed& other,
                                         T* grad,
+                                        int64_t ld,
                                         bool accumulate,
                                         const StripScratch& scratch) {
           const int64_t depth_tiles = depth_range.tiles();
           const int64_t panel_size = products_.depth(depth_range.size()) * panel;
           const Operand* panels = packed_of(other.feature_panels);
           Operand* strip = operands_of(scratch.strip);
-          T* target = grad + range.begin * padded_features;
+          T* target = grad + range.begin * ld;
           for (int64_t begin = 0, end = 0; begin < depth_tiles; begin = end + 1) {
             for (end = begin; end < depth_tiles; ++end) {
               const StripTile tile = tile_at(end);
@@ -798,13 +813,15 @@ SimilarityGradients Engine<Products>::backward(
                   strip + begin * kTileSize,
                   panels + p * panel_size + first * panel,
                   target + p * panel,
-                  padded_features,
+                  ld,
                   accumulate);
             }
             accumulate = true;
           }
           if (!accumulate) {
-            std::fill_n(target, range.size() * padded_features, T(0));
+            for (int64_t i = 0; i < range.size(); ++i) {
+              std::fill_n(target + i * ld, padded_features, T(0));
+            }
           }
         };
         const bool x_started = block_cols.begin > 0 || (mirrored_ && block_rows.begin > 0);
@@ -820,6 +837,7 @@ SimilarityGradients Engine<Products>::backward(
                   [&](int64_t c) { return tile_for_x(t, task, c); },
                   y[t],
                   values_of(grad_x, 0),
+                  padded_features,
                   x_started || t > 0,
                   scratch);
             }
@@ -831,7 +849,8 @@ SimilarityGradients Engine<Products>::backward(
                 block_rows,
                 [&](int64_t r) { return tile_for_y(t, r, c); },
                 x,
-                values_of(grad_y, t * m_ * padded_features),
+                values_of(grad_y, t * padded_features),
+                grad_y.stride(0),
                 y_started,
                 scratch);
           }
@@ -863,13 +882,13 @@ SimilarityGradients Engine<Products>::backward(
   const auto none = [](const Tensor& like) { return at::empty({0}, like.options()); };
   const auto vector_of = [&](const Tensor& sum, bool need) { return need ? sum : none(sum); };
   if (span && to_x) {
-    grad_x.select(0, 0).narrow(1, 0, features_).addcmul_(x_.to(dtype()), square_sum.unsqueeze(1), -1);
+    grad_x.select(1, 0).narrow(1, 0, features_).addcmul_(x_.to(dtype()), square_sum.unsqueeze(1), -1);
   }
   return {
-      needs.x ? unpadded(grad_x).select(0, 0).contiguous().to(x_.scalar_type()) : none(x_),
+      needs.x ? unpadded(grad_x).select(1, 0).contiguous().to(x_.scalar_type()) : none(x_),
       !needs.y ? none(y_)
-      : span   ? unpadded(grad_y).transpose(0, 1).contiguous()
-               : unpadded(grad_y).select(0, 0).contiguous().to(y_.scalar_type()),
+      : span   ? unpadded(grad_y).contiguous()
+               : unpadded(grad_y).select(1, 0).contiguous().to(y_.scalar_type()),
       vector_of(row_scale_sum, needs.row_scale),
       vector_of(col_scale_sum, needs.col_scale),
       vector_of(row_bias_sum, needs.row_bias),
@@ -900,20 +919,33 @@ double Engine<Products>::product_rate(double seconds) {
 }
 
 #ifdef CONTRASTIVE_OPS_MATRIX_UNIT
-// Whether the rows of an embedding may go through the matrix unit as sums of three bfloat16.
+// Whether the rows of an embedding [N, D] may go through the matrix unit as sums of three bfloat16.
 bool splits(const Tensor& embedding) {
+  constexpr int64_t kValues = int64_t(1) << 18;  // that are looked at, and converted, at a time
   const int64_t n = embedding.size(0);
-  const int64_t piece = std::max<int64_t>(1, (int64_t(1) << 18) * n / std::max<int64_t>(1, embedding.numel()));
-  const int64_t depth = embedding.size(-1);
+  const int64_t depth = embedding.size(1);
+  const int64_t piece = std::max<int64_t>(1, kValues / depth);
   std::atomic<bool> result{true};
   for_each_task((n + piece - 1) / piece, [&](int64_t task) {
     const int64_t begin = task * piece;
-    const Tensor rows = embedding.narrow(0, begin, std::min(piece, n - begin)).to(at::kFloat).contiguous();
-    if (!matrix_unit::splits(rows.numel() / depth, depth, rows.const_data_ptr<float>())) {
+    const Tensor rows = with_dense_rows<float>(embedding.narrow(0, begin, std::min(piece, n - begin)));
+    if (!matrix_unit::splits(rows.size(0), depth, rows.const_data_ptr<float>(), rows.stride(0))) {
       result = false;
     }
   });
   return result;
+}
+
+// The same of both sides, each vector of a tuple for its own.
+bool splits(const SimilarityOptions& options) {
+  std::vector<Tensor> embeddings{options.x};
+  if (options.span.has_value()) {
+    const std::vector<Tensor> vectors = options.y->unbind(1);
+    embeddings.insert(embeddings.end(), vectors.begin(), vectors.end());
+  } else if (options.y.has_value()) {
+    embeddings.push_back(*options.y);
+  }
+  return std::all_of(embeddings.begin(), embeddings.end(), [](const Tensor& embedding) { return splits(embedding); });
 }
 #endif
 
@@ -929,7 +961,7 @@ auto with_engine(const SimilarityOptions& options, const F& f) {
     if (dtype == at::kBFloat16) {
       return f(Engine<MatrixUnitProducts<1>>(options));
     }
-    if (splits(options.x) && (!options.y.has_value() || splits(*options.y))) {
+    if (splits(options)) {
       return f(Engine<MatrixUnitProducts<3>>(options));
     }
   }
@@ -949,35 +981,6 @@ SimilarityGradients similarity_logsumexp_backward(
     const IncomingGradients& incoming,
     Needs needs) {
   return with_engine(options, [&](auto engine) { return engine.backward(statistics, incoming, needs); });
-}
-
-Tensor gram_matrices(const Tensor& tuples) {
-  constexpr int64_t kTuples = 64;   // of a task
-  constexpr int64_t kPiece = 4096;  // tuples that are converted at a time
-  const int64_t m = tuples.size(0);
-  const int64_t members = tuples.size(1);
-  const int64_t depth = tuples.size(2);
-  const Tensor grams = at::empty({m, members, members}, at::kDouble);
-  const auto fill = [&](auto zero) {
-    using T = decltype(zero);
-    for (int64_t begin = 0; begin < m; begin += kPiece) {
-      const int64_t count = std::min(kPiece, m - begin);
-      const Tensor piece = tuples.narrow(0, begin, count).to(c10::CppTypeToScalarType<T>::value).contiguous();
-      const T* rows = piece.const_data_ptr<T>();
-      double* target = grams.mutable_data_ptr<double>() + begin * members * members;
-      for_each_task((count + kTuples - 1) / kTuples, [&](int64_t task) {
-        for (int64_t j = task * kTuples; j < std::min(count, (task + 1) * kTuples); ++j) {
-          tile_kernels<T>().gram(members, depth, rows + j * members * depth, target + j * members * members);
-        }
-      });
-    }
-  };
-  if (tuples.scalar_type() == at::kDouble) {
-    fill(double());
-  } else {
-    fill(float());
-  }
-  return grams;
 }
 
 double tile_product_rate(const Tensor& x, const Tensor& y, double seconds) {

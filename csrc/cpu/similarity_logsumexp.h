@@ -82,9 +82,6 @@ SimilarityGradients similarity_logsumexp_backward(
     const IncomingGradients& incoming,
     Needs needs);
 
-// The Gram matrices [M, P, P] of tuples of vectors [M, P, D], in float64.
-at::Tensor gram_matrices(const at::Tensor& tuples);
-
 // FLOP/s of the tile products of x and y alone, measured over `seconds`.
 double tile_product_rate(const at::Tensor& x, const at::Tensor& y, double seconds);
 

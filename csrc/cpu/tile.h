@@ -114,8 +114,24 @@ struct TileKernels {
       ScaleBiasSums<T> col_sums,
       T* coefficients);
 
-  // gram[P, P] = rows rows^T of P rows, in float64
-  void (*gram)(int64_t members, int64_t depth, const T* rows, double* gram);
+  // products[s, t] = <a_s, b_t> of vectors, in float64; `symmetric` where a and b are the same
+  void (*dot_products)(
+      int64_t s_count,
+      int64_t t_count,
+      int64_t depth,
+      const T* const* a,
+      const T* const* b,
+      bool symmetric,
+      double* products);
+
+  // result_s = sum over t of weights[s, t] vectors_t, in float64
+  void (*combine)(
+      int64_t s_count,
+      int64_t t_count,
+      int64_t depth,
+      const double* weights,
+      const T* const* vectors,
+      T* const* result);
 
   // pairs = minus the distances of the rows from the spans
   void (*distances)(const SpanTile<T>& tile, T* pairs);

@@ -1,0 +1,147 @@
+#include "rowwise.h"
+#include "tasks.h"
+#include "tile.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/irange.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace contrastive_ops {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kRows = 64;     // of a task
+constexpr int64_t kPiece = 4096;  // rows that are converted at a time, so that no copy of all of them is made
+
+template <typename T>
+Tensor readable(const Tensor& vectors) {
+  const Tensor converted = vectors.to(c10::CppTypeToScalarType<T>::value);
+  return converted.stride(2) == 1 ? converted : converted.contiguous();
+}
+
+// The vectors of row n, behind those that `pointers` has.
+template <typename T, typename Pointer>
+void append_vectors(const Tensor& tensor, T* begin, int64_t n, std::vector<Pointer>& pointers) {
+  for (const auto t : c10::irange(tensor.size(1))) {
+    pointers.push_back(begin + n * tensor.stride(0) + t * tensor.stride(1));
+  }
+}
+
+// work(n, state) for the rows [0, count), in parallel.
+template <typename State, typename Work>
+void for_each_row(int64_t count, const Work& work) {
+  for_each_task((count + kRows - 1) / kRows, [&](int64_t task) {
+    State state;
+    for (int64_t n = task * kRows; n < std::min(count, (task + 1) * kRows); ++n) {
+      work(n, state);
+    }
+  });
+}
+
+template <typename T>
+void products_of(const Tensor& a, const Tensor& b, const Tensor& products) {
+  struct State {
+    std::vector<const T*> a;
+    std::vector<const T*> b;
+  };
+  const bool same = a.is_same(b);
+  const Tensor left = readable<T>(a);
+  const Tensor right = same ? left : readable<T>(b);
+  const T* left_begin = left.template const_data_ptr<T>();
+  const T* right_begin = right.template const_data_ptr<T>();
+  double* target = products.mutable_data_ptr<double>();
+  for_each_row<State>(left.size(0), [&](int64_t n, State& state) {
+    state.a.clear();
+    state.b.clear();
+    append_vectors(left, left_begin, n, state.a);
+    append_vectors(right, right_begin, n, state.b);
+    tile_kernels<T>().dot_products(
+        left.size(1),
+        right.size(1),
+        left.size(2),
+        state.a.data(),
+        state.b.data(),
+        same,
+        target + n * products.stride(0));
+  });
+}
+
+template <typename T>
+void combine(const Tensor& weights, const std::vector<Tensor>& vectors, const Tensor& result) {
+  struct State {
+    std::vector<const T*> vectors;
+    std::vector<T*> result;
+  };
+  std::vector<Tensor> sources;
+  std::vector<const T*> begins;
+  for (const Tensor& tensor : vectors) {
+    sources.push_back(readable<T>(tensor));
+    begins.push_back(sources.back().template const_data_ptr<T>());
+  }
+  const bool direct = result.scalar_type() == c10::CppTypeToScalarType<T>::value && result.stride(2) == 1;
+  const Tensor target =
+      direct ? result : at::empty(result.sizes(), result.options().dtype(c10::CppTypeToScalarType<T>::value));
+  T* target_begin = target.template mutable_data_ptr<T>();
+  const double* factors = weights.const_data_ptr<double>();
+  for_each_row<State>(result.size(0), [&](int64_t n, State& state) {
+    state.vectors.clear();
+    state.result.clear();
+    for (const auto i : c10::irange(sources.size())) {
+      append_vectors(sources[i], begins[i], n, state.vectors);
+    }
+    append_vectors(target, target_begin, n, state.result);
+    tile_kernels<T>().combine(
+        weights.size(1),
+        weights.size(2),
+        result.size(2),
+        factors + n * weights.stride(0),
+        state.vectors.data(),
+        state.result.data());
+  });
+  if (!direct) {
+    result.copy_(target);
+  }
+}
+
+// work(first row, number of rows) for all rows at once, or piece by piece where they are converted.
+template <typename Work>
+void for_each_piece(int64_t n, c10::ScalarType dtype, const Work& work) {
+  const int64_t piece = dtype == at::kFloat || dtype == at::kDouble ? std::max<int64_t>(1, n) : kPiece;
+  for (int64_t begin = 0; begin < n; begin += piece) {
+    work(begin, std::min(piece, n - begin));
+  }
+}
+
+}  // namespace
+
+Tensor row_products(const Tensor& a, const Tensor& b) {
+  const bool same = a.is_same(b);
+  const Tensor products = at::empty({a.size(0), a.size(1), b.size(1)}, a.options().dtype(at::kDouble));
+  for_each_piece(a.size(0), a.scalar_type(), [&](int64_t begin, int64_t count) {
+    const Tensor left = a.narrow(0, begin, count);
+    const Tensor right = same ? left : b.narrow(0, begin, count);
+    const Tensor target = products.narrow(0, begin, count);
+    a.scalar_type() == at::kDouble ? products_of<double>(left, right, target) : products_of<float>(left, right, target);
+  });
+  return products;
+}
+
+void combine_rows(const Tensor& weights, at::TensorList vectors, const Tensor& result) {
+  const c10::ScalarType dtype = vectors.front().scalar_type();
+  const Tensor factors = weights.contiguous();
+  for_each_piece(result.size(0), dtype, [&](int64_t begin, int64_t count) {
+    std::vector<Tensor> parts;
+    for (const Tensor& tensor : vectors) {
+      parts.push_back(tensor.narrow(0, begin, count));
+    }
+    const Tensor of_rows = factors.narrow(0, begin, count);
+    const Tensor target = result.narrow(0, begin, count);
+    dtype == at::kDouble ? combine<double>(of_rows, parts, target) : combine<float>(of_rows, parts, target);
+  });
+}
+
+}  // namespace contrastive_ops

@@ -1,0 +1,191 @@
+"""What is done row by row: the passes of the C++ engine against plain PyTorch, and when which of the two runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import DENSE_FACTOR
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import contrastive_ops as co
+from contrastive_ops.backends import cpu
+from contrastive_ops.catalogue import LOSSES
+from contrastive_ops.ops import rowwise
+
+V, N, D = 3, 131, 37  # no multiple of a vector's length, more than two tasks of rows
+ENGINE = pytest.mark.skipif(co.build.missing is not None, reason=str(co.build.missing))
+FUNCTIONS = {
+    "inverse_norm": (rowwise.inverse_norm, rowwise._inverse_norm),
+    "unit": (lambda x: rowwise.unit(*x), lambda x: rowwise._unit(*x)),
+    "view_products": (rowwise.view_products, rowwise._view_products),
+}
+EACH = pytest.mark.parametrize("name", FUNCTIONS)
+HALF = (torch.bfloat16, torch.float16)
+
+
+def run(function, x, incoming=None):
+    """Value and gradient of a function of x [V, N, D]."""
+    x = x.detach().requires_grad_()
+    value = function(x)
+    torch.manual_seed(1)
+    incoming = torch.randn(value.shape, dtype=torch.float64).to(value.dtype)
+    return value.detach(), torch.autograd.grad(value, x, incoming)[0]
+
+
+def error(results, truth):
+    return [((r.double() - t).abs().max() / t.abs().max()).item() for r, t in zip(results, truth, strict=True)]
+
+
+@EACH
+@pytest.mark.parametrize("layout", ["contiguous", "strided rows", "strided features"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@ENGINE
+def test_engine_is_as_exact_as_pytorch(name, layout, dtype):
+    ours, steps = FUNCTIONS[name]
+    x = torch.randn(V, N, 2 * D)[..., :D] if layout == "strided rows" else torch.randn(V, N, D)
+    x = x.to(dtype).mT.contiguous().mT if layout == "strided features" else x.to(dtype)
+    truth = run(steps, x.double())
+    result, dense = run(ours, x), run(steps, x)
+    assert [r.dtype for r in result] == [r.dtype for r in dense] == [torch.float32, dtype]
+    for of_result, of_dense in zip(error(result, truth), error(dense, truth), strict=True):
+        assert of_result <= DENSE_FACTOR * of_dense
+
+
+@EACH
+def test_gradients_of_every_order(name):
+    ours, _ = FUNCTIONS[name]
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(ours, x)
+    assert gradgradcheck(ours, x)
+
+
+@EACH
+@ENGINE
+def test_a_gradient_that_is_differentiated_again(name):
+    ours, steps = FUNCTIONS[name]
+    second = []
+    for function in (ours, steps):
+        x = torch.randn(V, 5, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        value = function(x)
+        (gradient,) = torch.autograd.grad(value.pow(3).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(gradient.square().sum(), x)[0])
+    assert error(second[:1], second[1:])[0] < 1e-5
+
+
+@ENGINE
+def test_one_of_several_vectors_requires_a_gradient():
+    x, y = torch.randn(2, 5, 6).unbind()
+    y.requires_grad_()
+    rowwise.unit(x, y)[:, 1, 0].sum().backward()
+    expected = torch.autograd.grad(rowwise._unit(x, y)[:, 1, 0].sum(), y)[0]
+    torch.testing.assert_close(y.grad, expected)
+    (again,) = torch.autograd.grad(rowwise.unit(x, y)[:, 1, 0].sum(), y, create_graph=True)
+    torch.testing.assert_close(again.detach(), expected)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_zero_rows(name, dtype):
+    value, gradient = run(FUNCTIONS[name][0], torch.zeros(2, 3, 4, dtype=dtype))
+    assert not value.any()
+    assert not gradient.any()
+
+
+@EACH
+@pytest.mark.parametrize("shape", [(1, 0, 4), (1, 1, 1), (2, 1, 3)])
+def test_no_rows_and_one_row(name, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(*(run(function, x) for function in FUNCTIONS[name]))
+
+
+@ENGINE
+def test_norms_beyond_the_squares_of_float32():
+    x = torch.tensor([[3e-30, 4e-30], [3e30, 4e30], [1e-45, 0.0], [torch.nan, 1.0]])
+    inverse = rowwise.inverse_norm(x)
+    torch.testing.assert_close(inverse[:2], torch.tensor([2e29, 2e-31]))
+    assert inverse[2] == 0.0  # 1 / |x| is no float32
+    assert inverse[3].isnan()
+
+
+@EACH
+@ENGINE
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of PyTorch, at the first dual tensor
+def test_dual_tensors_take_the_steps(name):
+    ours, steps = FUNCTIONS[name]
+    x, tangent = torch.randn(2, V, 5, 6).unbind()
+    with forward_ad.dual_level():
+        tangents = [forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))).tangent for f in (ours, steps)]
+    torch.testing.assert_close(*tangents)
+
+
+@EACH
+@ENGINE
+def test_runs_are_bitwise_equal_for_any_number_of_threads(name):
+    x = torch.randn(V, 1000, D)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(FUNCTIONS[name][0], x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@ENGINE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_combinations_of_several_tensors(dtype):
+    """More rows than are converted at a time, into a result with strides of its own."""
+    n = 4100
+    weights = torch.randn(n, 2, 3, dtype=torch.float64)
+    one, two = torch.randn(n, 1, D).to(dtype), torch.randn(2, n, D).to(dtype).transpose(0, 1)
+    result = torch.empty(2, n, D + 3, dtype=dtype)[..., :D].transpose(0, 1)
+    cpu.combine_rows(weights, (one, two), result)
+    expected = weights @ torch.cat([one, two], 1).double()
+    torch.testing.assert_close(result, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    products = cpu.row_products(one, two)
+    torch.testing.assert_close(products, one.double() @ two.double().mT)
+
+
+@ENGINE
+@pytest.mark.parametrize(
+    ("weights", "vectors", "result", "sentence"),
+    [
+        ((2, 1, 1), [(2, 3)], (2, 1, 3), "vectors must have shape"),
+        ((2, 1, 1), [(3, 1, 3)], (2, 1, 3), "vectors must have shape"),
+        ((2, 1, 1), [], (2, 1, 3), "vectors and result must have shape"),
+        ((2, 1, 2), [(2, 1, 3)], (2, 1, 3), "weights must be float64 of shape"),
+    ],
+)
+def test_the_operator_refuses(weights, vectors, result, sentence):
+    weights = torch.zeros(weights, dtype=torch.float64)
+    with pytest.raises(ValueError, match=sentence):
+        cpu.combine_rows(weights, [torch.zeros(shape) for shape in vectors], torch.zeros(result))
+
+
+@ENGINE
+def test_the_operator_refuses_other_shapes_and_dtypes_of_products():
+    with pytest.raises(ValueError, match="a must have shape"):
+        cpu.row_products(torch.zeros(2, 3), torch.zeros(2, 1, 3))
+    with pytest.raises(ValueError, match="b must have shape"):
+        cpu.row_products(torch.zeros(2, 1, 3), torch.zeros(2, 1, 4))
+    with pytest.raises(ValueError, match="one dtype"):
+        cpu.row_products(torch.zeros(2, 1, 3), torch.zeros(2, 1, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("loss", [pytest.param(row, id=row.name) for row in LOSSES])
+def test_fake_tensors(loss):
+    """Without torch.compile, whose traces take the steps of PyTorch."""
+    given = loss.inputs(8, 16, torch.float32, torch.Generator().manual_seed(0))
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given]
+        value = loss.fused(*fakes)
+        value.backward()
+    assert value.shape == ()
+    learned = [
+        (fake, a) for fake, a in zip(fakes, given, strict=True) if isinstance(a, torch.Tensor) and a.requires_grad
+    ]
+    assert learned
+    assert all(fake.grad.shape == a.shape for fake, a in learned)
