@@ -289,7 +289,8 @@ void combination(const Tensor& weights, at::TensorList vectors, const Tensor& re
     count += tensor.size(1);
   }
   TORCH_CHECK_VALUE(
-      weights.scalar_type() == at::kDouble && weights.sizes() == at::IntArrayRef({result.size(0), result.size(1), count}),
+      weights.scalar_type() == at::kDouble &&
+          weights.sizes() == at::IntArrayRef({result.size(0), result.size(1), count}),
       "weights must be float64 of shape (",
       result.size(0),
       ", ",
