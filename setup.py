@@ -233,7 +233,7 @@ def compiles_for_matrix_unit(compiler: str) -> bool:
     command = [*shlex.split(compiler), *MATRIX_UNIT, "-x", "c++", "-", "-c", "-o", os.devnull]
     result = subprocess.run(command, input=program, text=True, capture_output=True)
     if result.returncode != 0:
-        say(f"without products on the matrix unit (AMX), which {compiler} does not know.")
+        say(f"without units for bfloat16 (AMX, AVX-512 BF16), which {compiler} does not know.")
     return result.returncode == 0
 
 

@@ -28,6 +28,13 @@ def devices() -> list[torch.device]:
     return found
 
 
+BFLOAT16_UNITS = {
+    "matrix": "matrix unit (AMX), for products of 32 and 16 bits",
+    "vectors": "vector units (AVX-512 BF16), for products of bfloat16",
+    "none": "none, or not in use",
+}
+
+
 def report() -> list[tuple[str, str]]:
     """Pairs of a subject and what there is to say of it."""
     lines = [
@@ -44,7 +51,7 @@ def report() -> list[tuple[str, str]]:
         lines += [
             ("C++ engine", f"built with {engine.compiler} against torch {engine.torch_version}"),
             ("instruction sets", f"{', '.join(engine.instruction_sets)}; running {engine.instruction_set()}"),
-            ("matrix unit", "takes products of 32 and 16 bits" if engine.matrix_unit() else "none, or not in use"),
+            ("bfloat16 unit", BFLOAT16_UNITS[engine.bfloat16_unit()]),
         ]
     if build.cuda is None:
         lines.append(("CUDA kernels", f"not loaded: {build.cuda_missing}"))

@@ -363,7 +363,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 #endif
   module.attr("instruction_sets") = instruction_sets();
   module.def("instruction_set", [] { return tile_kernels<float>().instruction_set; });
-  module.def("matrix_unit", matrix_unit_available);
+  module.def("bfloat16_unit", [] {
+    constexpr std::array names{"none", "vectors", "matrix"};
+    return names[static_cast<int>(bfloat16_unit())];
+  });
   module.def(
       "tile_product_rate",
       &tile_product_rate,

@@ -21,8 +21,8 @@ from contrastive_ops import build
 def _needs_the_unit() -> None:
     if build.extension is None:
         pytest.skip(f"no C++ engine: {build.missing}")
-    if not build.extension.matrix_unit():
-        pytest.skip("this processor has no matrix unit (AMX), or CONTRASTIVE_OPS_MATRIX_UNIT=0 leaves it alone")
+    if build.extension.bfloat16_unit() != "matrix":
+        pytest.skip("this processor has no matrix unit (AMX), or CONTRASTIVE_OPS_BFLOAT16_UNIT leaves it alone")
 
 
 def dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -90,11 +90,13 @@ def test_gradients_of_tiny_features(exponents):
         assert_accurate(got, truth, what=f"gradient of {name}", logits=64)
 
 
+def unit_with(value: str) -> subprocess.CompletedProcess[str]:
+    code = "from contrastive_ops import build; print(build.extension.bfloat16_unit())"
+    environment = os.environ | {"CONTRASTIVE_OPS_BFLOAT16_UNIT": value}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
 def test_the_environment_leaves_it_alone():
-    code = "from contrastive_ops import build; print(build.extension.matrix_unit())"
-    for value, expected in (("0", "False"), ("1", "True")):
-        environment = os.environ | {"CONTRASTIVE_OPS_MATRIX_UNIT": value}
-        result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
-        assert result.stdout.strip() == expected
+    for value in ("none", "vectors", "matrix"):
+        assert unit_with(value).stdout.strip() == value
+    assert "must be none, vectors or matrix, got 0" in unit_with("0").stderr

@@ -495,16 +495,15 @@ def test_isa_variant_is_the_one_asked_for():
     if asked is None:
         pytest.skip("ATEN_CPU_CAPABILITY is not set: the process runs the best variant of this machine")
     assert torch.backends.cpu.get_cpu_capability() == asked.upper()
-    if os.environ.get("CONTRASTIVE_OPS_MATRIX_UNIT") == "0":
-        assert not build.extension.matrix_unit()
+    if "CONTRASTIVE_OPS_BFLOAT16_UNIT" in os.environ:
+        assert build.extension.bfloat16_unit() == os.environ["CONTRASTIVE_OPS_BFLOAT16_UNIT"]
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_isa_variants(capability):
-    """The core tests of the C++ engine again, in a process that starts with a lesser instruction set.
-
-    "avx512" is that without the matrix unit, which only ever runs beside it.
-    """
+@pytest.mark.parametrize(
+    ("capability", "unit"), [("default", "none"), ("avx2", "none"), ("avx512", "none"), ("avx512", "vectors")]
+)
+def test_isa_variants(capability, unit):
+    """The core tests of the C++ engine again, in a process with a lesser instruction set or unit for bfloat16."""
     import conftest
 
     sentence = conftest.refusal("cpu")
@@ -513,8 +512,8 @@ def test_isa_variants(capability):
     best = torch.backends.cpu.get_cpu_capability()
     if best == "DEFAULT" and capability != "default":
         pytest.skip(f"this machine has no {capability}: it runs {best}")
-    if capability == "avx512" and not build.extension.matrix_unit():
-        pytest.skip(f"no matrix unit: all other tests run {best} already")
+    if capability == "avx512" and build.extension.bfloat16_unit() in ("none", unit):
+        pytest.skip(f"no other unit for bfloat16: all other tests run {best} already")
     if "ATEN_CPU_CAPABILITY" in os.environ:
         pytest.skip("ATEN_CPU_CAPABILITY is set already: this process is one of the variants")
     result = subprocess.run(
@@ -532,7 +531,7 @@ def test_isa_variants(capability):
             __file__,
             str(Path(__file__).with_name("test_volume_logsumexp.py")),
         ],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "CONTRASTIVE_OPS_MATRIX_UNIT": "0"},
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "CONTRASTIVE_OPS_BFLOAT16_UNIT": unit},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

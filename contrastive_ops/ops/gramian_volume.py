@@ -27,7 +27,7 @@ def gramian_volume(vectors: Tensor, *, backend: str = "auto") -> Tensor:
     vectors : Tensor of shape (..., K, D), float32 / bfloat16 / float16 / float64
         The order and the signs of the K vectors do not matter.
     backend : "auto", "cpu", "cuda", "triton", "tiled", "reference"
-        "cuda" has a kernel for up to 5 vectors of 32 and 16 bits; all others run the same PyTorch.
+        "cpu" has kernels for 32 and 16 bits, "cuda" one for up to 5 vectors of them; all others run the same PyTorch.
 
     Returns
     -------
@@ -42,7 +42,7 @@ def gramian_volume(vectors: Tensor, *, backend: str = "auto") -> Tensor:
 
     Notes
     -----
-    Plain PyTorch, but for that kernel; differentiable to any order; extra memory is that of `vectors`. Vectors that are
+    Plain PyTorch, but for those kernels; differentiable to any order; extra memory is that of `vectors`. Vectors that are
     linearly dependent to within rounding (duplicates, a zero vector, K > D) have volume 0, the minimum, and zero
     gradient.
 

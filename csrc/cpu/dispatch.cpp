@@ -1,8 +1,9 @@
-// The choice of the instruction set and of the matrix unit, made once per process.
+// The choice of the instruction set and of the unit for bfloat16, made once per process.
 
 #include "tile.h"
 
 #include <ATen/Version.h>
+#include <c10/util/Exception.h>
 
 #ifdef CONTRASTIVE_OPS_MATRIX_UNIT
 #include <ATen/cpu/Utils.h>
@@ -52,31 +53,54 @@ const TileKernels<double>& tile_kernels() {
   return kernels;
 }
 
-bool matrix_unit_available() {
 #ifdef CONTRASTIVE_OPS_MATRIX_UNIT
-  static const bool result = [] {
-    const char* wanted = std::getenv("CONTRASTIVE_OPS_MATRIX_UNIT");
-    if ((wanted != nullptr && std::string(wanted) == "0") || at::get_cpu_capability() != "AVX512") {
-      return false;
-    }
-    // compilers name these bits differently
-    constexpr unsigned kAvx512Bf16 = 1u << 5;
-    constexpr unsigned kAmx = (1u << 22) | (1u << 24);  // bfloat16 and tiles
-    unsigned eax = 0;
-    unsigned ebx = 0;
-    unsigned ecx = 0;
-    unsigned edx = 0;
-    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kAmx) != kAmx) {
-      return false;
-    }
-    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0 || (eax & kAvx512Bf16) == 0) {
-      return false;
-    }
-    return at::cpu::init_amx();  // the system must allow it to the process
-  }();
+namespace {
+
+struct Registers {
+  unsigned eax = 0;
+  unsigned ebx = 0;
+  unsigned ecx = 0;
+  unsigned edx = 0;
+};
+
+// What the processor says of itself, zeros for a leaf that it does not have.
+Registers cpuid(unsigned leaf, unsigned part) {
+  Registers result;
+  __get_cpuid_count(leaf, part, &result.eax, &result.ebx, &result.ecx, &result.edx);
+  return result;
+}
+
+BFloat16Unit choose_bfloat16_unit() {
+  const char* variable = std::getenv("CONTRASTIVE_OPS_BFLOAT16_UNIT");
+  const std::string most = variable == nullptr ? "" : variable;
+  TORCH_CHECK_VALUE(
+      most.empty() || most == "none" || most == "vectors" || most == "matrix",
+      "CONTRASTIVE_OPS_BFLOAT16_UNIT must be none, vectors or matrix, got ",
+      most);
+  // compilers name these bits differently
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  constexpr unsigned kAmx = (1u << 22) | (1u << 24);  // bfloat16 and tiles
+  constexpr unsigned kAmd = 0x68747541;               // "Auth", of AuthenticAMD
+  if (most == "none" || at::get_cpu_capability() != "AVX512" || (cpuid(7, 1).eax & kAvx512Bf16) == 0) {
+    return BFloat16Unit::none;
+  }
+  // the system must allow the matrix unit to the process
+  if (most != "vectors" && (cpuid(7, 0).edx & kAmx) == kAmx && at::cpu::init_amx()) {
+    return BFloat16Unit::matrix;
+  }
+  // elsewhere the vector units multiply no more bfloat16 than float32 in a cycle, and are slower in all
+  return most == "vectors" || cpuid(0, 0).ebx == kAmd ? BFloat16Unit::vectors : BFloat16Unit::none;
+}
+
+}  // namespace
+#endif
+
+BFloat16Unit bfloat16_unit() {
+#ifdef CONTRASTIVE_OPS_MATRIX_UNIT
+  static const BFloat16Unit result = choose_bfloat16_unit();
   return result;
 #else
-  return false;
+  return BFloat16Unit::none;
 #endif
 }
 

@@ -1,5 +1,5 @@
-// Compiled for AVX-512 and AMX, and called only where matrix_unit_available(): no other header is included, as the
-// linker could take what is inline there for the same function elsewhere.
+// Compiled for AVX-512 with BF16, and AMX, and called only where bfloat16_unit() says so: no header of ours with inline
+// functions is included, as the linker could take what is compiled here for the same function elsewhere.
 
 #include "matrix_unit.h"
 
@@ -294,6 +294,43 @@ void pack_feature_panel(int64_t depth, int64_t cols, const Source* source, int64
   }
 }
 
+namespace {
+
+// As deep as keeps a panel in the first-level cache for all rows: 24 KB, with one part 16 KB.
+template <int Parts>
+constexpr int64_t kDepth = (Parts == 1 ? 2 : 1) * kBlockDepth;
+
+constexpr int64_t fragments(int64_t depth) {
+  return (depth + kFragmentDepth - 1) / kFragmentDepth;
+}
+
+inline __m512bh load_pairs(const BFloat16* pairs) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(pairs));
+}
+
+inline __m512bh broadcast_pair(const BFloat16* pair) {
+  int32_t bits;
+  __builtin_memcpy(&bits, pair, sizeof(bits));
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
+}
+
+// The first `rows` of `count` rows of c, half a panel wide.
+template <int Count>
+inline void store_rows(const __m512 (&sum)[Count][2], int64_t rows, float* c, int64_t ldc, bool accumulate) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      float* target = c + i * ldc + half * kLanes;
+      if (i < rows) {
+        _mm512_storeu_ps(target, accumulate ? _mm512_add_ps(_mm512_loadu_ps(target), sum[i][half]) : sum[i][half]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
 template <int Parts>
 void multiply(
     int64_t m,
@@ -305,12 +342,10 @@ void multiply(
     float* c,
     int64_t ldc,
     bool accumulate) {
-  // as deep as keeps the panel in the first-level cache for all rows: 24 KB, with one part 16 KB
-  constexpr int64_t kDepth = (Parts == 1 ? 2 : 1) * kBlockDepth;
-  for (int64_t l = 0; l < k; l += kDepth) {
-    const int64_t count = (min(k - l, kDepth) + kFragmentDepth - 1) / kFragmentDepth;
+  for (int64_t l = 0; l < k; l += kDepth<Parts>) {
+    const int64_t count = fragments(min(k - l, kDepth<Parts>));
     const BFloat16* panel = b[l * kPanel].parts;
-    const BFloat16* ahead = b[(l + kDepth) * kPanel].parts;
+    const BFloat16* ahead = b[(l + kDepth<Parts>)*kPanel].parts;
     for (int64_t i = 0; i < m; i += kFragmentRows) {
       for (int64_t half = 0; half < 2; ++half, ahead += count * kAhead<Parts>) {
         multiply_fragments<Parts>(
@@ -324,6 +359,43 @@ void multiply(
             ldc,
             accumulate || l > 0);
       }
+    }
+  }
+}
+
+void multiply_on_vectors(
+    int64_t m,
+    int64_t k,
+    const Element<1>* a,
+    int64_t a_rows,
+    int64_t a_block,
+    const Element<1>* b,
+    float* c,
+    int64_t ldc,
+    bool accumulate) {
+  constexpr int kRows = 8;  // with two vectors of b: 16 sums
+  for (int64_t begin = 0; begin < k; begin += kDepth<1>) {
+    const int64_t count = fragments(min(k - begin, kDepth<1>));
+    for (int64_t i = 0; i < m; i += kRows) {
+      const int64_t inside = i % kFragmentRows * kFragmentDepth;
+      __m512 sum[kRows][2] = {};
+      for (int64_t f = 0; f < count; ++f) {
+        const int64_t l = begin + f * kFragmentDepth;
+        const int64_t place = l / kBlockDepth * a_block + i / kFragmentRows * a_rows + l % kBlockDepth * kFragmentRows;
+        const BFloat16* a_pairs = a[place].parts + inside;
+        const BFloat16* b_pairs = b[l * kPanel].parts;
+        for (int64_t pair = 0; pair < kFragmentDepth / 2; ++pair) {
+          const __m512bh columns[2] = {
+              load_pairs(b_pairs + pair * kFragmentDepth), load_pairs(b_pairs + kFragment + pair * kFragmentDepth)};
+#pragma GCC unroll 8
+          for (int row = 0; row < kRows; ++row) {
+            const __m512bh of_row = broadcast_pair(a_pairs + row * kFragmentDepth + 2 * pair);
+            sum[row][0] = _mm512_dpbf16_ps(sum[row][0], of_row, columns[0]);
+            sum[row][1] = _mm512_dpbf16_ps(sum[row][1], of_row, columns[1]);
+          }
+        }
+      }
+      store_rows(sum, m - i, c + i * ldc, ldc, accumulate || begin > 0);
     }
   }
 }

@@ -1,4 +1,5 @@
-// Products on the matrix unit of x86 processors (AMX), which multiplies bfloat16 and adds in float32.
+// Products on the matrix unit of x86 processors (AMX), which multiplies bfloat16 and adds in float32; and of the same
+// operands on vector units that do (AVX-512 BF16), for bfloat16 where there is no matrix unit.
 //
 // A bfloat16 is one part. A float32 is three, x = x_0 + x_1 + x_2 of 8 bits each, without an error, and of the nine
 // products of their parts six are taken: x_0 y_0, x_0 y_1, x_1 y_0, x_1 y_1, x_0 y_2, x_2 y_0. The others are together
@@ -66,6 +67,18 @@ void multiply(
     int64_t a_rows,
     int64_t a_block,
     const Element<Parts>* b,
+    float* c,
+    int64_t ldc,
+    bool accumulate);
+
+// The same for one part on the vector units, without configure() and release().
+void multiply_on_vectors(
+    int64_t m,
+    int64_t k,
+    const Element<1>* a,
+    int64_t a_rows,
+    int64_t a_block,
+    const Element<1>* b,
     float* c,
     int64_t ldc,
     bool accumulate);

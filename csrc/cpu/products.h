@@ -5,7 +5,8 @@
 //   dY  += G^T X        a: transposed coefficients   b: feature panels of x
 //
 // A panel holds the columns [p W, (p + 1) W) of b, contiguous by depth, zero beyond the last column. VectorProducts
-// runs on vector instructions in the dtype of the statistics, MatrixUnitProducts on a matrix unit, see matrix_unit.h.
+// runs on vector instructions in the dtype of the statistics, BFloat16Products on units for bfloat16, see
+// matrix_unit.h.
 #pragma once
 
 #include "matrix_unit.h"
@@ -90,8 +91,8 @@ class VectorProducts {
 
 #ifdef CONTRASTIVE_OPS_MATRIX_UNIT
 // Embeddings of one part (bfloat16), whose coefficients are rounded to one part, or of three (float32).
-template <int Parts>
-class MatrixUnitProducts {
+template <int Parts, BFloat16Unit Unit>
+class BFloat16Products {
  public:
   using Statistic = float;
   using Source = std::conditional_t<Parts == 1, c10::BFloat16, float>;
@@ -101,10 +102,14 @@ class MatrixUnitProducts {
   class Session {
    public:
     Session() {
-      matrix_unit::configure();
+      if constexpr (Unit == BFloat16Unit::matrix) {
+        matrix_unit::configure();
+      }
     }
     ~Session() {
-      matrix_unit::release();
+      if constexpr (Unit == BFloat16Unit::matrix) {
+        matrix_unit::release();
+      }
     }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
@@ -148,12 +153,12 @@ class MatrixUnitProducts {
   }
 
   void multiply_dots(int64_t m, int64_t depth, const Operand* a, const Operand* b, float* c) const {
-    matrix_unit::multiply(m, depth, a, kRows * depth, kRows * kTile, b, c, kTile, false);
+    multiply(m, depth, a, kRows * depth, kRows * kTile, b, c, kTile, false);
   }
 
   void multiply_strip(
       int64_t m, int64_t k, const Operand* a, const Operand* b, float* c, int64_t ldc, bool accumulate) const {
-    matrix_unit::multiply(m, k, a, kRows * kTile, kTile * kTile, b, c, ldc, accumulate);
+    multiply(m, k, a, kRows * kTile, kTile * kTile, b, c, ldc, accumulate);
   }
 
   void pack_tile(int64_t rows, const float* tile, bool transposed, Operand* target) const {
@@ -165,6 +170,15 @@ class MatrixUnitProducts {
   }
 
  private:
+  template <typename... Arguments>
+  static void multiply(Arguments... arguments) {
+    if constexpr (Unit == BFloat16Unit::matrix) {
+      matrix_unit::multiply(arguments...);
+    } else {
+      matrix_unit::multiply_on_vectors(arguments...);
+    }
+  }
+
   static_assert(matrix_unit::kBlockDepth == kTile);
   static constexpr int64_t kRows = matrix_unit::kFragmentRows;
   const TileKernels<float>& kernels_ = tile_kernels<float>();

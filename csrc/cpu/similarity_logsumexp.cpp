@@ -1,6 +1,6 @@
 // similarity_logsumexp on the CPU: row and column log-sum-exps of s_ij = a_i b_j <x_i, y_j> + c_i + d_j, and gradients.
 //
-//   for each block of the plane, 1024 x 1024:
+//   for each block of the plane, 1024 x 1024, with tuples 512 x 512:
 //     pack the rows of x and y                                              (bounded, whatever N and M are)
 //     for each tile of the block, 128 x 128, in parallel:
 //       dots = X Y^T;  s = logits of dots, -inf where a pair does not take part
@@ -43,6 +43,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBlock = 1024;
+constexpr int64_t kSpanBlock = 512;  // with tuples, whose coefficients take 2 P places for each pair
 constexpr int64_t kTileSize = kTile * kTile;
 // Bounds on what is kept instead of made again, whatever N and M are: panels of y, and dots from forward to backward.
 constexpr int64_t kKeptPanelBytes = int64_t(64) << 20;
@@ -70,10 +71,10 @@ struct Range {
   }
 };
 
-std::vector<Range> blocks_of(int64_t n) {
+std::vector<Range> blocks_of(int64_t n, int64_t block) {
   std::vector<Range> blocks;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    blocks.push_back({begin, std::min(begin + kBlock, n)});
+  for (int64_t begin = 0; begin < n; begin += block) {
+    blocks.push_back({begin, std::min(begin + block, n)});
   }
   return blocks;
 }
@@ -177,6 +178,7 @@ class Engine {
         features_(x_.size(1)),
         depth_(products_.depth(features_)),
         members_(options.span.has_value() ? y_.size(1) : 1),
+        block_(options.span.has_value() ? kSpanBlock : kBlock),
         totals_(options.totals),
         row_scale_(options.row_scale, n_, T(1), T(0)),
         col_scale_(mirrored_ ? row_scale_ : Vector<T>(options.col_scale, m_, T(1), T(0))),
@@ -267,7 +269,7 @@ class Engine {
     Tensor strip;
   };
   auto new_strip_scratch() const {
-    return [this] { return StripScratch(round_up(std::min(kBlock, std::max(n_, m_)), kTile)); };
+    return [this] { return StripScratch(round_up(std::min(block_, std::max(n_, m_)), kTile)); };
   }
 
   // A tile of coefficients, or its transpose, of a strip; null where there is none.
@@ -534,18 +536,32 @@ class Engine {
     }
   }
 
+  int64_t visited_tiles() {
+    int64_t visited = 0;
+    for (const Range rows : blocks_of(n_, block_)) {
+      for (const Range cols : blocks_of(m_, block_)) {
+        if (!mirrored_ || cols.begin >= rows.begin) {
+          plan_of(rows, cols, visited);
+        }
+      }
+    }
+    return visited;
+  }
+
   // Visits every block with its packed sides and its plan; `dots_kept` counts the dots that need no panels to make
   // them. The panels of y are kept for all rows of blocks where they are small. Blocks without tiles are left out, but
   // for the first ones, where gradients start.
   template <typename Visit>
   void for_each_block(bool x_panels, bool y_panels, int64_t dots_kept, const Visit& visit) {
     int64_t visited = 0;
-    const bool dots_needed = dots_kept < members_ * round_up(n_, kTile) * round_up(m_, kTile);
-    const std::vector<Range> col_blocks = blocks_of(m_);
+    const bool dots_needed = dots_kept == 0 || dots_kept < members_ * kTileSize * visited_tiles();
+    const std::vector<Range> col_blocks = blocks_of(m_, block_);
     const int64_t bytes = (1 + y_panels) * members_ * m_ * depth_ * static_cast<int64_t>(sizeof(Operand));
     std::vector<std::vector<Packed>> kept(bytes <= kKeptPanelBytes ? col_blocks.size() : 0);
-    for (const Range rows : blocks_of(n_)) {
-      const Packed x = pack(x_, rows, dots_needed, false, x_panels);
+    for (const Range rows : blocks_of(n_, block_)) {
+      // in self-similarity the columns have the same panels, and those of the diagonal come first
+      const bool shared = mirrored_ && !kept.empty();
+      Packed x = pack(x_, rows, dots_needed, false, x_panels && !shared);
       for (const auto c : c10::irange(col_blocks.size())) {
         const Range cols = col_blocks[c];
         if (mirrored_ && cols.begin < rows.begin) {
@@ -560,6 +576,9 @@ class Engine {
         } else {
           if (kept[c].empty()) {
             kept[c] = pack_cols(cols, dots_needed, y_panels);
+          }
+          if (shared && cols == rows) {
+            x.feature_panels = kept[c].front().feature_panels;
           }
           visit(rows, cols, x, kept[c], plan);
         }
@@ -579,6 +598,7 @@ class Engine {
   int64_t features_;
   int64_t depth_;
   int64_t members_;  // vectors of a tuple; 1 for dot products
+  int64_t block_;
   bool totals_;
   Vector<T> row_scale_;
   Vector<T> col_scale_;
@@ -711,7 +731,7 @@ SimilarityGradients Engine<Products>::backward(
 
   // the coefficients of a block, rows of tiles: of the dot products, or with tuples of the products for x with each
   // vector and then of those for y
-  const int64_t workspace = round_up(std::min(kBlock, n_), kTile) * round_up(std::min(kBlock, m_), kTile);
+  const int64_t workspace = round_up(std::min(block_, n_), kTile) * round_up(std::min(block_, m_), kTile);
   const Tensor coefficients = empty_for_reuse({(span ? 2 * members_ : 1) * workspace}, dtype());
 
   const auto visit =
@@ -901,8 +921,8 @@ double Engine<Products>::product_rate(double seconds) {
   const auto start = std::chrono::steady_clock::now();
   double flops = 0.0;
   double elapsed = 0.0;
-  const Range block_rows = blocks_of(n_).front();
-  const Range block_cols = blocks_of(m_).front();
+  const Range block_rows = blocks_of(n_, block_).front();
+  const Range block_cols = blocks_of(m_, block_).front();
   const Packed x = pack(x_, block_rows, true, false, false);
   const std::vector<Packed> y = pack_cols(block_cols, true, false);
   while (elapsed < seconds) {
@@ -957,13 +977,15 @@ auto with_engine(const SimilarityOptions& options, const F& f) {
     return f(Engine<VectorProducts<double>>(options));
   }
 #ifdef CONTRASTIVE_OPS_MATRIX_UNIT
-  if (matrix_unit_available()) {
-    if (dtype == at::kBFloat16) {
-      return f(Engine<MatrixUnitProducts<1>>(options));
-    }
-    if (splits(options)) {
-      return f(Engine<MatrixUnitProducts<3>>(options));
-    }
+  const BFloat16Unit unit = bfloat16_unit();
+  if (dtype == at::kBFloat16 && unit == BFloat16Unit::matrix) {
+    return f(Engine<BFloat16Products<1, BFloat16Unit::matrix>>(options));
+  }
+  if (dtype == at::kBFloat16 && unit == BFloat16Unit::vectors) {
+    return f(Engine<BFloat16Products<1, BFloat16Unit::vectors>>(options));
+  }
+  if (unit == BFloat16Unit::matrix && splits(options)) {
+    return f(Engine<BFloat16Products<3, BFloat16Unit::matrix>>(options));
   }
 #endif
   return f(Engine<VectorProducts<float>>(options));

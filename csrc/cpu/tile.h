@@ -146,9 +146,10 @@ struct TileKernels {
 template <typename T>
 const TileKernels<T>& tile_kernels();
 
-// Whether products of 32 and 16-bit embeddings run on a matrix unit, see matrix_unit.h. The environment's
-// CONTRASTIVE_OPS_MATRIX_UNIT=0 leaves it alone.
-bool matrix_unit_available();
+// What of this processor multiplies bfloat16, see matrix_unit.h: a matrix unit, which takes float32 as well, vector
+// units, or nothing. The environment's CONTRASTIVE_OPS_BFLOAT16_UNIT names the most that is taken.
+enum class BFloat16Unit { none, vectors, matrix };
+BFloat16Unit bfloat16_unit();
 
 // One per object compiled from tile.cpp.
 #define CONTRASTIVE_OPS_DECLARE_VARIANT(name)      \
