@@ -49,7 +49,7 @@ SimilarityOptions options_of(
     bool restrict_to_ids,
     bool rows,
     bool cols) {
-  TORCH_CHECK_VALUE(x.dim() == 2, "x must have shape (N, D), got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) > 0, "x must have shape (N, D) with D >= 1, got ", x.sizes());
   TORCH_CHECK_VALUE(
       !y.has_value() || (y->dim() == 2 && y->size(1) == x.size(1) && y->scalar_type() == x.scalar_type()),
       "y must have shape (M, ",
@@ -156,7 +156,8 @@ SimilarityOptions volume_options_of(
     bool rows,
     bool cols,
     bool totals) {
-  TORCH_CHECK_VALUE(anchor.dim() == 2, "anchor must have shape (N, D), got ", anchor.sizes());
+  TORCH_CHECK_VALUE(
+      anchor.dim() == 2 && anchor.size(1) > 0, "anchor must have shape (N, D) with D >= 1, got ", anchor.sizes());
   TORCH_CHECK_VALUE(
       tuples.dim() == 3 && tuples.size(2) == anchor.size(1) && tuples.scalar_type() == anchor.scalar_type(),
       "tuples must have shape (M, P, ",

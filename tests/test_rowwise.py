@@ -7,6 +7,7 @@ import torch
 from tolerance import DENSE_FACTOR
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 import contrastive_ops as co
 from contrastive_ops.backends import cpu
@@ -18,7 +19,7 @@ ENGINE = pytest.mark.skipif(co.build.missing is not None, reason=str(co.build.mi
 FUNCTIONS = {
     "inverse_norm": (rowwise.inverse_norm, rowwise._inverse_norm),
     "unit": (lambda x: rowwise.unit(*x), lambda x: rowwise._unit(*x)),
-    "view_products": (rowwise.view_products, rowwise._view_products),
+    "pair_products": (rowwise.pair_products, rowwise._pair_products),
 }
 EACH = pytest.mark.parametrize("name", FUNCTIONS)
 HALF = (torch.bfloat16, torch.float16)
@@ -52,12 +53,85 @@ def test_engine_is_as_exact_as_pytorch(name, layout, dtype):
         assert of_result <= DENSE_FACTOR * of_dense
 
 
+ONE_PASS = {
+    "inverse_norm": rowwise._InverseNorm.apply,
+    "unit": lambda x: rowwise._Unit.apply(*x),
+    "pair_products": rowwise._PairProducts.apply,
+}
+
+
 @EACH
+@ENGINE
 def test_gradients_of_every_order(name):
-    ours, _ = FUNCTIONS[name]
-    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(ours, x)
-    assert gradgradcheck(ours, x)
+    """Of the one pass itself, in float64, where PyTorch runs otherwise."""
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(ONE_PASS[name], x)
+    assert gradgradcheck(ONE_PASS[name], x)
+    assert gradcheck(ONE_PASS[name], x, check_batched_grad=True)
+
+
+@ENGINE
+@pytest.mark.parametrize(
+    "function",
+    [
+        co.gramian_volume,
+        lambda x: rowwise.unit(*x.unbind(1)),
+        lambda x: rowwise.pair_products(x.transpose(0, 1)),
+        rowwise.inverse_norm,
+    ],
+)
+def test_many_gradients_at_once(function):
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    value = function(x)
+    incoming = torch.randn(2, *value.shape)
+    (batched,) = torch.autograd.grad(value, x, incoming, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(value, x, one, retain_graph=True)[0] for one in incoming]
+    torch.testing.assert_close(batched, torch.stack(each))
+
+
+@ENGINE
+@pytest.mark.parametrize("other", [lambda x: x, lambda x: 2 * x.roll(1, 1)], ids=["the same", "dependent"])
+def test_vectors_that_depend_on_each_other(other):
+    """Autograd takes the gradient of each for its own."""
+
+    def orders(function):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        (first,) = torch.autograd.grad(function(x, other(x)).pow(3).sum(), x, create_graph=True)
+        return first.detach(), torch.autograd.grad(first.pow(2).sum(), x)[0]
+
+    torch.testing.assert_close(orders(rowwise.unit), orders(rowwise._unit), rtol=1e-4, atol=1e-5)
+
+
+@ENGINE
+def test_checkpointing_and_inference_tensors():
+    x, y, z = (torch.randn(6, 5).requires_grad_() for _ in range(3))
+    plain = torch.autograd.grad(co.gram_loss(x, y, z), (x, y, z))
+    again = torch.autograd.grad(checkpoint(co.gram_loss, x, y, z, use_reentrant=False), (x, y, z))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    with torch.inference_mode():
+        frozen = y.clone(), z.clone()
+    (gradient,) = torch.autograd.grad(co.gram_loss(x, *frozen), x)
+    torch.testing.assert_close(gradient, plain[0])
+
+
+@ENGINE
+@pytest.mark.parametrize("named", ["argument", "environment"])
+def test_another_backend_leaves_the_engine_alone(named, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the C++ engine was called")
+
+    monkeypatch.setattr(cpu, "row_products", refuse)
+    x, y, z = torch.randn(3, 6, 5).unbind()
+    if named == "environment":
+        monkeypatch.setenv("CONTRASTIVE_OPS_BACKEND", "tiled")
+    options = {"backend": "tiled"} if named == "argument" else {}
+    for loss in (co.clip_loss, co.nt_xent, co.gram_loss):
+        loss(x, y, *([z] if loss is co.gram_loss else [1.0] if loss is co.clip_loss else []), **options)
+    co.mv_dhel(torch.stack([x, y, z]), **options)
+    if named == "environment":
+        monkeypatch.delenv("CONTRASTIVE_OPS_BACKEND")
+    with pytest.raises(AssertionError, match="was called"):
+        co.nt_xent(x, y)
 
 
 @EACH
@@ -93,7 +167,7 @@ def test_zero_rows(name, dtype):
 
 
 @EACH
-@pytest.mark.parametrize("shape", [(1, 0, 4), (1, 1, 1), (2, 1, 3)])
+@pytest.mark.parametrize("shape", [(2, 0, 4), (2, 1, 1), (3, 1, 3)])
 def test_no_rows_and_one_row(name, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(*(run(function, x) for function in FUNCTIONS[name]))

@@ -123,6 +123,13 @@ def strided(x):
     return wide[::2, 1::2].requires_grad_()
 
 
+def apart(x):
+    """Contiguous rows with something else between them."""
+    wide = torch.full((x.shape[0], x.shape[1] + 3), torch.nan, dtype=x.dtype)
+    wide[:, : x.shape[1]] = x.detach()
+    return wide[:, : x.shape[1]].requires_grad_()
+
+
 def offset(x):
     """Rows that start at an odd element of their storage: no vector load is aligned."""
     flat = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype)
@@ -131,7 +138,7 @@ def offset(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", [transposed, strided, offset])
+@pytest.mark.parametrize("layout", [transposed, strided, apart, offset])
 @pytest.mark.parametrize("name", ["everything", "self-everything"])
 def test_layout_does_not_matter(name, layout, backend, dtype):
     arguments, options = problem(name, 65, 70, 17, dtype)

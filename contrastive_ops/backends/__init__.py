@@ -45,14 +45,18 @@ def why_not(name: str, op: str, x: Tensor) -> str | None:
     return _MODULES[name].why_not(op, x)
 
 
+def requested(backend: str) -> str:
+    """The backend that is asked for, by an argument or by the environment in place of "auto"."""
+    return os.environ.get("CONTRASTIVE_OPS_BACKEND", "auto") if backend == "auto" else backend
+
+
 def choose(op: str, x: Tensor, backend: str) -> str:
     """The backend that runs `op` on tensors like `x`: the named one or an error, for "auto" the first that can.
 
     The environment variable CONTRASTIVE_OPS_BACKEND stands in for "auto".
     """
-    source = "backend"
-    if backend == "auto":
-        source, backend = "CONTRASTIVE_OPS_BACKEND", os.environ.get("CONTRASTIVE_OPS_BACKEND", "auto")
+    source = "CONTRASTIVE_OPS_BACKEND" if backend == "auto" else "backend"
+    backend = requested(backend)
     checks.choice(source, backend, NAMES)
     if backend != "auto":
         sentence = why_not(backend, op, x)

@@ -115,5 +115,5 @@ def tuple_gradient(tuples: Tensor, basis: tuple_basis.Basis, moments: Tensor, gr
     inverse, vectors = basis.inverse, tuples.to(moments.dtype)
     along = torch.diag_embed((grad_volume * basis.volume)[:, None].expand(inverse.shape[:2]))
     along = along - row_products(moments, vectors) @ inverse.mT
-    weights = inverse.mT @ torch.cat([torch.eye(inverse.shape[1]).expand_as(inverse), along @ inverse], -1)
+    weights = torch.cat([inverse.mT, inverse.mT @ along @ inverse], -1)
     return combine_rows(weights, (moments, vectors), torch.empty_like(tuples))

@@ -100,25 +100,6 @@ def needs_of_sweep(needs: list[bool]) -> list[bool]:
     return [anchor, tuples, row_scale, tuples or col_scale]
 
 
-def gradients(
-    tuples: Tensor,
-    basis: Basis,
-    col_scale: Tensor | None,
-    sweep: tuple[Tensor, ...],
-    needs: list[bool],
-    of_tuples: Callable[..., Tensor] | None = None,
-) -> tuple[Tensor, ...]:
-    """The gradients of the op from those of the sweep, that of the tuples by `tuple_gradient` or by `of_tuples`."""
-    grad_anchor, moments, grad_row_scale, grad_weight = sweep
-    grad_tuples, grad_col_scale = tuples.new_empty(0), grad_weight.new_empty(0)
-    if needs[1]:
-        grad_volume = grad_weight if col_scale is None else grad_weight * col_scale
-        grad_tuples = (of_tuples or tuple_gradient)(tuples, basis, moments, grad_volume)
-    if needs[3]:
-        grad_col_scale = grad_weight * basis.volume.to(grad_weight.dtype)
-    return grad_anchor, grad_tuples, grad_row_scale, grad_col_scale
-
-
 def tuple_gradient(tuples: Tensor, basis: Basis, moments: Tensor, grad_volume: Tensor) -> Tensor:
     """The gradient of the tuples from the moments T_jt = sum_i q_ij y_ijt a_i of the sweep, and that of v_j.
 
@@ -131,3 +112,22 @@ def tuple_gradient(tuples: Tensor, basis: Basis, moments: Tensor, grad_volume: T
         along = torch.diag_embed((grad_volume * volume)[:, None].expand(inverse.shape[:2])) - moments @ q.mT
         grad = inverse.mT @ torch.baddbmm(moments, along, q)
     return grad.to(tuples.dtype)
+
+
+def gradients(
+    tuples: Tensor,
+    basis: Basis,
+    col_scale: Tensor | None,
+    sweep: tuple[Tensor, ...],
+    needs: list[bool],
+    of_tuples: Callable[..., Tensor] = tuple_gradient,
+) -> tuple[Tensor, ...]:
+    """The gradients of the op from those of the sweep, that of the tuples by `of_tuples`."""
+    grad_anchor, moments, grad_row_scale, grad_weight = sweep
+    grad_tuples, grad_col_scale = tuples.new_empty(0), grad_weight.new_empty(0)
+    if needs[1]:
+        grad_volume = grad_weight if col_scale is None else grad_weight * col_scale
+        grad_tuples = of_tuples(tuples, basis, moments, grad_volume)
+    if needs[3]:
+        grad_col_scale = grad_weight * basis.volume.to(grad_weight.dtype)
+    return grad_anchor, grad_tuples, grad_row_scale, grad_col_scale

@@ -94,8 +94,8 @@ def clip_loss(
         checks.weights("sample_weight", sample_weight, n, device, rows_of="image_features")
 
     scale = terms.flat(logit_scale, image_features)
-    image_scale = inverse_norm(image_features) if normalize else None
-    text_scale = inverse_norm(text_features) if normalize else None
+    image_scale = inverse_norm(image_features, backend) if normalize else None
+    text_scale = inverse_norm(text_features, backend) if normalize else None
     diagonal = torch.arange(n, device=device)
     negatives = similarity_logsumexp(
         image_features,

@@ -135,7 +135,7 @@ def _directions(
     """The rows, the columns, or both, from one sweep; the positives exactly, apart from it."""
     # unit vectors and not scales: the gradient of a volume is radial but for a small part, which is all that is left of
     # it. Projecting the whole float32 gradient keeps that part; the sum of two that are rounded apart loses it.
-    vectors = unit(anchor, *others) if normalize else volume.stacked((anchor, *others))
+    vectors = unit(anchor, *others, backend=backend) if normalize else volume.stacked((anchor, *others))
     first, rest = vectors.split([1, len(others)], 1)
     negatives = volume_logsumexp(
         first.squeeze(1),

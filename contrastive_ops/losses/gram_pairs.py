@@ -149,7 +149,7 @@ def sample_gram_negatives(
     n, device = anchor.shape[0], anchor.device
     checks.enough_to_draw("anchor", n)
     logit_scale = terms.inverse(temperature, anchor)
-    matched = unit(anchor, *others) if normalize else volume.stacked((anchor, *others))
+    matched = unit(anchor, *others, backend=backend) if normalize else volume.stacked((anchor, *others))
     anchor, tuples = matched[:, 0], matched[:, 1:]
     every = torch.arange(n, device=device)
     negatives = volume_logsumexp(anchor, tuples, row_scale=logit_scale, exclude=every, cols=True, backend=backend)

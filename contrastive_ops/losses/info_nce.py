@@ -106,8 +106,8 @@ def info_nce(
         target = target.long()
 
     logit_scale = terms.inverse(temperature, query)
-    query_scale = inverse_norm(query) if normalize else None
-    key_scale = inverse_norm(key) if normalize else None
+    query_scale = inverse_norm(query, backend) if normalize else None
+    key_scale = inverse_norm(key, backend) if normalize else None
     negatives = similarity_logsumexp(
         query,
         key,

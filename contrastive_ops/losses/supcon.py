@@ -96,7 +96,7 @@ def supcon(
     n = z.shape[0]
 
     logit_scale = terms.inverse(temperature, z)
-    norm_scale = inverse_norm(z) if normalize else None
+    norm_scale = inverse_norm(z, backend) if normalize else None
     root = logit_scale**0.5
     row_scale = root if norm_scale is None else root * norm_scale
     positives = similarity_logsumexp(

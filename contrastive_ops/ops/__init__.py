@@ -1,7 +1,7 @@
 """Differentiable ops that read embeddings and return vectors: the streaming reductions, and what is done row by row."""
 
 from contrastive_ops.ops.gramian_volume import gramian_volume, orthogonalised
-from contrastive_ops.ops.rowwise import inverse_norm, row_dot, unit, view_products
+from contrastive_ops.ops.rowwise import inverse_norm, pair_products, row_dot, unit
 from contrastive_ops.ops.similarity_logsumexp import SimilarityLSE, similarity_logsumexp
 from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 
@@ -11,9 +11,9 @@ __all__ = [
     "gramian_volume",
     "inverse_norm",
     "orthogonalised",
+    "pair_products",
     "row_dot",
     "similarity_logsumexp",
     "unit",
-    "view_products",
     "volume_logsumexp",
 ]

@@ -16,6 +16,7 @@ that are, which may be fewer.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,26 @@ def call(name: str, gradients: int, arguments: tuple[Any, ...], backend: str) ->
         run = _Differentiable.apply if transformed else _DifferentiableEager.apply
     *outputs, row_max, col_max, _row_log_sum, _col_log_sum, _kept = run(name, gradients, *arguments, needs, backend)
     return (*outputs, row_max, col_max)
+
+
+def wants_steps(grad: Tensor) -> bool:
+    """Whether a gradient needs steps that autograd sees: to be differentiated again, or for many gradients at once."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def by_steps(
+    steps: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs of `steps` by autograd."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # not the inputs themselves: where one of them depends on another, autograd would go on from it
+        inputs = [
+            x.view_as(x) if again else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)
+        ]
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(steps(*inputs), wanted, grad, create_graph=again))
+    return tuple(next(found) if need else None for need in needs)
 
 
 def _aliased(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

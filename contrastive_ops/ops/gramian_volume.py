@@ -10,6 +10,7 @@ from torch import Tensor
 
 from contrastive_ops import backends, checks
 from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.ops import autograd
 
 
 def gramian_volume(vectors: Tensor, *, backend: str = "auto") -> Tensor:
@@ -27,7 +28,7 @@ def gramian_volume(vectors: Tensor, *, backend: str = "auto") -> Tensor:
     vectors : Tensor of shape (..., K, D), float32 / bfloat16 / float16 / float64
         The order and the signs of the K vectors do not matter.
     backend : "auto", "cpu", "cuda", "triton", "tiled", "reference"
-        "cpu" has kernels for 32 and 16 bits, "cuda" one for up to 5 vectors of them; all others run the same PyTorch.
+        "cpu" has kernels, "cuda" has one for up to 5 vectors of 32 and 16 bits; all others run the same PyTorch.
 
     Returns
     -------
@@ -42,9 +43,8 @@ def gramian_volume(vectors: Tensor, *, backend: str = "auto") -> Tensor:
 
     Notes
     -----
-    Plain PyTorch, but for those kernels; differentiable to any order; extra memory is that of `vectors`. Vectors that are
-    linearly dependent to within rounding (duplicates, a zero vector, K > D) have volume 0, the minimum, and zero
-    gradient.
+    Differentiable to any order; extra memory is that of `vectors`. Vectors that are linearly dependent to within
+    rounding (duplicates, a zero vector, K > D) have volume 0, the minimum, and zero gradient.
 
     References
     ----------
@@ -94,14 +94,12 @@ class _Volume(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         vectors, volume, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: by steps that autograd sees
-            (result,) = torch.autograd.grad(_by_residuals(vectors), vectors, grad, create_graph=True)
-            return result, None
+        if autograd.wants_steps(grad):
+            return *autograd.by_steps(_by_residuals, (vectors,), (True,), grad), None
         sets = vectors.reshape(-1, *vectors.shape[-2:])
         factor = (grad * volume).flatten()
-        return backends.volume_gradient(ctx.backend, sets, inverse.reshape(-1, *inverse.shape[-2:]), factor).view(
-            vectors.shape
-        ), None
+        inverse = inverse.reshape(-1, *inverse.shape[-2:])
+        return backends.volume_gradient(ctx.backend, sets, inverse, factor).view(vectors.shape), None
 
 
 def orthogonalised(vectors: Tensor) -> tuple[list[Tensor], list[Tensor]]:

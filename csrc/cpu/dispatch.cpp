@@ -88,7 +88,7 @@ BFloat16Unit choose_bfloat16_unit() {
   if (most != "vectors" && (cpuid(7, 0).edx & kAmx) == kAmx && at::cpu::init_amx()) {
     return BFloat16Unit::matrix;
   }
-  // elsewhere the vector units multiply no more bfloat16 than float32 in a cycle, and are slower in all
+  // on others the vector units multiply as many bfloat16 in a cycle as float32, and packing makes them the slower ones
   return most == "vectors" || cpuid(0, 0).ebx == kAmd ? BFloat16Unit::vectors : BFloat16Unit::none;
 }
 

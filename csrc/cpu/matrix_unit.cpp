@@ -314,7 +314,7 @@ inline __m512bh broadcast_pair(const BFloat16* pair) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
 }
 
-// The first `rows` of `count` rows of c, half a panel wide.
+// The first `rows` of `Count` rows of c, a panel wide.
 template <int Count>
 inline void store_rows(const __m512 (&sum)[Count][2], int64_t rows, float* c, int64_t ldc, bool accumulate) {
 #pragma GCC unroll 8

@@ -15,7 +15,13 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kRows = 64;     // of a task
-constexpr int64_t kPiece = 4096;  // rows that are converted at a time, so that no copy of all of them is made
+constexpr int64_t kPiece = 4096;  // rows that are copied at a time, so that no copy of all of them is made
+
+// Whether vectors can be read and written where they are.
+template <typename T>
+bool in_place(const Tensor& vectors) {
+  return vectors.scalar_type() == c10::CppTypeToScalarType<T>::value && vectors.stride(2) == 1;
+}
 
 template <typename T>
 Tensor readable(const Tensor& vectors) {
@@ -82,7 +88,7 @@ void combine(const Tensor& weights, const std::vector<Tensor>& vectors, const Te
     sources.push_back(readable<T>(tensor));
     begins.push_back(sources.back().template const_data_ptr<T>());
   }
-  const bool direct = result.scalar_type() == c10::CppTypeToScalarType<T>::value && result.stride(2) == 1;
+  const bool direct = in_place<T>(result);
   const Tensor target =
       direct ? result : at::empty(result.sizes(), result.options().dtype(c10::CppTypeToScalarType<T>::value));
   T* target_begin = target.template mutable_data_ptr<T>();
@@ -107,10 +113,20 @@ void combine(const Tensor& weights, const std::vector<Tensor>& vectors, const Te
   }
 }
 
-// work(first row, number of rows) for all rows at once, or piece by piece where they are converted.
+// f(zero) with a zero of the dtype that vectors of this dtype are summed from.
+template <typename F>
+void with_zero(c10::ScalarType dtype, const F& f) {
+  if (dtype == at::kDouble) {
+    f(double());
+  } else {
+    f(float());
+  }
+}
+
+// work(first row, number of rows) for all rows at once, or piece by piece where they are copied.
 template <typename Work>
-void for_each_piece(int64_t n, c10::ScalarType dtype, const Work& work) {
-  const int64_t piece = dtype == at::kFloat || dtype == at::kDouble ? std::max<int64_t>(1, n) : kPiece;
+void for_each_piece(int64_t n, bool copied, const Work& work) {
+  const int64_t piece = copied ? kPiece : std::max<int64_t>(1, n);
   for (int64_t begin = 0; begin < n; begin += piece) {
     work(begin, std::min(piece, n - begin));
   }
@@ -121,26 +137,29 @@ void for_each_piece(int64_t n, c10::ScalarType dtype, const Work& work) {
 Tensor row_products(const Tensor& a, const Tensor& b) {
   const bool same = a.is_same(b);
   const Tensor products = at::empty({a.size(0), a.size(1), b.size(1)}, a.options().dtype(at::kDouble));
-  for_each_piece(a.size(0), a.scalar_type(), [&](int64_t begin, int64_t count) {
-    const Tensor left = a.narrow(0, begin, count);
-    const Tensor right = same ? left : b.narrow(0, begin, count);
-    const Tensor target = products.narrow(0, begin, count);
-    a.scalar_type() == at::kDouble ? products_of<double>(left, right, target) : products_of<float>(left, right, target);
+  with_zero(a.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    for_each_piece(a.size(0), !in_place<T>(a) || !in_place<T>(b), [&](int64_t begin, int64_t count) {
+      const Tensor left = a.narrow(0, begin, count);
+      const Tensor right = same ? left : b.narrow(0, begin, count);
+      products_of<T>(left, right, products.narrow(0, begin, count));
+    });
   });
   return products;
 }
 
 void combine_rows(const Tensor& weights, at::TensorList vectors, const Tensor& result) {
-  const c10::ScalarType dtype = vectors.front().scalar_type();
   const Tensor factors = weights.contiguous();
-  for_each_piece(result.size(0), dtype, [&](int64_t begin, int64_t count) {
-    std::vector<Tensor> parts;
-    for (const Tensor& tensor : vectors) {
-      parts.push_back(tensor.narrow(0, begin, count));
-    }
-    const Tensor of_rows = factors.narrow(0, begin, count);
-    const Tensor target = result.narrow(0, begin, count);
-    dtype == at::kDouble ? combine<double>(of_rows, parts, target) : combine<float>(of_rows, parts, target);
+  with_zero(vectors.front().scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const bool copied = !in_place<T>(result) || !std::all_of(vectors.begin(), vectors.end(), in_place<T>);
+    for_each_piece(result.size(0), copied, [&](int64_t begin, int64_t count) {
+      std::vector<Tensor> parts;
+      for (const Tensor& tensor : vectors) {
+        parts.push_back(tensor.narrow(0, begin, count));
+      }
+      combine<T>(factors.narrow(0, begin, count), parts, result.narrow(0, begin, count));
+    });
   });
 }
 

@@ -1,4 +1,5 @@
-// The elementwise and product work on one tile of the N x M plane, as a table of plain functions.
+// The elementwise and product work on one tile of the N x M plane, and on vectors of one row, as a table of plain
+// functions.
 //
 // tile.cpp is compiled once per instruction set (default, AVX2, AVX-512); each object provides one table for float and
 // one for double, and the engine takes the best that the processor runs. Nothing here knows of tensors or threads.
