@@ -25,7 +25,7 @@ EACH = pytest.mark.parametrize("name", FUNCTIONS)
 HALF = (torch.bfloat16, torch.float16)
 
 
-def run(function, x, incoming=None):
+def run(function, x):
     """Value and gradient of a function of x [V, N, D]."""
     x = x.detach().requires_grad_()
     value = function(x)

@@ -51,6 +51,12 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.contrastive_ops_cpu.row_products(a, b)
 
 
+def squares(x: Tensor) -> Tensor:
+    """|x_i|^2 of x [N, D], in float64."""
+    row = x.unsqueeze(1)
+    return row_products(row, row).flatten()
+
+
 def combine_rows(weights: Tensor, vectors: Sequence[Tensor], result: Tensor) -> Tensor:
     """Fill and return `result` [N, S, D]: weights [N, S, T] times tensors [N, T_i, D] side by side, in float64."""
     torch.ops.contrastive_ops_cpu.combine_rows(weights.double(), vectors, result)
@@ -106,8 +112,7 @@ def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _span(basis: tuple_basis.Basis, anchor: Tensor) -> tuple[Tensor, Tensor]:
     """What the sweep reads of the tuples, and |a_i|^2 [N]."""
-    row = anchor.unsqueeze(1)
-    return tuple_basis.triangles(basis, anchor), row_products(row, row).flatten().to(statistics_dtype(anchor))
+    return tuple_basis.triangles(basis, anchor), squares(anchor).to(statistics_dtype(anchor))
 
 
 def tuple_gradient(tuples: Tensor, basis: tuple_basis.Basis, moments: Tensor, grad_volume: Tensor) -> Tensor:

@@ -73,8 +73,7 @@ def _pair_products(views: Tensor) -> Tensor:
 
 def _inverse_lengths(vectors: Tensor) -> Tensor:
     """1 / |x_i| of x [N, D] in float64; 0 for what has none in the dtype of the statistics."""
-    row = vectors.unsqueeze(1)
-    inverse = cpu.row_products(row, row).flatten().rsqrt_()
+    inverse = cpu.squares(vectors).rsqrt_()
     return inverse.masked_fill_(inverse > torch.finfo(statistics_dtype(vectors)).max, 0.0)
 
 

@@ -1,4 +1,5 @@
-// Memory for what is made and read again: packed operands, coefficients, kept dots.
+// Memory: of what is read where it lies, and for what is made and read again (packed operands, coefficients, kept
+// dots).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,6 +13,13 @@
 #include <cstdint>
 
 namespace contrastive_ops {
+
+// A tensor in the dtype T whose vectors are contiguous; they may lie apart from each other. A copy only where needed.
+template <typename T>
+at::Tensor with_dense_vectors(const at::Tensor& vectors) {
+  const at::Tensor converted = vectors.to(c10::CppTypeToScalarType<T>::value);
+  return converted.stride(-1) == 1 ? converted : converted.contiguous();
+}
 
 // at::empty, of large pages where the system gives them on request: the first write to a page is a fault, and every
 // page that is read takes a place among the translated addresses. It is advice: what can't be had is left out.

@@ -1,9 +1,9 @@
 #include "rowwise.h"
+#include "memory.h"
 #include "tasks.h"
 #include "tile.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/util/irange.h>
 
 #include <algorithm>
@@ -21,12 +21,6 @@ constexpr int64_t kPiece = 4096;  // rows that are copied at a time, so that no 
 template <typename T>
 bool in_place(const Tensor& vectors) {
   return vectors.scalar_type() == c10::CppTypeToScalarType<T>::value && vectors.stride(2) == 1;
-}
-
-template <typename T>
-Tensor readable(const Tensor& vectors) {
-  const Tensor converted = vectors.to(c10::CppTypeToScalarType<T>::value);
-  return converted.stride(2) == 1 ? converted : converted.contiguous();
 }
 
 // The vectors of row n, behind those that `pointers` has.
@@ -55,8 +49,8 @@ void products_of(const Tensor& a, const Tensor& b, const Tensor& products) {
     std::vector<const T*> b;
   };
   const bool same = a.is_same(b);
-  const Tensor left = readable<T>(a);
-  const Tensor right = same ? left : readable<T>(b);
+  const Tensor left = with_dense_vectors<T>(a);
+  const Tensor right = same ? left : with_dense_vectors<T>(b);
   const T* left_begin = left.template const_data_ptr<T>();
   const T* right_begin = right.template const_data_ptr<T>();
   double* target = products.mutable_data_ptr<double>();
@@ -85,7 +79,7 @@ void combine(const Tensor& weights, const std::vector<Tensor>& vectors, const Te
   std::vector<Tensor> sources;
   std::vector<const T*> begins;
   for (const Tensor& tensor : vectors) {
-    sources.push_back(readable<T>(tensor));
+    sources.push_back(with_dense_vectors<T>(tensor));
     begins.push_back(sources.back().template const_data_ptr<T>());
   }
   const bool direct = in_place<T>(result);

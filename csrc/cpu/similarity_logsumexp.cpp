@@ -151,13 +151,6 @@ struct Plan {
   }
 };
 
-// A matrix in the dtype T whose rows are contiguous; they may lie apart from each other.
-template <typename T>
-Tensor with_dense_rows(const Tensor& matrix) {
-  const Tensor converted = matrix.to(c10::CppTypeToScalarType<T>::value);
-  return converted.stride(1) == 1 ? converted : converted.contiguous();
-}
-
 template <typename Products>
 class Engine {
  public:
@@ -318,7 +311,7 @@ class Engine {
 
   Packed pack(const Tensor& x, Range range, bool rows, bool depth_panels, bool feature_panels) const {
     const bool whole = range.size() == x.size(0);  // a view has a price, too
-    const Tensor source = with_dense_rows<Source>(whole ? x : x.narrow(0, range.begin, range.size()));
+    const Tensor source = with_dense_vectors<Source>(whole ? x : x.narrow(0, range.begin, range.size()));
     const int64_t ld = source.stride(0);
     Packed packed{rows ? products_.rows(source) : Tensor(), {}, {}};
     const int64_t panel = products_.panel();
@@ -948,7 +941,7 @@ bool splits(const Tensor& embedding) {
   std::atomic<bool> result{true};
   for_each_task((n + piece - 1) / piece, [&](int64_t task) {
     const int64_t begin = task * piece;
-    const Tensor rows = with_dense_rows<float>(embedding.narrow(0, begin, std::min(piece, n - begin)));
+    const Tensor rows = with_dense_vectors<float>(embedding.narrow(0, begin, std::min(piece, n - begin)));
     if (!matrix_unit::splits(rows.size(0), depth, rows.const_data_ptr<float>(), rows.stride(0))) {
       result = false;
     }
