@@ -16,22 +16,24 @@ from contrastive_ops.ops import rowwise
 
 V, N, D = 3, 131, 37  # no multiple of a vector's length, more than two tasks of rows
 ENGINE = pytest.mark.skipif(co.build.missing is not None, reason=str(co.build.missing))
+# of x [V, N, D], in one pass where there is one, and by the steps of PyTorch
 FUNCTIONS = {
-    "inverse_norm": (rowwise.inverse_norm, rowwise._inverse_norm),
-    "unit": (lambda x: rowwise.unit(*x), lambda x: rowwise._unit(*x)),
-    "pair_products": (rowwise.pair_products, rowwise._pair_products),
+    "inverse_norm": (lambda x: (rowwise.inverse_norm(x),), lambda x: (rowwise._inverse_norm(x),)),
+    "with_inverse_norm": (rowwise.with_inverse_norm, lambda x: (x, rowwise._inverse_norm(x))),
+    "with_pair_products": (rowwise.with_pair_products, lambda x: rowwise.with_pair_products(x, "tiled")),
+    "unit_tuples": (lambda x: rowwise.unit_tuples(*x), lambda x: rowwise._unit(*x)),
 }
 EACH = pytest.mark.parametrize("name", FUNCTIONS)
 HALF = (torch.bfloat16, torch.float16)
 
 
-def run(function, x):
-    """Value and gradient of a function of x [V, N, D]."""
+def run(function, x, used=slice(None)):
+    """Values of a function of x, and the gradient of those that are used."""
     x = x.detach().requires_grad_()
-    value = function(x)
+    values = function(x)
     torch.manual_seed(1)
-    incoming = torch.randn(value.shape, dtype=torch.float64).to(value.dtype)
-    return value.detach(), torch.autograd.grad(value, x, incoming)[0]
+    incoming = [torch.randn(value.shape, dtype=torch.float64).to(value.dtype) for value in values]
+    return *(value.detach() for value in values), torch.autograd.grad(values[used], x, incoming[used])[0]
 
 
 def error(results, truth):
@@ -48,19 +50,34 @@ def test_engine_is_as_exact_as_pytorch(name, layout, dtype):
     x = x.to(dtype).mT.contiguous().mT if layout == "strided features" else x.to(dtype)
     truth = run(steps, x.double())
     result, dense = run(ours, x), run(steps, x)
-    assert [r.dtype for r in result] == [r.dtype for r in dense] == [torch.float32, dtype]
+    assert [r.dtype for r in result] == [r.dtype for r in dense]
+    assert result[-1].dtype == dtype
     for of_result, of_dense in zip(error(result, truth), error(dense, truth), strict=True):
         assert of_result <= DENSE_FACTOR * of_dense
 
 
-ONE_PASS = {
-    "inverse_norm": rowwise._InverseNorm.apply,
-    "unit": lambda x: rowwise._Unit.apply(*x),
-    "pair_products": rowwise._PairProducts.apply,
-}
+@pytest.mark.parametrize("name", ["with_inverse_norm", "with_pair_products", "unit_tuples"])
+@ENGINE
+def test_each_result_alone(name):
+    """Autograd gives no gradient for a result that is not used."""
+    ours, steps = FUNCTIONS[name]
+    x = torch.randn(V, N, D)
+    for used in range(len(ours(x))):
+        torch.testing.assert_close(*(run(f, x, slice(used, used + 1)) for f in (ours, steps)))
 
 
-@EACH
+@ENGINE
+def test_a_gradient_that_is_not_finite_stays_in_its_view():
+    x = torch.randn(V, N, D, requires_grad=True)
+    views, inverse, _ = rowwise.with_pair_products(x)
+    (views[0, 0, 0] * torch.inf + inverse.sum()).backward()
+    assert x.grad[1:].isfinite().all()
+
+
+ONE_PASS = {"_Views": rowwise._Views.apply, "_Unit": lambda x: rowwise._Unit.apply(*x)}
+
+
+@pytest.mark.parametrize("name", ONE_PASS)
 @ENGINE
 def test_gradients_of_every_order(name):
     """Of the one pass itself, in float64, where PyTorch runs otherwise."""
@@ -75,9 +92,9 @@ def test_gradients_of_every_order(name):
     "function",
     [
         co.gramian_volume,
-        lambda x: rowwise.unit(*x.unbind(1)),
-        lambda x: rowwise.pair_products(x.transpose(0, 1)),
-        rowwise.inverse_norm,
+        lambda x: rowwise.unit_tuples(*x.unbind(1))[0],
+        lambda x: rowwise.with_pair_products(x.transpose(0, 1))[2],
+        lambda x: (lambda rows, scale: scale[..., None] * rows)(*rowwise.with_inverse_norm(x)),
     ],
 )
 def test_many_gradients_at_once(function):
@@ -96,10 +113,10 @@ def test_vectors_that_depend_on_each_other(other):
 
     def orders(function):
         x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        (first,) = torch.autograd.grad(function(x, other(x)).pow(3).sum(), x, create_graph=True)
+        (first,) = torch.autograd.grad(function(x, other(x))[0].pow(3).sum(), x, create_graph=True)
         return first.detach(), torch.autograd.grad(first.pow(2).sum(), x)[0]
 
-    torch.testing.assert_close(orders(rowwise.unit), orders(rowwise._unit), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(orders(rowwise.unit_tuples), orders(rowwise._unit), rtol=1e-4, atol=1e-5)
 
 
 @ENGINE
@@ -141,8 +158,8 @@ def test_a_gradient_that_is_differentiated_again(name):
     second = []
     for function in (ours, steps):
         x = torch.randn(V, 5, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        value = function(x)
-        (gradient,) = torch.autograd.grad(value.pow(3).sum(), x, create_graph=True)
+        loss = sum(value.pow(3).sum() for value in function(x))
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         second.append(torch.autograd.grad(gradient.square().sum(), x)[0])
     assert error(second[:1], second[1:])[0] < 1e-5
 
@@ -151,19 +168,21 @@ def test_a_gradient_that_is_differentiated_again(name):
 def test_one_of_several_vectors_requires_a_gradient():
     x, y = torch.randn(2, 5, 6).unbind()
     y.requires_grad_()
-    rowwise.unit(x, y)[:, 1, 0].sum().backward()
-    expected = torch.autograd.grad(rowwise._unit(x, y)[:, 1, 0].sum(), y)[0]
+    rowwise.unit_tuples(x, y)[0][:, 1, 0].sum().backward()
+    expected = torch.autograd.grad(rowwise._unit(x, y)[0][:, 1, 0].sum(), y)[0]
     torch.testing.assert_close(y.grad, expected)
-    (again,) = torch.autograd.grad(rowwise.unit(x, y)[:, 1, 0].sum(), y, create_graph=True)
+    (again,) = torch.autograd.grad(rowwise.unit_tuples(x, y)[0][:, 1, 0].sum(), y, create_graph=True)
     torch.testing.assert_close(again.detach(), expected)
 
 
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 def test_zero_rows(name, dtype):
-    value, gradient = run(FUNCTIONS[name][0], torch.zeros(2, 3, 4, dtype=dtype))
-    assert not value.any()
-    assert not gradient.any()
+    x = torch.zeros(2, 3, 4, dtype=dtype, requires_grad=True)
+    values = FUNCTIONS[name][0](x)
+    assert not any(value.any() for value in values)
+    made = values[1:] if name.startswith("with") else values  # the gradient of x itself is any
+    assert not torch.autograd.grad(made, x, [torch.ones_like(value) for value in made])[0].any()
 
 
 @EACH
@@ -189,7 +208,10 @@ def test_dual_tensors_take_the_steps(name):
     ours, steps = FUNCTIONS[name]
     x, tangent = torch.randn(2, V, 5, 6).unbind()
     with forward_ad.dual_level():
-        tangents = [forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))).tangent for f in (ours, steps)]
+        tangents = [
+            [forward_ad.unpack_dual(value).tangent for value in f(forward_ad.make_dual(x, tangent))]
+            for f in (ours, steps)
+        ]
     torch.testing.assert_close(*tangents)
 
 

@@ -58,7 +58,10 @@ def squares(x: Tensor) -> Tensor:
 
 
 def combine_rows(weights: Tensor, vectors: Sequence[Tensor], result: Tensor) -> Tensor:
-    """Fill and return `result` [N, S, D]: weights [N, S, T] times tensors [N, T_i, D] side by side, in float64."""
+    """Fill and return `result` [N, S, D]: weights [N, S, T] times tensors [N, T_i, D] side by side, in float64.
+
+    A weight of 0 leaves its vector out, even one that is not finite.
+    """
     torch.ops.contrastive_ops_cpu.combine_rows(weights.double(), vectors, result)
     return result
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import inverse_norm, similarity_logsumexp
+from contrastive_ops.ops import similarity_logsumexp
 
 
 def clip_loss(
@@ -94,8 +94,8 @@ def clip_loss(
         checks.weights("sample_weight", sample_weight, n, device, rows_of="image_features")
 
     scale = terms.flat(logit_scale, image_features)
-    image_scale = inverse_norm(image_features, backend) if normalize else None
-    text_scale = inverse_norm(text_features, backend) if normalize else None
+    image_features, image_scale = terms.with_norm_scale(image_features, normalize, backend)
+    text_features, text_scale = terms.with_norm_scale(text_features, normalize, backend)
     diagonal = torch.arange(n, device=device)
     negatives = similarity_logsumexp(
         image_features,

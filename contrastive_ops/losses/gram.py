@@ -11,7 +11,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.losses import terms, volume
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import gramian_volume, unit, volume_logsumexp
+from contrastive_ops.ops import gramian_volume, volume_logsumexp
 
 
 class Direction(NamedTuple):
@@ -135,11 +135,10 @@ def _directions(
     """The rows, the columns, or both, from one sweep; the positives exactly, apart from it."""
     # unit vectors and not scales: the gradient of a volume is radial but for a small part, which is all that is left of
     # it. Projecting the whole float32 gradient keeps that part; the sum of two that are rounded apart loses it.
-    vectors = unit(anchor, *others, backend=backend) if normalize else volume.stacked((anchor, *others))
-    first, rest = vectors.split([1, len(others)], 1)
+    vectors, anchor, tuples = volume.matched(anchor, others, normalize, backend)
     negatives = volume_logsumexp(
-        first.squeeze(1),
-        rest,
+        anchor,
+        tuples,
         row_scale=logit_scale,
         exclude=torch.arange(anchor.shape[0], device=anchor.device),
         rows=rows,

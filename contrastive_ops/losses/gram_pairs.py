@@ -8,7 +8,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.losses import terms, volume
-from contrastive_ops.ops import gramian_volume, unit, volume_logsumexp
+from contrastive_ops.ops import gramian_volume, volume_logsumexp
 
 # ALBEF and GRAM add it to every probability, so that a far negative is drawn now and then
 FLOOR = 1e-4
@@ -149,8 +149,7 @@ def sample_gram_negatives(
     n, device = anchor.shape[0], anchor.device
     checks.enough_to_draw("anchor", n)
     logit_scale = terms.inverse(temperature, anchor)
-    matched = unit(anchor, *others, backend=backend) if normalize else volume.stacked((anchor, *others))
-    anchor, tuples = matched[:, 0], matched[:, 1:]
+    matched, anchor, tuples = volume.matched(anchor, others, normalize, backend)
     every = torch.arange(n, device=device)
     negatives = volume_logsumexp(anchor, tuples, row_scale=logit_scale, exclude=every, cols=True, backend=backend)
     positive = -logit_scale * gramian_volume(matched)

@@ -8,7 +8,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import inverse_norm, similarity_logsumexp
+from contrastive_ops.ops import similarity_logsumexp
 
 
 def info_nce(
@@ -106,8 +106,8 @@ def info_nce(
         target = target.long()
 
     logit_scale = terms.inverse(temperature, query)
-    query_scale = inverse_norm(query, backend) if normalize else None
-    key_scale = inverse_norm(key, backend) if normalize else None
+    query, query_scale = terms.with_norm_scale(query, normalize, backend)
+    key, key_scale = terms.with_norm_scale(key, normalize, backend)
     negatives = similarity_logsumexp(
         query,
         key,

@@ -18,7 +18,7 @@ from contrastive_ops import checks
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.info_nce import info_nce
 from contrastive_ops.losses.two_views import dcl, nt_xent
-from contrastive_ops.ops import inverse_norm, pair_products, similarity_logsumexp
+from contrastive_ops.ops import similarity_logsumexp, with_pair_products
 
 PAIR_LOSSES: dict[str, Callable[..., Any]] = {"nt_xent": nt_xent, "info_nce": info_nce, "dcl": dcl}
 
@@ -83,10 +83,9 @@ def mv_infonce(
     tensor(0.9048)
     """
     checks.choice("include_same_view", include_same_view, (True, False))
-    scale = _scale(views, temperature, reduction, normalize, backend)
+    views, scale, positive = _prepared(views, temperature, reduction, normalize, backend)
     if include_same_view:
         negative = _other_instances(views, scale, backend)
-        positive = _pair_logits(views, scale, backend)
     else:
         diagonal = torch.arange(views.shape[1], device=views.device)
         view = list(zip(_each(views), _each(scale), strict=True))
@@ -95,7 +94,6 @@ def mv_infonce(
             for (x, a), (y, b) in combinations(view, 2)
         ]
         negative = torch.stack([lse for sweep in sweeps for lse in (sweep.row_lse, sweep.col_lse)])
-        positive = torch.stack([sweep.excluded_logit for sweep in sweeps])
     # a pair of views counts in both of its orders
     per_instance = terms.softplus(terms.logsumexp(negative, 0) - positive.logsumexp(0) - math.log(2.0))
     return terms.reduce(per_instance, reduction)
@@ -153,7 +151,7 @@ def mv_dhel(
     >>> mv_dhel(torch.eye(3).expand(2, 3, 3), temperature=1.0)
     tensor(0.3863)
     """
-    scale = _scale(views, temperature, reduction, normalize, backend)
+    views, scale, positive = _prepared(views, temperature, reduction, normalize, backend)
     v, n, _ = views.shape
     within = similarity_logsumexp(
         views.flatten(0, 1),
@@ -163,8 +161,7 @@ def mv_dhel(
         exclude=torch.arange(v * n, device=views.device),  # itself
         backend=backend,
     ).row_lse.view(v, n)
-    across = _pair_logits(views, scale, backend).logsumexp(0)
-    per_instance = torch.where((within == -torch.inf).any(0), 0.0, within.sum(0) - across)
+    per_instance = torch.where((within == -torch.inf).any(0), 0.0, within.sum(0) - positive.logsumexp(0))
     return terms.reduce(per_instance, reduction)
 
 
@@ -286,10 +283,10 @@ def pvc(
     tensor(1.1654)
     """
     checks.choice("aggregate", aggregate, ("geometric", "arithmetic"))
-    scale = _scale(views, temperature, reduction, normalize, backend)
+    views, scale, pairs = _prepared(views, temperature, reduction, normalize, backend)
     negative = _other_instances(views, scale, backend).unbind()
     v = len(negative)
-    positive = dict(zip(combinations(range(v), 2), _pair_logits(views, scale, backend).unbind(), strict=True))
+    positive = dict(zip(combinations(range(v), 2), pairs.unbind(), strict=True))
     decoupled = [negative[a] - positive[min(a, b), max(a, b)] for a, b in permutations(range(v), 2)]
     per_pair = terms.softplus(torch.stack(decoupled)).unflatten(0, (v, v - 1))
     if aggregate == "geometric":
@@ -348,16 +345,21 @@ def pairwise_views(views: Tensor, loss: str = "nt_xent", **options: Any) -> Tens
     return torch.stack(per_pair).mean(0)
 
 
-def _scale(views: Tensor, temperature: float | Tensor, reduction: str, normalize: bool, backend: str) -> Tensor:
-    """Check the arguments, and return the scale [V, N] of every row.
+def _prepared(
+    views: Tensor, temperature: float | Tensor, reduction: str, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the arguments, and return the views to go on with, the scale [V, N] of every row, the logits of the pairs.
 
-    Both sides of a product carry it, and with it the root of the logit scale.
+    Both sides of a product carry the scale, and with it the root of the logit scale. The logits [V (V - 1) / 2, N] are
+    of the views l < m of each instance, in the order of `combinations`.
     """
     terms.check_options(reduction, normalize)
     checks.views("views", views)
     checks.temperature("temperature", temperature, views.device)
-    norm_scale = inverse_norm(views, backend) if normalize else terms.ones(views)
-    return terms.inverse(temperature, views) ** 0.5 * norm_scale
+    views, norm_scale, products = with_pair_products(views, backend)
+    scale = terms.inverse(temperature, views) ** 0.5 * (norm_scale if normalize else terms.ones(views))
+    left, right = torch.triu_indices(len(views), len(views), 1, device=views.device)
+    return views, scale, scale[left] * scale[right] * products
 
 
 def _each(views: Tensor) -> list[Tensor]:
@@ -373,9 +375,3 @@ def _other_instances(views: Tensor, scale: Tensor, backend: str) -> Tensor:
         views.flatten(0, 1), row_scale=scale.flatten(), row_ids=instance, backend=backend
     ).row_lse
     return lse.view(v, n)
-
-
-def _pair_logits(views: Tensor, scale: Tensor, backend: str) -> Tensor:
-    """Logits [V (V - 1) / 2, N] of the views l < m of each instance, in the order of `combinations`."""
-    left, right = torch.triu_indices(len(views), len(views), 1, device=views.device)
-    return scale[left] * scale[right] * pair_products(views, backend)

@@ -8,7 +8,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import inverse_norm, similarity_logsumexp
+from contrastive_ops.ops import similarity_logsumexp
 
 
 def supcon(
@@ -96,7 +96,7 @@ def supcon(
     n = z.shape[0]
 
     logit_scale = terms.inverse(temperature, z)
-    norm_scale = inverse_norm(z, backend) if normalize else None
+    z, norm_scale = terms.with_norm_scale(z, normalize, backend)
     root = logit_scale**0.5
     row_scale = root if norm_scale is None else root * norm_scale
     positives = similarity_logsumexp(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from contrastive_ops import checks
 from contrastive_ops.dtypes import statistics_dtype
-from contrastive_ops.ops import row_dot
+from contrastive_ops.ops import row_dot, with_inverse_norm
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -31,6 +31,11 @@ class LossStats(NamedTuple):
 def ones(x: Tensor) -> Tensor:
     """The scale of the rows of x that leaves them as they are."""
     return torch.ones(x.shape[:-1], dtype=statistics_dtype(x), device=x.device)
+
+
+def with_norm_scale(x: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+    """x, to go on with, and the scale of its rows that makes dot products cosines; None to take them as they are."""
+    return with_inverse_norm(x, backend) if normalize else (x, None)
 
 
 def logsumexp(x: Tensor, dim: int) -> Tensor:

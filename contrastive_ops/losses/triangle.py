@@ -100,7 +100,7 @@ def triangle_loss(
         checks.weights("sample_weight", sample_weight, n, device, rows_of="anchor")
 
     logit_scale = terms.inverse(temperature, anchor)
-    a, b, c = (unit(p, backend=backend).squeeze(1) if normalize else p.to(dtype) for p in (anchor, x, y))
+    a, b, c = (unit(p, backend) if normalize else p.to(dtype) for p in (anchor, x, y))
     positive = -logit_scale * _of_parallelogram(gramian_volume(volume.stacked((a - b, a - c))), squared)
     (length,), (direction,) = orthogonalised((c - b).unsqueeze(1))
     foot = b - (b * direction).sum(1, keepdim=True) * direction

@@ -14,7 +14,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import inverse_norm, similarity_logsumexp
+from contrastive_ops.ops import similarity_logsumexp
 
 
 class Anchors(NamedTuple):
@@ -38,7 +38,7 @@ def _anchors(
     logit_scale = terms.inverse(temperature, z1)
     with torch.autocast(z1.device.type, enabled=False):  # its rule for cat fails on float16 tensors on CPU
         z = torch.cat([z1, z2])
-    norm_scale = inverse_norm(z, backend) if normalize else None
+    z, norm_scale = terms.with_norm_scale(z, normalize, backend)
     # both sides of the symmetric product carry the root of the logit scale
     root = logit_scale**0.5
     anchor = torch.arange(z.shape[0], device=z.device)

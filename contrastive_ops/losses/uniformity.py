@@ -11,7 +11,7 @@ from torch import Tensor
 
 from contrastive_ops import checks
 from contrastive_ops.losses import terms
-from contrastive_ops.ops import inverse_norm, row_dot, similarity_logsumexp
+from contrastive_ops.ops import inverse_norm, row_dot, similarity_logsumexp, with_inverse_norm
 
 
 def uniformity(
@@ -68,8 +68,8 @@ def uniformity(
         checks.same_kind("y", y, "x", x)
         checks.same_shape("y", y, "x", x)
     n = x.shape[0]
-    row_scale, row_bias = _gaussian(x, t, normalize, backend)
-    col_scale, col_bias = (None, None) if y is None else _gaussian(y, t, normalize, backend)
+    x, row_scale, row_bias = _gaussian(x, t, normalize, backend)
+    y, col_scale, col_bias = (None, None, None) if y is None else _gaussian(y, t, normalize, backend)
     row_lse = similarity_logsumexp(
         x,
         y,
@@ -136,7 +136,7 @@ def joint_entropy(
     checks.positive("t", t)
     checks.features("x", x)
     n = x.shape[0]
-    row_scale, row_bias = _gaussian(x, t, normalize, backend)
+    x, row_scale, row_bias = _gaussian(x, t, normalize, backend)
     others = similarity_logsumexp(
         x, row_scale=row_scale, row_bias=row_bias, exclude=torch.arange(n, device=x.device), backend=backend
     ).row_lse
@@ -196,13 +196,13 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = Tru
     return terms.reduce(per_row, reduction)
 
 
-def _gaussian(x: Tensor, t: float, normalize: bool, backend: str) -> tuple[float | Tensor, Tensor]:
-    """Scale and bias of one side of -t |x_i - y_j|^2; a zero row stays zero."""
+def _gaussian(x: Tensor, t: float, normalize: bool, backend: str) -> tuple[Tensor, float | Tensor, Tensor]:
+    """x, with scale and bias of its side of -t |x_i - y_j|^2; a zero row stays zero."""
     root = (2.0 * t) ** 0.5
     if not normalize:
-        return root, -t * row_dot(x, x)
-    norm_scale = inverse_norm(x, backend)
-    return root * norm_scale, -t * (norm_scale.detach() > 0).to(norm_scale.dtype)
+        return x, root, -t * row_dot(x, x)
+    x, norm_scale = with_inverse_norm(x, backend)
+    return x, root * norm_scale, -t * (norm_scale.detach() > 0).to(norm_scale.dtype)
 
 
 def _unit_difference(x: Tensor, y: Tensor) -> Tensor:

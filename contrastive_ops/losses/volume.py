@@ -11,7 +11,7 @@ from torch import Tensor
 
 from contrastive_ops import checks
 from contrastive_ops.losses import terms
-from contrastive_ops.ops import inverse_norm, orthogonalised
+from contrastive_ops.ops import inverse_norm, orthogonalised, split, unit_tuples
 
 
 def inverse_norms(tuples: Tensor) -> Tensor:
@@ -54,6 +54,13 @@ def stacked(vectors: tuple[Tensor, ...]) -> Tensor:
     """K times (N, D) as (N, K, D)."""
     with torch.autocast(vectors[0].device.type, enabled=False):  # its rule for stack fails on float16 tensors on CPU
         return torch.stack(vectors, 1)
+
+
+def matched(anchor: Tensor, others: tuple[Tensor, ...], normalize: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The vectors of each sample (N, K, D), of these the anchors (N, D), and the tuples (N, K - 1, D)."""
+    if normalize:
+        return unit_tuples(anchor, *others, backend=backend)
+    return split(stacked((anchor, *others)))
 
 
 def check_modalities(anchor: Tensor, others: tuple[Tensor, ...], names: tuple[str, ...] = ()) -> None:

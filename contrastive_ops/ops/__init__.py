@@ -1,7 +1,15 @@
 """Differentiable ops that read embeddings and return vectors: the streaming reductions, and what is done row by row."""
 
 from contrastive_ops.ops.gramian_volume import gramian_volume, orthogonalised
-from contrastive_ops.ops.rowwise import inverse_norm, pair_products, row_dot, unit
+from contrastive_ops.ops.rowwise import (
+    inverse_norm,
+    row_dot,
+    split,
+    unit,
+    unit_tuples,
+    with_inverse_norm,
+    with_pair_products,
+)
 from contrastive_ops.ops.similarity_logsumexp import SimilarityLSE, similarity_logsumexp
 from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 
@@ -11,9 +19,12 @@ __all__ = [
     "gramian_volume",
     "inverse_norm",
     "orthogonalised",
-    "pair_products",
     "row_dot",
     "similarity_logsumexp",
+    "split",
     "unit",
+    "unit_tuples",
     "volume_logsumexp",
+    "with_inverse_norm",
+    "with_pair_products",
 ]

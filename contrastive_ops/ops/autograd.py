@@ -78,15 +78,19 @@ def call(name: str, gradients: int, arguments: tuple[Any, ...], backend: str) ->
     return (*outputs, row_max, col_max)
 
 
-def wants_steps(grad: Tensor) -> bool:
-    """Whether a gradient needs steps that autograd sees: to be differentiated again, or for many gradients at once."""
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+def wants_steps(*grads: Tensor | None) -> bool:
+    """Whether gradients need steps that autograd sees: to be differentiated again, or for many gradients at once."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return torch.is_grad_enabled() or any(grad is not None and batched(grad) for grad in grads)
 
 
 def by_steps(
-    steps: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+    steps: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs of `steps` by autograd."""
+    """The gradients of the inputs of `steps` by autograd, from those of its outputs; None for one that is not used."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # not the inputs themselves: where one of them depends on another, autograd would go on from it
@@ -94,7 +98,9 @@ def by_steps(
             x.view_as(x) if again else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)
         ]
         wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(steps(*inputs), wanted, grad, create_graph=again))
+        used = [(value, grad) for value, grad in zip(steps(*inputs), grads, strict=True) if grad is not None]
+        values, incoming = zip(*used, strict=True)
+        found = iter(torch.autograd.grad(values, wanted, incoming, create_graph=again))
     return tuple(next(found) if need else None for need in needs)
 
 

@@ -95,7 +95,7 @@ class _Volume(torch.autograd.Function):
     def backward(ctx, grad):
         vectors, volume, inverse = ctx.saved_tensors
         if autograd.wants_steps(grad):
-            return *autograd.by_steps(_by_residuals, (vectors,), (True,), grad), None
+            return *autograd.by_steps(lambda x: (_by_residuals(x),), (vectors,), (True,), (grad,)), None
         sets = vectors.reshape(-1, *vectors.shape[-2:])
         factor = (grad * volume).flatten()
         inverse = inverse.reshape(-1, *inverse.shape[-2:])

@@ -18,20 +18,44 @@ from contrastive_ops.backends import cpu
 from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.ops import autograd
 
+# Some return their input, too: what goes on with that one, and not with the input, has its gradient added in the same
+# pass, where autograd would make a tensor for each and add them up.
+
 
 def inverse_norm(x: Tensor, backend: str = "auto") -> Tensor:
     """1 / |x_i| of x [..., D], the scale that makes dot products cosines; 0 with zero gradient for a zero row."""
-    return _InverseNorm.apply(x) if _in_one_pass(backend, x) else _inverse_norm(x)
+    return with_inverse_norm(x, backend)[1]
 
 
-def unit(*vectors: Tensor, backend: str = "auto") -> Tensor:
-    """Rows at length 1 of K tensors [N, D], side by side as [N, K, D]; a zero row stays 0, with zero gradient."""
-    return _Unit.apply(*vectors) if _in_one_pass(backend, *vectors) else _unit(*vectors)
+def with_inverse_norm(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """x [..., D] itself, and `inverse_norm` of it."""
+    if not _in_one_pass(backend, x):
+        return x, _inverse_norm(x)
+    rows, inverse, _ = _Views.apply(x.reshape(-1, 1, x.shape[-1]))
+    return rows.view(x.shape), inverse.view(x.shape[:-1])
 
 
-def pair_products(views: Tensor, backend: str = "auto") -> Tensor:
-    """<views[l, i], views[m, i]> for the pairs l < m of views [V, N, D], as [V (V - 1) / 2, N] in their order."""
-    return _PairProducts.apply(views) if _in_one_pass(backend, views) else _pair_products(views)
+def with_pair_products(views: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Views [V, N, D] themselves, `inverse_norm` of them, and <views[l, i], views[m, i]> for the pairs l < m of views.
+
+    The latter are [V (V - 1) / 2, N], in the order of `combinations`.
+    """
+    run = _Views.apply if _in_one_pass(backend, views) else _views
+    instances, inverse, products = run(views.transpose(0, 1))
+    return instances.transpose(0, 1), inverse.T, products.T
+
+
+def unit(x: Tensor, backend: str = "auto") -> Tensor:
+    """Rows of x [N, D] at length 1; a zero row stays 0, with zero gradient."""
+    return unit_tuples(x, backend=backend)[1]
+
+
+def unit_tuples(anchor: Tensor, *others: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of K tensors [N, D] at length 1, side by side as [N, K, D]; of these the first [N, D], and the others.
+
+    A zero row stays 0, with zero gradient.
+    """
+    return (_Unit.apply if _in_one_pass(backend, anchor, *others) else _unit)(anchor, *others)
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
@@ -58,90 +82,103 @@ def _inverse_norm(x: Tensor) -> Tensor:
     return squared.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
 
 
-def _unit(*vectors: Tensor) -> Tensor:
+def _views(instances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # not instances[:, l], whose backward fills and adds a tensor as large as all views; and not a batched matrix
+    # product, whose backward under autocast would round
+    views = instances.to(statistics_dtype(instances)).unbind(1)
+    products = [row_dot(left, right) for left, right in combinations(views, 2)]
+    paired = torch.stack(products, 1) if products else views[0].new_empty(len(instances), 0)
+    return instances, _inverse_norm(instances), paired
+
+
+def _unit(*vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(vectors[0].device.type, enabled=False):  # its rule for stack fails on float16 tensors on CPU
         stacked = torch.stack(vectors, 1)
-    return _inverse_norm(stacked).unsqueeze(-1) * stacked.to(statistics_dtype(stacked))
+    return split(_inverse_norm(stacked).unsqueeze(-1) * stacked.to(statistics_dtype(stacked)))
 
 
-def _pair_products(views: Tensor) -> Tensor:
-    # not views[l], whose backward fills and adds a tensor as large as all views; and not a batched matrix product,
-    # whose backward under autocast would round
-    rows = views.to(statistics_dtype(views)).unbind()
-    return torch.stack([row_dot(left, right) for left, right in combinations(rows, 2)])
+def split(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors [N, K, D] themselves, the first of each K, and the others."""
+    return vectors, vectors[:, 0], vectors[:, 1:]
 
 
-def _inverse_lengths(vectors: Tensor) -> Tensor:
-    """1 / |x_i| of x [N, D] in float64; 0 for what has none in the dtype of the statistics."""
-    inverse = cpu.squares(vectors).rsqrt_()
-    return inverse.masked_fill_(inverse > torch.finfo(statistics_dtype(vectors)).max, 0.0)
+def _inverse_lengths(squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / |x| in float64 from |x|^2; 0 for what has none in the dtype of the statistics."""
+    inverse = squares.rsqrt()
+    return inverse.masked_fill_(inverse > torch.finfo(dtype).max, 0.0)
 
 
-class _InverseNorm(torch.autograd.Function):
-    """The gradient of 1 / |x| is -x / |x|^3."""
+class _Views(torch.autograd.Function):
+    """X, 1 / |x| and the products of pairs of the views X of an instance, for instances [N, V, D].
 
-    @staticmethod
-    def forward(ctx, x):
-        inverse = _inverse_lengths(x.reshape(-1, x.shape[-1]))
-        ctx.save_for_backward(x, inverse)
-        return inverse.view(x.shape[:-1]).to(statistics_dtype(x))
+    With P = X X^T, the gradient of the products is (dP + dP^T) X, that of 1 / |x| is -x / |x|^3.
+    """
 
     @staticmethod
-    def backward(ctx, grad):
-        x, inverse = ctx.saved_tensors
-        if autograd.wants_steps(grad):
-            return autograd.by_steps(_inverse_norm, (x,), ctx.needs_input_grad, grad)
-        rows = x.reshape(-1, 1, x.shape[-1])
-        weights = -grad.reshape(-1) * inverse**3
-        return cpu.combine_rows(weights.view(-1, 1, 1), (rows,), torch.empty_like(rows)).view(x.shape)
+    def forward(ctx, instances):
+        ctx.set_materialize_grads(False)
+        dtype = statistics_dtype(instances)
+        products = cpu.row_products(instances, instances)
+        inverse = _inverse_lengths(products.diagonal(dim1=1, dim2=2), dtype)
+        ctx.save_for_backward(instances, inverse)
+        left, right = _pairs(instances)
+        return instances.view_as(instances), inverse.to(dtype), products[:, left, right].to(dtype)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        instances, inverse = ctx.saved_tensors
+        if autograd.wants_steps(*grads):
+            return autograd.by_steps(_views, (instances,), (True,), grads)[0]
+        grad, grad_inverse, grad_products = grads
+        n, v, _ = instances.shape
+        weights = inverse.new_zeros((n, v, v))
+        if grad_inverse is not None:
+            weights.diagonal(dim1=1, dim2=2).copy_(-grad_inverse * inverse**3)
+        if grad_products is not None:
+            left, right = _pairs(instances)
+            weights[:, left, right] = weights[:, right, left] = grad_products.double()
+        vectors: tuple[Tensor, ...] = (instances,)
+        if grad is not None:
+            weights = torch.cat([torch.eye(v, dtype=weights.dtype).expand_as(weights), weights], -1)
+            vectors = (grad, instances)
+        return cpu.combine_rows(weights, vectors, torch.empty_like(instances))
+
+
+def _pairs(instances: Tensor) -> Tensor:
+    v = instances.shape[1]
+    return torch.triu_indices(v, v, 1, device=instances.device)
 
 
 class _Unit(torch.autograd.Function):
-    """The gradient is what of the incoming one is orthogonal to the unit vector, over the length."""
+    """The gradient is what of the incoming ones is orthogonal to the unit vector, over the length."""
 
     @staticmethod
     def forward(ctx, *vectors):
+        ctx.set_materialize_grads(False)
         n, d = vectors[0].shape
         result = vectors[0].new_empty(n, len(vectors), d, dtype=statistics_dtype(vectors[0]))
         inverses = []
         for k, x in enumerate(vectors):
-            inverses.append(_inverse_lengths(x))
+            inverses.append(_inverse_lengths(cpu.squares(x), result.dtype))
             cpu.combine_rows(inverses[-1].view(n, 1, 1), (x.unsqueeze(1),), result[:, k : k + 1])
         ctx.save_for_backward(*vectors, result, *inverses)
-        return result
+        return split(result)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         needs, saved = ctx.needs_input_grad, ctx.saved_tensors  # once: checkpointing minds
         vectors, (result, *inverses) = saved[: len(needs)], saved[len(needs) :]
-        if autograd.wants_steps(grad):
-            return autograd.by_steps(_unit, vectors, needs, grad)
+        if autograd.wants_steps(*grads):
+            return autograd.by_steps(_unit, vectors, needs, grads)
+        of_all, of_first, of_others = grads
         gradients: list[Tensor | None] = [None] * len(needs)
         for k in (k for k, need in enumerate(needs) if need):
-            pair, inverse = (grad[:, k : k + 1], result[:, k : k + 1]), inverses[k]
-            weights = torch.stack([inverse, -inverse * cpu.row_products(*pair).flatten()], -1).unsqueeze(1)
-            gradients[k] = cpu.combine_rows(weights, pair, torch.empty_like(vectors[k]).unsqueeze(1)).squeeze(1)
+            own = of_first if k == 0 else None if of_others is None else of_others[:, k - 1]
+            incoming = [x.unsqueeze(1) for x in (None if of_all is None else of_all[:, k], own) if x is not None]
+            x, inverse = result[:, k : k + 1], inverses[k]
+            radial = sum(cpu.row_products(grad, x).flatten() for grad in incoming)
+            weights = torch.stack([*[inverse] * len(incoming), -inverse * radial], -1).unsqueeze(1)
+            gradients[k] = cpu.combine_rows(weights, (*incoming, x), torch.empty_like(vectors[k]).unsqueeze(1)).squeeze(
+                1
+            )
         return tuple(gradients)
-
-
-class _PairProducts(torch.autograd.Function):
-    """With P = X X^T of the views X of an instance, the gradient of X is (dP + dP^T) X."""
-
-    @staticmethod
-    def forward(ctx, views):
-        ctx.save_for_backward(views)
-        instances = views.transpose(0, 1)
-        left, right = torch.triu_indices(len(views), len(views), 1, device=views.device)
-        return cpu.row_products(instances, instances)[:, left, right].T.to(statistics_dtype(views))
-
-    @staticmethod
-    def backward(ctx, grad):
-        (views,) = ctx.saved_tensors
-        if autograd.wants_steps(grad):
-            return autograd.by_steps(_pair_products, (views,), ctx.needs_input_grad, grad)[0]
-        left, right = torch.triu_indices(len(views), len(views), 1, device=views.device)
-        weights = views.new_zeros((views.shape[1], len(views), len(views)), dtype=torch.float64)
-        weights[:, left, right] = weights[:, right, left] = grad.T.double()
-        result = torch.empty_like(views)
-        cpu.combine_rows(weights, (views.transpose(0, 1),), result.transpose(0, 1))
-        return result

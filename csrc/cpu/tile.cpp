@@ -561,6 +561,9 @@ void combine(
     for (; l + kLanes <= depth; l += kLanes) {
       double sums[kLanes] = {};
       for (int64_t t = 0; t < t_count; ++t) {
+        if (weights[t] == 0.0) {
+          continue;
+        }
         for (int lane = 0; lane < kLanes; ++lane) {
           sums[lane] += weights[t] * static_cast<double>(vectors[t][l + lane]);
         }
@@ -572,7 +575,7 @@ void combine(
     for (; l < depth; ++l) {
       double sum = 0.0;
       for (int64_t t = 0; t < t_count; ++t) {
-        sum += weights[t] * static_cast<double>(vectors[t][l]);
+        sum += weights[t] == 0.0 ? 0.0 : weights[t] * static_cast<double>(vectors[t][l]);
       }
       result[s][l] = static_cast<T>(sum);
     }

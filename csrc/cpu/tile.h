@@ -125,7 +125,7 @@ struct TileKernels {
       bool symmetric,
       double* products);
 
-  // result_s = sum over t of weights[s, t] vectors_t, in float64
+  // result_s = sum over t of weights[s, t] vectors_t, in float64, without those whose weight is 0
   void (*combine)(
       int64_t s_count,
       int64_t t_count,
