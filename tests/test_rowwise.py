@@ -131,6 +131,20 @@ def test_checkpointing_and_inference_tensors():
     torch.testing.assert_close(gradient, plain[0])
 
 
+@EACH
+@ENGINE
+def test_inference_mode_runs_the_engine(name, monkeypatch):
+    """Where nothing is saved for backward."""
+    calls = []
+    products = cpu.row_products
+    monkeypatch.setattr(cpu, "row_products", lambda a, b: (calls.append(a.shape), products(a, b))[1])
+    x = torch.randn(V, N, D)
+    with torch.inference_mode():
+        inside = FUNCTIONS[name][0](x.clone())
+    assert calls
+    torch.testing.assert_close(tuple(value.clone() for value in inside), FUNCTIONS[name][1](x))
+
+
 @ENGINE
 @pytest.mark.parametrize("named", ["argument", "environment"])
 def test_another_backend_leaves_the_engine_alone(named, monkeypatch):

@@ -73,7 +73,8 @@ def _in_one_pass(backend: str, *tensors: Tensor) -> bool:
     if cpu.why_not("", tensors[0]) is not None:
         return False
     # neither can be saved for backward: what has a tangent would lose it, and what was made in inference mode must not
-    return all(not x.is_inference() and forward_ad.unpack_dual(x).tangent is None for x in tensors)
+    saved = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return not any((saved and x.is_inference()) or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
