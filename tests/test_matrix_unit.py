@@ -1,4 +1,4 @@
-"""float32 products on the matrix unit: a sum of three bfloat16 parts is exact, and what is none goes another way.
+"""Products on the matrix unit: float32 is a sum of three bfloat16, float16 of two, and what is none goes another way.
 
 Everything else of the unit is in the tests of the ops, which take it wherever the machine has one.
 """
@@ -53,9 +53,18 @@ def test_products_of_all_parts():
     assert error.abs().max() < 2.0**-23
 
 
+def test_products_of_float16_are_exact():
+    """Of every finite value; all four products of its parts are taken, and float32 holds their sum."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    x = values[values.isfinite()].unsqueeze(1)
+    y = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    got = torch.cat([dots(*pair) for pair in zip(x.split(1024), y.split(1024), strict=True)])
+    assert torch.equal(got, (x.float() * y.float())[:, 0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("value", [1e-39, 1.3e-36, 3.4e38, float("inf"), float("nan")])
-def test_values_without_three_parts(value, dtype):
+def test_values_without_parts(value, dtype):
     """Their lowest part would be below the normal numbers, or the highest beyond them: no such value loses a digit."""
     x = torch.zeros(3, 40, dtype=dtype)
     x[1, 5] = value

@@ -99,8 +99,8 @@ inline void multiply_add() {
   _tile_dpbf16ps(0, 1, 2);
 }
 
-// The product of two fragments. With three parts every product but the first takes one new operand, the small ones come
-// before the large one.
+// The product of two fragments. With several parts every product but the first takes one new operand, and the largest
+// comes last.
 template <int Parts>
 inline void multiply_parts(const BFloat16* a, const BFloat16* b) {
   load_a(a, 0);
@@ -114,6 +114,14 @@ inline void multiply_parts(const BFloat16* a, const BFloat16* b) {
     load_b(b, 0);
     multiply_add();
     load_a(a, 2);
+    multiply_add();
+    load_a(a, 0);
+  } else if constexpr (Parts == 2) {
+    load_b(b, 1);
+    multiply_add();
+    load_a(a, 1);
+    multiply_add();
+    load_b(b, 0);
     multiply_add();
     load_a(a, 0);
   } else {
@@ -401,15 +409,20 @@ void multiply_on_vectors(
 }
 
 template void pack_rows(int64_t, int64_t, const float*, int64_t, int64_t, Element<1>*);
+template void pack_rows(int64_t, int64_t, const float*, int64_t, int64_t, Element<2>*);
 template void pack_rows(int64_t, int64_t, const float*, int64_t, int64_t, Element<3>*);
 template void pack_rows(int64_t, int64_t, const BFloat16*, int64_t, int64_t, Element<1>*);
 template void pack_transposed(int64_t, int64_t, const float*, int64_t, int64_t, Element<1>*);
+template void pack_transposed(int64_t, int64_t, const float*, int64_t, int64_t, Element<2>*);
 template void pack_transposed(int64_t, int64_t, const float*, int64_t, int64_t, Element<3>*);
+template void pack_depth_panel(int64_t, int64_t, const float*, int64_t, Element<2>*);
 template void pack_depth_panel(int64_t, int64_t, const float*, int64_t, Element<3>*);
 template void pack_depth_panel(int64_t, int64_t, const BFloat16*, int64_t, Element<1>*);
+template void pack_feature_panel(int64_t, int64_t, const float*, int64_t, Element<2>*);
 template void pack_feature_panel(int64_t, int64_t, const float*, int64_t, Element<3>*);
 template void pack_feature_panel(int64_t, int64_t, const BFloat16*, int64_t, Element<1>*);
 template void multiply(int64_t, int64_t, const Element<1>*, int64_t, int64_t, const Element<1>*, float*, int64_t, bool);
+template void multiply(int64_t, int64_t, const Element<2>*, int64_t, int64_t, const Element<2>*, float*, int64_t, bool);
 template void multiply(int64_t, int64_t, const Element<3>*, int64_t, int64_t, const Element<3>*, float*, int64_t, bool);
 
 }  // namespace contrastive_ops::matrix_unit

@@ -3,7 +3,8 @@
 //
 // A bfloat16 is one part. A float32 is three, x = x_0 + x_1 + x_2 of 8 bits each, without an error, and of the nine
 // products of their parts six are taken: x_0 y_0, x_0 y_1, x_1 y_0, x_1 y_1, x_0 y_2, x_2 y_0. The others are together
-// below 2^-24 of the product, so that the sum has the error of float32.
+// below 2^-24 of the product, so that the sum has the error of float32. A float16 is two parts without an error, whose
+// four products are all taken; of the coefficients of its gradients two parts leave 2^-17 off.
 //
 // The unit takes what is below the normal numbers, 2^-126, as 0: parts, products and sums. Beside values that count for
 // more it is nothing, so splits() asks of each row of an embedding that its largest value is no smaller than 2^-48.

@@ -90,7 +90,7 @@ class VectorProducts {
 };
 
 #ifdef CONTRASTIVE_OPS_MATRIX_UNIT
-// Embeddings of one part (bfloat16), whose coefficients are rounded to one part, or of three (float32).
+// Embeddings of one part (bfloat16), two (float16) or three (float32); coefficients are rounded to as many.
 template <int Parts, BFloat16Unit Unit>
 class BFloat16Products {
  public:

@@ -932,7 +932,7 @@ double Engine<Products>::product_rate(double seconds) {
 }
 
 #ifdef CONTRASTIVE_OPS_MATRIX_UNIT
-// Whether the rows of an embedding [N, D] may go through the matrix unit as sums of three bfloat16.
+// Whether the rows of an embedding [N, D] may go through the matrix unit as sums of bfloat16.
 bool splits(const Tensor& embedding) {
   constexpr int64_t kValues = int64_t(1) << 18;  // that are looked at, and converted, at a time
   const int64_t n = embedding.size(0);
@@ -978,6 +978,10 @@ auto with_engine(const SimilarityOptions& options, const F& f) {
     return f(Engine<BFloat16Products<1, BFloat16Unit::vectors>>(options));
   }
   if (unit == BFloat16Unit::matrix && splits(options)) {
+    // not with tuples: the gradient of a volume is a small difference of coefficients
+    if (dtype == at::kHalf && !options.span.has_value()) {
+      return f(Engine<BFloat16Products<2, BFloat16Unit::matrix>>(options));
+    }
     return f(Engine<BFloat16Products<3, BFloat16Unit::matrix>>(options));
   }
 #endif
