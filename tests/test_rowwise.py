@@ -185,6 +185,8 @@ def test_one_of_several_vectors_requires_a_gradient():
     rowwise.unit_tuples(x, y)[0][:, 1, 0].sum().backward()
     expected = torch.autograd.grad(rowwise._unit(x, y)[0][:, 1, 0].sum(), y)[0]
     torch.testing.assert_close(y.grad, expected)
+    for backend in ("cpu", "tiled"):
+        assert [value.requires_grad for value in rowwise.unit_tuples(x, y, backend=backend)] == [True, False, True]
     (again,) = torch.autograd.grad(rowwise.unit_tuples(x, y)[0][:, 1, 0].sum(), y, create_graph=True)
     torch.testing.assert_close(again.detach(), expected)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from contrastive_ops import checks
 from contrastive_ops.losses import terms
-from contrastive_ops.ops import inverse_norm, orthogonalised, split, unit_tuples
+from contrastive_ops.ops import inverse_norm, orthogonalised, unit_tuples
 
 
 def inverse_norms(tuples: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def matched(anchor: Tensor, others: tuple[Tensor, ...], normalize: bool, backend
     """The vectors of each sample (N, K, D), of these the anchors (N, D), and the tuples (N, K - 1, D)."""
     if normalize:
         return unit_tuples(anchor, *others, backend=backend)
-    return split(stacked((anchor, *others)))
+    return stacked((anchor, *others)), anchor, stacked(others)
 
 
 def check_modalities(anchor: Tensor, others: tuple[Tensor, ...], names: tuple[str, ...] = ()) -> None:

@@ -4,7 +4,6 @@ from contrastive_ops.ops.gramian_volume import gramian_volume, orthogonalised
 from contrastive_ops.ops.rowwise import (
     inverse_norm,
     row_dot,
-    split,
     unit,
     unit_tuples,
     with_inverse_norm,
@@ -21,7 +20,6 @@ __all__ = [
     "orthogonalised",
     "row_dot",
     "similarity_logsumexp",
-    "split",
     "unit",
     "unit_tuples",
     "volume_logsumexp",

@@ -100,7 +100,8 @@ def by_steps(
         wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
         used = [(value, grad) for value, grad in zip(steps(*inputs), grads, strict=True) if grad is not None]
         values, incoming = zip(*used, strict=True)
-        found = iter(torch.autograd.grad(values, wanted, incoming, create_graph=again))
+        # an output that is used need not depend on all inputs
+        found = iter(torch.autograd.grad(values, wanted, incoming, create_graph=again, allow_unused=True))
     return tuple(next(found) if need else None for need in needs)
 
 

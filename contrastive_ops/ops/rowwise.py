@@ -53,7 +53,7 @@ def unit(x: Tensor, backend: str = "auto") -> Tensor:
 def unit_tuples(anchor: Tensor, *others: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """Rows of K tensors [N, D] at length 1, side by side as [N, K, D]; of these the first [N, D], and the others.
 
-    A zero row stays 0, with zero gradient.
+    A zero row stays 0, with zero gradient. A side that is frozen stays so.
     """
     return (_Unit.apply if _in_one_pass(backend, anchor, *others) else _unit)(anchor, *others)
 
@@ -93,14 +93,10 @@ def _views(instances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _unit(*vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(vectors[0].device.type, enabled=False):  # its rule for stack fails on float16 tensors on CPU
-        stacked = torch.stack(vectors, 1)
-    return split(_inverse_norm(stacked).unsqueeze(-1) * stacked.to(statistics_dtype(stacked)))
-
-
-def split(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors [N, K, D] themselves, the first of each K, and the others."""
-    return vectors, vectors[:, 0], vectors[:, 1:]
+    units = [_inverse_norm(x).unsqueeze(-1) * x.to(statistics_dtype(x)) for x in vectors]
+    first, *others = units
+    # not slices of all: they would require a gradient where their own side is frozen
+    return torch.stack(units, 1), first, torch.stack(others, 1) if others else first.new_empty(len(first), 0, 1)
 
 
 def _inverse_lengths(squares: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,7 +159,11 @@ class _Unit(torch.autograd.Function):
             inverses.append(_inverse_lengths(cpu.squares(x), result.dtype))
             cpu.combine_rows(inverses[-1].view(n, 1, 1), (x.unsqueeze(1),), result[:, k : k + 1])
         ctx.save_for_backward(*vectors, result, *inverses)
-        return split(result)
+        # detached: a view of a result that requires a gradient requires one, too
+        sides = result.detach()[:, 0], result.detach()[:, 1:]
+        learned = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
+        ctx.mark_non_differentiable(*(side for side, needed in zip(sides, learned, strict=True) if not needed))
+        return result, *sides
 
     @staticmethod
     def backward(ctx, *grads):
@@ -179,7 +179,7 @@ class _Unit(torch.autograd.Function):
             x, inverse = result[:, k : k + 1], inverses[k]
             radial = sum(cpu.row_products(grad, x).flatten() for grad in incoming)
             weights = torch.stack([*[inverse] * len(incoming), -inverse * radial], -1).unsqueeze(1)
-            gradients[k] = cpu.combine_rows(weights, (*incoming, x), torch.empty_like(vectors[k]).unsqueeze(1)).squeeze(
-                1
-            )
+            gradient = torch.empty_like(vectors[k])
+            cpu.combine_rows(weights, (*incoming, x), gradient.unsqueeze(1))
+            gradients[k] = gradient
         return tuple(gradients)
