@@ -107,25 +107,23 @@ inline void multiply_parts(const BFloat16* a, const BFloat16* b) {
   if constexpr (Parts == 3) {
     load_b(b, 2);
     multiply_add();
+  }
+  if constexpr (Parts >= 2) {
     load_b(b, 1);
     multiply_add();
     load_a(a, 1);
     multiply_add();
-    load_b(b, 0);
+  }
+  load_b(b, 0);
+  if constexpr (Parts >= 2) {
     multiply_add();
+  }
+  if constexpr (Parts == 3) {
     load_a(a, 2);
     multiply_add();
+  }
+  if constexpr (Parts >= 2) {
     load_a(a, 0);
-  } else if constexpr (Parts == 2) {
-    load_b(b, 1);
-    multiply_add();
-    load_a(a, 1);
-    multiply_add();
-    load_b(b, 0);
-    multiply_add();
-    load_a(a, 0);
-  } else {
-    load_b(b, 0);
   }
   multiply_add();
 }
