@@ -261,14 +261,14 @@ def cpp_extension():
 
 
 def cuda_extension():
-    """The CUDA kernels, for any torch from 2.13 on; raises where they can't be built."""
+    """The CUDA kernels, for any torch from 2.11 on; raises where they can't be built."""
     import torch
     from torch.utils import cpp_extension as torch_build
 
     if not sys.platform.startswith("linux"):
         raise RuntimeError("they are built on Linux only")
-    if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
-        raise RuntimeError(f"they need torch 2.13, here is {torch.__version__}")
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 11):
+        raise RuntimeError(f"they need torch 2.11, here is {torch.__version__}")
     cuda = toolkit()
     if torch.version.cuda and torch.version.cuda.split(".")[0] != cuda.version.split(".")[0]:
         raise RuntimeError(
@@ -284,7 +284,7 @@ def cuda_extension():
         extra_link_args=["-Wl,--exclude-libs,libcudart_static.a"],
         extra_compile_args={"cxx": compiler_flags()},
         define_macros=[
-            ("TORCH_TARGET_VERSION", "0x020d000000000000"),
+            ("TORCH_TARGET_VERSION", "0x020b000000000000"),
             ("CONTRASTIVE_OPS_NVCC", cuda.version),
             ("CONTRASTIVE_OPS_ARCHITECTURES", ",".join(cuda_architectures(cuda.codes))),
         ],

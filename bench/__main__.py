@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import cases, contenders, measure, report
-from bench.devices import DEVICES
+from bench.device import DEVICES
 from contrastive_ops import backends
 
 

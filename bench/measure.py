@@ -21,7 +21,7 @@ from torch import Tensor
 import contrastive_ops
 from bench import contenders
 from bench.cases import LOSSES, Case
-from bench.devices import DEVICES, Device
+from bench.device import DEVICES, Device
 from contrastive_ops import build
 
 MODES = ("forward", "backward", "both")

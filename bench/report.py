@@ -18,7 +18,7 @@ import torch
 
 import contrastive_ops
 from bench.cases import Case
-from bench.devices import Device
+from bench.device import Device
 from bench.measure import MODES, Row, without_folders
 from contrastive_ops.info import processor
 

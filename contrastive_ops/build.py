@@ -40,7 +40,7 @@ def load_cuda(library: Path) -> Cuda | str:
     """Registers torch.ops.contrastive_ops_cuda, or says why that can't be."""
     if not library.is_file():
         return (
-            "the CUDA kernels are not part of this installation; install where torch 2.13, nvcc and a C++ compiler are "
+            "the CUDA kernels are not part of this installation; install where torch 2.11, nvcc and a C++ compiler are "
             f"present: {INSTALL_CUDA}"
         )
     try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cases, devices, measure
+from bench import cases, device, measure
 from contrastive_ops import backends
 
 ROOT = Path(__file__).parents[1]
@@ -187,8 +187,8 @@ def cuda(monkeypatch):
     answer("max_memory_allocated", 5000)
     answer("get_device_name", "A GPU")
     answer("get_device_properties", SimpleNamespace(total_memory=80 * 2**30))
-    monkeypatch.setattr(devices, "_driver", lambda: "550.54")
-    monkeypatch.setitem(devices.DEVICES, "cuda", devices.CUDA(place="cpu", roof_size=64))
+    monkeypatch.setattr(device, "_driver", lambda: "550.54")
+    monkeypatch.setitem(device.DEVICES, "cuda", device.CUDA(place="cpu", roof_size=64))
     return asked
 
 

@@ -1,5 +1,5 @@
 // The operators contrastive_ops_cuda::*, the functions of sweep.h on tensors, by headers of torch's stable ABI alone:
-// one library for every torch from 2.13 on, with or without CUDA. contrastive_ops/backends/cuda.py calls them.
+// one library for every torch from 2.11 on, with or without CUDA. contrastive_ops/backends/cuda.py calls them.
 //
 // A struct of sweep.h is a list of optional tensors in the order of its fields. Whatever calls the operators, sizes and
 // types are checked before a kernel starts, and no kernel reads or writes beyond a tensor.
@@ -11,6 +11,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#ifndef CONTRASTIVE_OPS_CUDA_HOST
+#include <dlfcn.h>
+#endif
 
 #include <algorithm>
 #include <initializer_list>
@@ -73,6 +77,27 @@ void check(bool holds, const char* operator_name, const Parts&... sentence) {
   }
 }
 
+#ifndef CONTRASTIVE_OPS_CUDA_HOST
+// The stream that torch computes on. The function is in libtorch_cuda.so, which a torch without CUDA does not have and
+// whose symbols the others do not share: it is looked up there when the first kernel starts.
+cudaStream_t current_stream(int32_t device_index) {
+  using Get = int32_t (*)(int32_t device_index, void** stream);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  if (get == nullptr) {
+    throw std::runtime_error("the libtorch_cuda.so of this torch has no aoti_torch_get_current_cuda_stream");
+  }
+  void* stream = nullptr;
+  if (get(device_index, &stream) != 0) {
+    throw std::runtime_error("torch does not say what its current stream is");
+  }
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
 // One call of an operator: its tensors are contiguous, on one device, which is the current one as long as this lives.
 class Call {
  public:
@@ -134,7 +159,7 @@ class Call {
 #ifdef CONTRASTIVE_OPS_CUDA_HOST
     return nullptr;
 #else
-    return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device_.index()).nativeHandle());
+    return current_stream(device_.index());
 #endif
   }
 
