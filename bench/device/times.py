@@ -83,7 +83,6 @@ def functions_of(case: Case, this: stage.Stage) -> dict[str, Callable[..., Tenso
     """By the name of the contender; ours by that of the engine."""
     ours, op = contenders.load("ours"), catalogue_op(case)
     found = {name: ours.function(case.loss, name) for name in ENGINES if op is not None or name == "tiled"}
-    found["auto"] = ours.function(case.loss, "auto")
     if this.rehearse:
         found = {name: found[name] for name in ("triton", "tiled")}
     elif case.n > 16384:
