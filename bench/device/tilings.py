@@ -43,29 +43,25 @@ def candidates(rehearse: bool) -> Iterator[Candidate]:
     wide = [
         Tiling(*tile, d, warps, stages)
         for tile, d, warps, stages in itertools.product(
-            ((128, 128), (128, 64), (256, 128), (128, 256), (64, 64), (256, 64)), (32, 64, 128), (4, 8), (2, 3, 4)
+            ((128, 128), (128, 64), (256, 128), (128, 256)), (32, 64), (4, 8), (2, 3, 4)
         )
-        if 48 <= _accumulators(tile, warps) <= 128 and _shared(tile, d, stages, 2) in range(48 << 10, 220 << 10)
+        if 32 <= _accumulators(tile, warps) <= 128 and 32 << 10 <= _shared(tile, d, stages, 2) <= 220 << 10
     ]
     for field in ("forward_many", "block_many", "forward", "block"):
         # in self-similarity the columns of a tile divide its rows
         yield from (Candidate(field, "bfloat16", 768, t) for t in wide if field == "block" or t[0] >= t[1])
-    for features in (256, 128, 64):
-        for (m, n), warps, stages in itertools.product(
-            ((64, 64), (64, 32), (128, 32), (128, 64), (64, 128)), (4, 8), (2, 3)
-        ):
-            if m * features / (32 * warps) <= 128:
-                yield Candidate("rows", "bfloat16", features, Tiling(m, n, 0, warps, stages))
-    for field in ("forward_many", "block_many", "forward", "block"):
-        for tile, d, warps, stages in itertools.product(
-            ((64, 64), (128, 64), (128, 128), (64, 32)), (16, 32, 64), (4, 8, 16), (2, 3)
-        ):
-            if 8 <= _accumulators(tile, warps) <= 64 and _shared(tile, d, stages, 4) <= 100 << 10:
-                yield Candidate(field, "float32", 768, Tiling(*tile, d, warps, stages))
+    for features in (256, 128):
+        for tile, warps, stages in itertools.product(((64, 64), (64, 32), (128, 32), (128, 64)), (4, 8), (2, 3)):
+            if tile[0] * features / (32 * warps) <= 128:
+                yield Candidate("rows", "bfloat16", features, Tiling(*tile, 0, warps, stages))
+    for field in ("forward_many", "block_many"):
+        for tile, d, warps in itertools.product(((64, 64), (128, 64), (128, 128)), (16, 32), (4, 8, 16)):
+            if 8 <= _accumulators(tile, warps) <= 64:
+                yield Candidate(field, "float32", 768, Tiling(*tile, d, warps, 2))
     for field, members in (("volume", 2), ("volume_many", 4)):
-        for tile, d, warps, stages in itertools.product(((128, 64), (64, 64), (64, 32), (128, 32)), (32, 64), (4, 8), (2, 3)):
+        for tile, d, warps in itertools.product(((128, 64), (64, 64), (64, 32)), (32, 64), (4, 8)):
             if members * _accumulators(tile, warps) <= 128:
-                yield Candidate(field, "bfloat16", 512, Tiling(*tile, d, warps, stages))
+                yield Candidate(field, "bfloat16", 512, Tiling(*tile, d, warps, 3))
 
 
 def _accumulators(tile: tuple[int, int], warps: int) -> float:
