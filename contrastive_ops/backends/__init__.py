@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from contrastive_ops import checks
+from contrastive_ops import checks, tracing
 from contrastive_ops.backends import cpu, cuda, reference, tiled, triton, trust, tuples
 
 _MODULES: dict[str, ModuleType] = {
@@ -80,13 +80,9 @@ def choose(op: str, x: Tensor, backend: str) -> str:
     raise RuntimeError(f"no backend can run {op} on {x.device} tensors: {reasons}")
 
 
+@tracing.constant  # a check runs before the graph is made, and not in it
 def _first_trusted(op: str, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:
     return trust.first_trusted(op, names, _MODULES, device, dtype)
-
-
-# Dynamo calls it while it traces, and has the result in the graph. This is torch.compiler.assume_constant_result
-# without the import of Dynamo, which takes seconds.
-_first_trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def standing(name: str, op: str, x: Tensor, *, check: bool = False) -> trust.Standing | None:
