@@ -1,4 +1,7 @@
-"""``python -m contrastive_ops.info``: what is installed, which backends can run here and why the others can't."""
+"""``python -m contrastive_ops.info``: what is installed, which backends can run here and why the others can't.
+
+The engines of a GPU are checked, which may compile their kernels.
+"""
 
 from __future__ import annotations
 

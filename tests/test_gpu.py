@@ -414,6 +414,7 @@ def unchecked(real_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not used an engine."""
     monkeypatch.delenv("CONTRASTIVE_OPS_SELF_CHECK", raising=False)
     monkeypatch.setattr(trust, "_verdicts", {})
+    monkeypatch.setattr(trust, "_warned", set())
 
 
 @gpu

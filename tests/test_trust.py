@@ -56,6 +56,7 @@ def plant(monkeypatch):
     """Let "auto" on the CPU try the engines, in this order, and then tiled; nothing is checked yet."""
     monkeypatch.delenv(trust.VARIABLE, raising=False)
     monkeypatch.setattr(trust, "_verdicts", {})
+    monkeypatch.setattr(trust, "_warned", set())
     monkeypatch.setattr(trust, "_lost", {})
     monkeypatch.setattr(trust, "checked_on", lambda device: device.type == "cpu")
 
@@ -207,6 +208,7 @@ def test_wrong_volumes_of_single_sets_are_found(plant):
     for change in (off, nan):
         plant(planted=Engine(volume_gradient=lambda function, *given, change=change: change(function(*given))))
         trust._verdicts.clear()
+        trust._warned.clear()
         assert "the gradient of the vectors at [" in refused("gramian_volume")
 
 
@@ -215,6 +217,17 @@ def test_wrong_gradients_of_16_bits_are_found(dtype, plant):
     by = 2.5 * trust.BANDS[dtype]
     plant(planted=Engine(similarity_logsumexp_backward=changed(0, partial(off, by=by))))
     assert "the gradient of x at [" in refused(x=X.to(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "by"), [(torch.float32, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.2)])
+def test_totals_do_not_drown_the_rest(dtype, by, plant):
+    """The gradients of log-sum-exps alone are wrong."""
+
+    def wrong(function, grad_row_lse, grad_col_lse, *others):
+        return function(grad_row_lse * (1 + by), grad_col_lse * (1 + by), *others)
+
+    plant(planted=Engine(volume_logsumexp_backward=wrong))
+    assert "the gradient of anchor at [" in refused("volume_logsumexp", x=X.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -335,10 +348,12 @@ def test_memory_that_runs_out_says_nothing_of_an_engine(plant):
             raise torch.OutOfMemoryError("full")
         return function(*arguments)
 
-    engine = plant(planted=Engine(similarity_logsumexp_forward=fail))
+    wrong = Engine(similarity_logsumexp_forward=changed(0, nan))
+    engine = Engine(similarity_logsumexp_forward=fail)
+    plant(wrong=wrong, planted=engine)
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         choose("similarity_logsumexp")
-    assert choose("similarity_logsumexp") == "planted"
+    assert "wrong was checked with" in refused(instead="planted")  # not lost with the exception
 
 
 # what explain and info say

@@ -58,6 +58,7 @@ SKIPPED = Standing(f"not checked ({VARIABLE}=0)", trusted=True)
 
 _lock = threading.Lock()
 _verdicts: dict[Use, Standing] = {}
+_warned: set[Use] = set()
 _lost: dict[torch.device, str] = {}  # devices on which nothing runs any more, and why
 
 
@@ -74,23 +75,21 @@ def first_trusted(
     Of engines that turn out not to agree there is one warning.
     """
     chosen = None
-    found = []
+    wrong = {}
     with _lock:  # others wait for the verdict
         for name in names:
-            if modules[name] is tiled:
-                chosen = name
-                break
             use = _with_index(Use(name, op, device, dtype))
-            known = use in _verdicts
-            now = _checked(use, modules[name])
-            if now.trusted:
+            known = AGREES if modules[name] is tiled else _checked(use, modules[name])
+            if known.trusted:
                 chosen = name
                 break
-            if now.trusted is False and not known:
-                found.append(f"{name} was {now.sentence}")
-    if found:
+            if known.trusted is False and use not in _warned:
+                wrong[use] = f"{name} was {known.sentence}"
+        _warned.update(wrong)
+    if wrong:
         warnings.warn(
-            f"{' '.join(found)} {chosen or 'Nothing'} runs instead; backend= takes an engine by its name all the same.",
+            f"{' '.join(wrong.values())} {chosen or 'Nothing'} runs instead; backend= takes an engine by its name "
+            "all the same.",
             RuntimeWarning,
             stacklevel=2,
         )
