@@ -1,4 +1,7 @@
-"""``python -m contrastive_ops.info``: what is installed, which backends can run here and why the others can't."""
+"""``python -m contrastive_ops.info``: what is installed, which backends can run here and why the others can't.
+
+The engines of a GPU are checked, which may compile their kernels.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,30 @@ def devices() -> list[torch.device]:
     if torch.accelerator.is_available():
         found.append(torch.device(str(torch.accelerator.current_accelerator())))
     return found
+
+
+def checked(name: str, device: torch.device) -> str:
+    """What the checks of an engine say there, of all ops and dtypes, run now if need be; "" for other backends."""
+    uses: dict[str, list[str]] = {}
+    for op in backends.tiled.OPS:
+        for dtype in checks.FEATURE_DTYPES:
+            try:
+                standing = backends.standing(name, op, torch.empty(1, 1, dtype=dtype, device=device), check=True)
+            except RuntimeError as error:  # nothing runs on the device
+                return f"; {error}"
+            if standing is not None:
+                uses.setdefault(standing.sentence, []).append(f"{op} of {checks.names([dtype])}")
+    if len(uses) == 1:
+        return f", {next(iter(uses))}"
+    return "".join(f"; {', '.join(of)}: {sentence}" for sentence, of in uses.items())
+
+
+def taken(example: torch.Tensor) -> str:
+    """The backend that "auto" takes."""
+    try:
+        return f"takes {backends.choose('similarity_logsumexp', example, 'auto')}"
+    except RuntimeError as error:
+        return f"can't: {error}"
 
 
 BFLOAT16_UNITS = {
@@ -62,9 +89,9 @@ def report() -> list[tuple[str, str]]:
         example = torch.empty(1, 1, device=device)
         for name in backends.NAMES[1:]:
             sentence = backends.why_not(name, "similarity_logsumexp", example)
-            note = "can run" if name in backends.AUTO else "can run, only when named"
+            note = f"can run{checked(name, device)}" if name in backends.order(example) else "can run, only when named"
             lines.append((f"{name} on {device.type}", note if sentence is None else f"can't: {sentence}"))
-        lines.append((f"auto on {device.type}", f"takes {backends.choose('similarity_logsumexp', example, 'auto')}"))
+        lines.append((f"auto on {device.type}", taken(example)))
     dtypes = checks.names(checks.FEATURE_DTYPES)
     return [*lines, ("dtypes", dtypes)]
 

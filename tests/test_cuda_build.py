@@ -331,8 +331,19 @@ def test_what_runs_where(architecture, runs):
     assert [number for number in every if backends.cuda.no_code((architecture,), number) is None] == runs
 
 
-def test_cuda_is_taken_only_when_named(with_gpu):
-    assert "cuda" in backends.NAMES
+def test_cuda_is_taken_once_it_is_checked(with_gpu, monkeypatch):
+    """A GPU's engines are asked in their order; on the CPU none is."""
+    asked = []
+
+    def first_trusted(op, names, modules, device, dtype):
+        asked.append(names)
+        return names[0]
+
+    monkeypatch.setattr(backends.trust, "first_trusted", first_trusted)
+    monkeypatch.setattr(backends.triton, "why_not", lambda op, x: "not here.")
+    assert backends.choose("similarity_logsumexp", Gpu(), "auto") == "cuda"
+    assert asked == [("cuda", "tiled")]
+    assert backends.choose("similarity_logsumexp", Gpu(torch.float64), "auto") == "tiled"
     assert "cuda" not in backends.AUTO
     assert "  cuda       can't: " in str(co.explain(X))
 

@@ -6,6 +6,8 @@ aborts. So backward is traced as the op that it is.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import test_compile as compile_tests
 import torch
@@ -16,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 import contrastive_ops as co
-from contrastive_ops import backends
+from contrastive_ops import backends, build
 from contrastive_ops.backends import sweep
 from contrastive_ops.catalogue import LOSSES
 
@@ -68,13 +70,16 @@ def test_triton_takes_cuda_tensors_and_asks_no_driver(op, mode, monkeypatch):
 
     for function in ("_lazy_init", "current_device", "get_device_capability", "get_device_properties"):
         monkeypatch.setattr(torch.cuda, function, asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = on_cuda(4, 8, dtype=dtype)
         assert backends.why_not("triton", op, x) is None
         assert backends.choose(op, x, "triton") == "triton"
-        assert backends.choose(op, x, "auto") == "tiled"
-        assert co.explain(x, op=op).reasons["cpu"] is not None
+        assert backends.choose(op, x, "auto") == "tiled"  # there is no GPU to check an engine on
+        report = co.explain(x, op=op)
+        assert report.reasons["cpu"] is not None
+        assert report.checks["triton"] == f"not checked: torch finds no {x.device} here."
     assert "takes" in backends.why_not("triton", op, on_cuda(4, 8, dtype=torch.float64))
 
 
@@ -151,6 +156,36 @@ def test_a_traced_loss_has_the_op_as_one_node(backend, mode):
         ours = [node for node in graph.graph.nodes if "similarity_logsumexp" in str(node.target)]
         assert len(ours) == 1
         assert ours[0].args[-1] == backend
+
+
+@pytest.mark.parametrize("engine", [*BACKENDS[1:], "cuda"])
+def test_a_traced_loss_asks_for_the_verdict_of_an_engine(engine, mode, monkeypatch):
+    """Once, with what is known while Dynamo traces; what it takes is in the graph."""
+    asked = []
+
+    def first_trusted(op, names, modules, device, dtype):
+        asked.append((op, names, device.type, dtype))
+        return names[0]
+
+    monkeypatch.setattr(backends.trust, "first_trusted", first_trusted)
+    monkeypatch.setattr(backends, "AUTO_ON_GPU", (engine, "tiled"))
+    if engine == "cuda":
+        monkeypatch.setattr(build, "cuda", build.Cuda("nvcc 13.0.88", ("sm_80", "compute_80")))
+        device = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda device: (9, 0))
+        with_gpu = SimpleNamespace(version=SimpleNamespace(cuda="13.0"), cuda=device)
+        monkeypatch.setattr(backends.cuda, "torch", with_gpu)  # Dynamo has the one without
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    x, y = on_cuda(9, 5), on_cuda(9, 5)
+    torch.compile(lambda x, y: co.clip_loss(x, y, 5.0), backend=keep, fullgraph=True)(x, y)
+    assert asked == [("similarity_logsumexp", (engine, "tiled"), "cuda", torch.float32)]
+    (node,) = (node for graph in graphs for node in graph.graph.nodes if "similarity_logsumexp" in str(node.target))
+    assert node.args[-1] == engine
 
 
 def test_launches_on_the_device_of_the_tensors(mode, monkeypatch):

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from torch.utils._pytree import tree_map_only
 
 import contrastive_ops as co
 from contrastive_ops import backends
-from contrastive_ops.backends import sweep
+from contrastive_ops.backends import sweep, trust
 from contrastive_ops.catalogue import LOSSES
 
 DEVICE = os.environ.get("CONTRASTIVE_OPS_TEST_DEVICE", "cuda")
@@ -70,7 +71,7 @@ def moved(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 ENGINES = each(("cuda", "triton"), ("triton",))  # the interpreter is Triton's
-BACKENDS = (*ENGINES, "tiled")  # "auto" takes tiled on a GPU
+BACKENDS = (*ENGINES, "tiled")  # "auto" takes one of the first on a GPU, if it agrees with the last
 
 
 @pytest.fixture(params=ENGINES)
@@ -405,6 +406,73 @@ def test_a_device_that_is_not_the_current_one(engine):
         results.append([loss.detach().cpu(), *(grad.cpu() for grad in torch.autograd.grad(loss, given))])
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(second, first)
+
+
+@pytest.fixture
+def unchecked(real_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not used an engine."""
+    monkeypatch.delenv("CONTRASTIVE_OPS_SELF_CHECK", raising=False)
+    monkeypatch.setattr(trust, "_verdicts", {})
+    monkeypatch.setattr(trust, "_warned", set())
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", backends.tiled.OPS)
+def test_auto_takes_a_checked_engine(op, dtype, engine, unchecked, monkeypatch):
+    """Each engine agrees with tiled, and the check leaves neither memory nor random numbers behind."""
+    monkeypatch.setattr(backends, "AUTO_ON_GPU", (engine, "tiled"))
+    x = torch.zeros(4, 2, 3, device=DEVICE, dtype=dtype)
+    x @ x.mT  # cuBLAS takes its workspace
+    allocated, random = torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
+    assert backends.choose(op, x, "auto") == engine
+    assert backends.standing(engine, op, x) == trust.AGREES
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    left = torch.cuda.memory_allocated() - allocated
+    assert left <= 64 * MIB  # the workspace of the check's own thread, once
+    seconds = []
+    for _ in range(3):  # kernels are compiled now
+        trust._verdicts.clear()
+        start = time.perf_counter()
+        backends.choose(op, x, "auto")
+        seconds.append(time.perf_counter() - start)
+    assert torch.cuda.memory_allocated() - allocated == left
+    assert min(seconds) < 0.2
+
+
+@gpu
+@compile_tests.SCRIPTED
+@compile_tests.TRACED
+def test_first_use_in_a_compiled_step(engine, unchecked, monkeypatch):
+    monkeypatch.setattr(backends, "AUTO_ON_GPU", (engine, "tiled"))
+    x, y = (value.requires_grad_() for value in torch.randn(2, 33, 20, device=DEVICE).unbind())
+    value = compile_tests.compiled(lambda x, y: co.clip_loss(x, y, 5.0), "inductor")(x, y)
+    assert backends.standing(engine, "similarity_logsumexp", x) == trust.AGREES
+    expected = co.clip_loss(x, y, 5.0, backend="tiled")
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, (x, y)), torch.autograd.grad(expected, (x, y)))
+
+
+@gpu
+def test_a_capture_without_a_verdict_raises(engine, unchecked, monkeypatch):
+    """After a warm-up it is captured, and a replay computes what is in its tensors by then."""
+    monkeypatch.setattr(backends, "AUTO_ON_GPU", (engine, "tiled"))
+    x, y = torch.randn(2, 33, 20, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="warm up: run the step once before the capture"), torch.cuda.graph(graph):
+        OP(x, y, cols=True)
+    assert not trust._verdicts
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        OP(x, y, cols=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = OP(x, y, cols=True)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(captured.row_lse, OP(x, y, backend="tiled").row_lse)
 
 
 @pytest.mark.skipif("CONTRASTIVE_OPS_TEST_DEVICE" in os.environ, reason="this process has a device of its own")

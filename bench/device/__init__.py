@@ -50,7 +50,7 @@ class Device:
 @dataclass(frozen=True)
 class CUDA(Device):
     place: str = "cuda"
-    backend: str = "triton"  # "auto" takes it once it has run on a GPU
+    backend: str = "triton"  # not "auto": what is measured has a name, and never is what a failed check leaves
     roof_size: int = 8192
     extension: bool = False
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from contrastive_ops import checks
-from contrastive_ops.backends import cpu, cuda, reference, tiled, triton, tuples
+from contrastive_ops import checks, tracing
+from contrastive_ops.backends import cpu, cuda, reference, tiled, triton, trust, tuples
 
 _MODULES: dict[str, ModuleType] = {
     "cpu": cpu,
@@ -18,9 +19,9 @@ _MODULES: dict[str, ModuleType] = {
     "tiled": tiled,
     "reference": reference,
 }
-# in the order of preference; the others run only when named: cuda and triton until they have run on a GPU, the
-# reference always
+# in the order of preference; the others run only when named
 AUTO = ("cpu", "tiled")
+AUTO_ON_GPU = ("triton", "cuda", "tiled")  # to be measured which of the first two is faster
 NAMES = ("auto", *_MODULES)
 
 
@@ -50,10 +51,16 @@ def requested(backend: str) -> str:
     return os.environ.get("CONTRASTIVE_OPS_BACKEND", "auto") if backend == "auto" else backend
 
 
+def order(x: Tensor) -> tuple[str, ...]:
+    """The backends that "auto" tries for tensors like `x`, the fastest first."""
+    return AUTO_ON_GPU if trust.checked_on(x.device) else AUTO
+
+
 def choose(op: str, x: Tensor, backend: str) -> str:
     """The backend that runs `op` on tensors like `x`: the named one or an error, for "auto" the first that can.
 
-    The environment variable CONTRASTIVE_OPS_BACKEND stands in for "auto".
+    On a GPU that is the first that agrees with `tiled`, which is checked at its first use. The environment variable
+    CONTRASTIVE_OPS_BACKEND stands in for "auto".
     """
     source = "CONTRASTIVE_OPS_BACKEND" if backend == "auto" else "backend"
     backend = requested(backend)
@@ -63,39 +70,67 @@ def choose(op: str, x: Tensor, backend: str) -> str:
         if sentence is not None:
             raise RuntimeError(f'{source}="{backend}" can\'t run {op}: {sentence} Pass backend="auto".')
         return backend
-    for name in AUTO:
-        if why_not(name, op, x) is None:
-            return name
-    reasons = " ".join(filter(None, (why_not(name, op, x) for name in AUTO)))
+    able = tuple(name for name in order(x) if why_not(name, op, x) is None)
+    chosen = able[0] if able else None
+    if trust.checked_on(x.device):
+        chosen = _first_trusted(op, able, x.device, x.dtype)
+    if chosen is not None:
+        return chosen
+    reasons = " ".join(filter(None, (_why_not_taken(name, op, x) for name in order(x))))
     raise RuntimeError(f"no backend can run {op} on {x.device} tensors: {reasons}")
+
+
+@tracing.constant  # a check runs before the graph is made, and not in it
+def _first_trusted(op: str, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:
+    return trust.first_trusted(op, names, _MODULES, device, dtype)
+
+
+def standing(name: str, op: str, x: Tensor, *, check: bool = False) -> trust.Standing | None:
+    """What is known of an engine that `op` takes on tensors like `x` once it is checked; None for other backends.
+
+    With `check` it is checked now if it has not been.
+    """
+    if not trust.checked_on(x.device) or name not in AUTO_ON_GPU or _MODULES[name] is tiled:
+        return None
+    if why_not(name, op, x) is not None:
+        return None
+    use = trust.Use(name, op, x.device, x.dtype)
+    return trust.checked(use, _MODULES[name]) if check else trust.standing(use)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend a call would take, and for each backend the reason it can't run; print it."""
+    """The backend a call would take, and for each backend the reason it isn't taken; print it."""
 
     op: str
     chosen: str
     reasons: dict[str, str | None]
     subject: str
+    checks: dict[str, str] = field(default_factory=dict)  # of engines that are checked: what is known
 
     def __str__(self) -> str:
         lines = [f'{self.op} on {self.subject} takes backend "{self.chosen}"']
         for name, reason in self.reasons.items():
+            check = self.checks.get(name)
             if name == self.chosen:
                 verdict = "chosen"
             elif reason is not None:
-                verdict = f"can't: {reason}"
+                verdict = "only when named" if reason == check else f"can't: {reason}"
+            elif check is not None:
+                verdict = "can run"
             elif name in AUTO:
                 verdict = "can run, not needed"
             else:
                 verdict = "can run, only when named"
-            lines.append(f"  {name:<10} {verdict}")
+            lines.append(f"  {name:<10} {verdict}" + ("" if check is None else f", {check}"))
         return "\n".join(lines)
 
 
 def explain(x: Tensor, *, op: str = "similarity_logsumexp", backend: str = "auto") -> Explanation:
     """Say which backend an op takes on tensors like `x`, and why the others don't run.
+
+    What "auto" takes on a GPU has to agree with `tiled` there: an engine that has not been checked is checked now, as
+    it would be by the call.
 
     Parameters
     ----------
@@ -109,7 +144,8 @@ def explain(x: Tensor, *, op: str = "similarity_logsumexp", backend: str = "auto
     Returns
     -------
     Explanation
-        With the fields ``chosen`` and ``reasons``; its ``str`` is the report.
+        With the fields ``chosen``, ``reasons`` (None for a backend that would run) and ``checks`` (what is known of the
+        engines of a GPU); its ``str`` is the report.
 
     Raises
     ------
@@ -129,9 +165,18 @@ def explain(x: Tensor, *, op: str = "similarity_logsumexp", backend: str = "auto
     """
     checks.features("x", x)
     checks.choice("op", op, tiled.OPS)
+    chosen = choose(op, x, backend)  # before the standings, which it may change
+    standings = {name: known for name in _MODULES if (known := standing(name, op, x)) is not None}
     return Explanation(
         op=op,
-        chosen=choose(op, x, backend),
-        reasons={name: why_not(name, op, x) for name in _MODULES},
+        chosen=chosen,
+        reasons={name: _why_not_taken(name, op, x) for name in _MODULES},
         subject=f"{checks.names([x.dtype])} tensors on {x.device.type}",
+        checks={name: known.sentence for name, known in standings.items()},
     )
+
+
+def _why_not_taken(name: str, op: str, x: Tensor) -> str | None:
+    """The sentence of `why_not`, or of a check that found the engine wrong."""
+    known = standing(name, op, x)
+    return known.sentence if known is not None and known.trusted is False else why_not(name, op, x)

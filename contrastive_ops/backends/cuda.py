@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_ops import build, checks
+from contrastive_ops import build, checks, tracing
 from contrastive_ops.backends import sweep
 from contrastive_ops.backends import tuples as tuple_basis
 
@@ -118,9 +118,14 @@ def why_not(op: str, x: Tensor) -> str | None:
         return f"cuda runs GPU tensors, got a tensor on {x.device.type}."
     if x.dtype not in DTYPES:
         return f"cuda takes {checks.names(DTYPES)}, got {checks.names([x.dtype])}."
+    return _unfit(build.cuda.architectures, x.device)
+
+
+@tracing.constant
+def _unfit(architectures: tuple[str, ...], device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no GPU."
-    return no_code(build.cuda.architectures, torch.cuda.get_device_capability(x.device))
+    return no_code(architectures, torch.cuda.get_device_capability(device))
 
 
 @cache
