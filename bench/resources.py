@@ -170,14 +170,19 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
         shape = " x ".join(map(str, tiling[:3]))
         return Build(kernel, name, variant, shape, _warmup(getattr(launch, f"{kernel}_kernel"), arguments, flags))
 
+    tiling = tilings.forward_tiling(problem)
+    x, y, described = launch.features(problem, tiling)
     yield build(
-        "forward", tilings.forward_tiling(problem), (*inputs, problem.span, part, part, *sizes, 64, 64),
-        MEMBERS=problem.members, MIRRORED=problem.mirrored,
+        "forward", tiling, (x, y, problem.vectors, problem.span, part, part, *sizes, 64, 64),
+        MEMBERS=problem.members, MIRRORED=problem.mirrored, DESCRIBED=described,
     )  # fmt: skip
+    tiling = tilings.block_tiling(problem)
+    x, y, described = launch.features(problem, tiling)
+    coefficients, where = problem.x, (*sizes, 0, 0, *block)
     yield build(
-        "block", tilings.block_tiling(problem),
-        (*inputs, problem.span, incoming, unit, problem.x, row_sums, col_sums, *sizes, 0, 0, *block),
-        MEMBERS=problem.members,
+        "block", tiling,
+        (x, y, problem.vectors, problem.span, incoming, unit, coefficients, row_sums, col_sums, *where),
+        MEMBERS=problem.members, DESCRIBED=described,
     )  # fmt: skip
     if everything and not volumes:
         stride = block[-1]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from contrastive_ops.backends.sweep import Block, Incoming, Kernels, Part, Problem, Slopes, Sums, cdiv
 from contrastive_ops.kernels import tilings
@@ -26,13 +27,27 @@ MERGE = 1024  # rows of a program that merges partials
 def options(problem: Problem, tiling: tilings.Tiling) -> dict[str, Any]:
     return {
         "RESTRICT": problem.restrict,
-        "PRECISION": "tf32" if problem.tf32 else "ieee",
+        "PRECISION": "tf32" if problem.tf32 else tilings.precision(problem),
         "BLOCK_M": tiling.block_m,
         "BLOCK_N": tiling.block_n,
         "BLOCK_D": tiling.block_d,
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
     }
+
+
+def features(problem: Problem, tiling: tilings.Tiling) -> tuple[Any, Any, bool]:
+    """x and y as a kernel takes them, and whether they are tensor descriptors.
+
+    These need rows that start at multiples of 16 bytes; other features come by pointers.
+    """
+    both = (problem.x, problem.y)
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in both)
+    if not tiling.descriptors or problem.members or not aligned:
+        return *both, False
+    blocks = ([block, tiling.block_d] for block in (tiling.block_m, tiling.block_n))
+    x, y = (TensorDescriptor.from_tensor(x, block) for x, block in zip(both, blocks, strict=True))
+    return x, y, True
 
 
 class TritonKernels(Kernels):
@@ -47,11 +62,12 @@ class TritonKernels(Kernels):
         return None if tiling is None else tiling[:2]
 
     def forward(self, problem: Problem, row: Part, col: Part, rows_per_group: int, cols_per_strip: int) -> None:
-        grid = (cdiv(problem.n, rows_per_group), cdiv(problem.m, cols_per_strip))
-        forward_kernel[grid](
-            problem.x, problem.y, problem.vectors, problem.span, row, col,
+        tiling = tilings.forward_tiling(problem)
+        x, y, described = features(problem, tiling)
+        forward_kernel[(cdiv(problem.n, rows_per_group), cdiv(problem.m, cols_per_strip))](
+            x, y, problem.vectors, problem.span, row, col,
             problem.n, problem.m, problem.features, rows_per_group, cols_per_strip,
-            MEMBERS=problem.members, MIRRORED=problem.mirrored, **options(problem, tilings.forward_tiling(problem)),
+            MEMBERS=problem.members, MIRRORED=problem.mirrored, DESCRIBED=described, **options(problem, tiling),
         )  # fmt: skip
 
     def excluded(self, problem: Problem, logits: Tensor) -> None:
@@ -74,10 +90,11 @@ class TritonKernels(Kernels):
         block: Block,
     ) -> None:
         tiling = tilings.block_tiling(problem)
+        x, y, described = features(problem, tiling)
         block_kernel[(cdiv(block.rows, tiling.block_m), cdiv(block.cols, tiling.block_n))](
-            problem.x, problem.y, problem.vectors, problem.span, incoming, unit, coefficients, row, col,
+            x, y, problem.vectors, problem.span, incoming, unit, coefficients, row, col,
             problem.n, problem.m, problem.features, *block,
-            MEMBERS=problem.members, **options(problem, tiling),
+            MEMBERS=problem.members, DESCRIBED=described, **options(problem, tiling),
         )  # fmt: skip
 
     def product(self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor) -> None:

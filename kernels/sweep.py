@@ -21,6 +21,7 @@ import triton.language as tl
 
 from contrastive_ops.backends.sweep import AT_MINIMUM
 from contrastive_ops.kernels.tile import (
+    exp,
     fold,
     gradient_of_tile,
     has_excluded,
@@ -28,10 +29,12 @@ from contrastive_ops.kernels.tile import (
     logits_of_tile,
     pairs_of_tile,
     reduce_tile,
+    ranges_of_cols,
+    ranges_of_rows,
+    scaled_by_cols,
+    scaled_by_rows,
     shift_of,
     those_taking_part,
-    vector_or,
-    without_excluded,
 )
 
 SMALLEST = tl.constexpr(AT_MINIMUM)
@@ -52,46 +55,39 @@ def excluded_kernel(
         x_tile = tl.load(x + rows.to(tl.int64)[:, None] * features + feature[None, :], mask=inside, other=0.0)
         y_tile = tl.load(y + index.to(tl.int64)[:, None] * features + feature[None, :], mask=inside, other=0.0)
         dots += tl.sum(x_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
-    scale = vector_or(vectors.row_scale, rows, n, 1.0)
-    bias = vector_or(vectors.row_bias, rows, n, 0.0)
+    scale = tl.full((BLOCK_M,), 1.0, tl.float32)
+    bias = tl.zeros((BLOCK_M,), tl.float32)
+    if vectors.row_scale is not None:
+        scale *= tl.load(vectors.row_scale + rows, mask=rows < n, other=1.0)
     if vectors.col_scale is not None:
         scale *= tl.load(vectors.col_scale + index, mask=named, other=1.0)
+    if vectors.row_bias is not None:
+        bias += tl.load(vectors.row_bias + rows, mask=rows < n, other=0.0)
     if vectors.col_bias is not None:
         bias += tl.load(vectors.col_bias + index, mask=named, other=0.0)
     tl.store(excluded + rows, tl.where(named, dots * scale + bias, -float("inf")), mask=rows < n)
 
 
 @triton.jit
-def empty_part(part, index, last, BLOCK: tl.constexpr):
+def store_part(part, index, last, maximum, total, of_logits):
     inside = index < last
-    tl.store(part.maximum + index, tl.full((BLOCK,), -float("inf"), tl.float32), mask=inside)
-    tl.store(part.sum + index, tl.zeros((BLOCK,), tl.float32), mask=inside)
+    tl.store(part.maximum + index, maximum, mask=inside)
+    tl.store(part.sum + index, total, mask=inside)
     if part.total is not None:
-        tl.store(part.total + index, tl.zeros((BLOCK,), tl.float32), mask=inside)
+        tl.store(part.total + index, of_logits, mask=inside)
 
 
 @triton.jit
-def fold_into(part, index, last, tile_max, tile_sum, logits, AXIS: tl.constexpr):
-    """Fold the statistics of a tile into those in memory."""
-    inside = index < last
-    old_max = tl.load(part.maximum + index, mask=inside, other=-float("inf"))
-    old_sum = tl.load(part.sum + index, mask=inside, other=0.0)
-    if part.total is not None:
-        total = tl.load(part.total + index, mask=inside, other=0.0)
-        total += tl.sum(tl.where(logits > -float("inf"), logits, 0.0), AXIS)
-    new_max, new_sum = fold(old_max, old_sum, tile_max, tile_sum)
-    tl.debug_barrier()  # several threads may read an element, of which one writes it
-    tl.store(part.maximum + index, new_max, mask=inside)
-    tl.store(part.sum + index, new_sum, mask=inside)
-    if part.total is not None:
-        tl.store(part.total + index, total, mask=inside)
+def total_of(logits, AXIS: tl.constexpr):
+    """Sums of the logits of the pairs that take part."""
+    return tl.sum(tl.where(logits > -float("inf"), logits, 0.0), AXIS)
 
 
 @triton.jit
 def forward_kernel(
     x, y, vectors, span, row_part, col_part, n, m, features, rows_per_group, cols_per_strip,
-    MEMBERS: tl.constexpr, MIRRORED: tl.constexpr, RESTRICT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MEMBERS: tl.constexpr, MIRRORED: tl.constexpr, RESTRICT: tl.constexpr, DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     group, strip = tl.program_id(0), tl.program_id(1)
     first_row = group * rows_per_group
@@ -104,36 +100,56 @@ def forward_kernel(
     col_begin = group.to(tl.int64) * m
     if COLS:
         for col in range(first_col, last_col, BLOCK_N):
-            empty_part(col_part, col_begin + col + tl.arange(0, BLOCK_N), col_begin + m, BLOCK_N)
-    # columns inside: what is loaded for the tile that stays has few registers for rows, many for columns
+            cols = col_begin + col + tl.arange(0, BLOCK_N)
+            nothing = tl.zeros((BLOCK_N,), tl.float32)
+            store_part(col_part, cols, col_begin + m, nothing - float("inf"), nothing, nothing)
+    tl.debug_barrier()
+    # statistics of the rows stay in registers, those of the columns in memory, where no other program writes them
     for row in range(first_row, last_row, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
-        if ROWS:
-            empty_part(row_part, row_begin + rows, row_begin + n, BLOCK_M)
-        tl.debug_barrier()
+        of_rows = ranges_of_rows(vectors, rows, n)
+        row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        row_total = tl.zeros((BLOCK_M,), tl.float32)
         begin = first_col
         if MIRRORED:
             begin = tl.maximum(first_col, row)
         for col in range(begin, last_col, BLOCK_N):
             cols = col + tl.arange(0, BLOCK_N)
-            has = has_excluded(vectors, row, col, n, m, BLOCK_M, BLOCK_N)
-            if is_needed(vectors, has, rows, cols, n, m, RESTRICT):
+            of_cols = ranges_of_cols(vectors, cols, m)
+            has = has_excluded(vectors, of_rows, of_cols, row, col, BLOCK_M, BLOCK_N)
+            if is_needed(of_rows, of_cols, has, RESTRICT):
+                # asked for before the products, needed after them
+                if COLS:
+                    place = col_begin + cols
+                    col_max = tl.load(col_part.maximum + place, mask=cols < m, other=-float("inf"))
+                    col_sum = tl.load(col_part.sum + place, mask=cols < m, other=0.0)
                 pairs, _ = pairs_of_tile(
-                    x, y, span, rows, cols, n, m, features, MEMBERS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
-                )
+                    x, y, span, rows, cols, row, col, n, m, features,
+                    MEMBERS, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
                 logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
-                if has:
-                    logits = without_excluded(logits, vectors, rows, cols, n, m)
-                logits = those_taking_part(logits, vectors, rows, cols, n, m, RESTRICT)
-                tile_row_max, tile_row_sum, tile_col_max, tile_col_sum = reduce_tile(logits, ROWS and COLS, ROWS)
+                logits = those_taking_part(
+                    logits, vectors, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
+                )
+                tile_row_max, tile_row_sum, tile_col_max, tile_col_sum = reduce_tile(logits, ROWS, COLS, BLOCK_N)
                 if ROWS:
-                    fold_into(row_part, row_begin + rows, row_begin + n, tile_row_max, tile_row_sum, logits, 1)
+                    row_max, row_sum = fold(row_max, row_sum, tile_row_max, tile_row_sum)
+                    if row_part.total is not None:
+                        row_total += total_of(logits, 1)
                 if COLS:
                     if MIRRORED:  # the tiles on the diagonal have both sides already
                         tile_col_max = tl.where(row + BLOCK_M <= col, tile_col_max, -float("inf"))
                         tile_col_sum = tl.where(row + BLOCK_M <= col, tile_col_sum, 0.0)
-                    fold_into(col_part, col_begin + cols, col_begin + m, tile_col_max, tile_col_sum, logits, 0)
-                tl.debug_barrier()  # other threads may read these statistics for the next tile
+                    col_total = tile_col_sum
+                    if col_part.total is not None:
+                        col_total = tl.load(col_part.total + place, mask=cols < m, other=0.0) + total_of(logits, 0)
+                    col_max, col_sum = fold(col_max, col_sum, tile_col_max, tile_col_sum)
+                    tl.debug_barrier()  # several threads may have read an element, of which one writes it
+                    store_part(col_part, place, col_begin + m, col_max, col_sum, col_total)
+                    tl.debug_barrier()  # other threads may read it for the next tile
+        if ROWS:
+            store_part(row_part, row_begin + rows, row_begin + n, row_max, row_sum, row_total)
 
 
 @triton.jit
@@ -165,7 +181,7 @@ def merge_kernel(part, parts, mirror, mirrors, out_max, out_log_sum, size, BLOCK
 def block_kernel(
     x, y, vectors, span, incoming, unit, coefficients, row_sums, col_sums,
     n, m, features, first_row, first_col, block_rows, block_cols, stride,
-    MEMBERS: tl.constexpr, RESTRICT: tl.constexpr, PRECISION: tl.constexpr,
+    MEMBERS: tl.constexpr, RESTRICT: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Coefficients of one tile of a block, [block_rows, stride] or for volumes [P, block_rows, stride].
@@ -181,36 +197,53 @@ def block_kernel(
     local_cols = tile_col * BLOCK_N + tl.arange(0, BLOCK_N)
     row, col = first_row + tile_row * BLOCK_M, first_col + tile_col * BLOCK_N
     rows, cols = first_row + local_rows, first_col + local_cols
-    a = vector_or(vectors.row_scale, rows, n, 1.0)
-    b = vector_or(vectors.col_scale, cols, m, 1.0)
-    has = has_excluded(vectors, row, col, n, m, BLOCK_M, BLOCK_N)
+    of_rows, of_cols = ranges_of_rows(vectors, rows, n), ranges_of_cols(vectors, cols, m)
+    has = has_excluded(vectors, of_rows, of_cols, row, col, BLOCK_M, BLOCK_N)
     place = local_rows.to(tl.int64)[:, None] * stride + local_cols[None, :]
     inside = (local_rows[:, None] < block_rows) & (local_cols[None, :] < stride)
     row_place = tile_col.to(tl.int64) * block_rows + local_rows
     col_place = tile_row.to(tl.int64) * block_cols + local_cols
-    if MEMBERS == 0:
-        pairs = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if is_needed(vectors, has, rows, cols, n, m, RESTRICT):
-            pairs, _ = pairs_of_tile(
-                x, y, span, rows, cols, n, m, features, MEMBERS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
-            )
-            gradient = gradient_of_tile(pairs, has, vectors, incoming, rows, cols, n, m, RESTRICT)
-            if coefficients is not None:
-                weighted = gradient * (a[:, None] * b[None, :])
-                if unit is not None:
-                    weighted = weighted / tl.load(unit)
-                tl.store(coefficients + place, weighted.to(coefficients.dtype.element_ty), mask=inside)
-    else:
+    needed = is_needed(of_rows, of_cols, has, RESTRICT)
+    pairs = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    coordinates = ()
+    if MEMBERS > 0:  # ids are of pairs alone, so that all are needed
         pairs, coordinates = pairs_of_tile(
-            x, y, span, rows, cols, n, m, features, MEMBERS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
+            x, y, span, rows, cols, row, col, n, m, features,
+            MEMBERS, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        gradient = gradient_of_tile(
+            pairs, vectors, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
         )
-        gradient = gradient_of_tile(pairs, has, vectors, incoming, rows, cols, n, m, RESTRICT)
-        if coefficients is not None:
+    elif needed:
+        pairs, _ = pairs_of_tile(
+            x, y, span, rows, cols, row, col, n, m, features,
+            MEMBERS, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        gradient = gradient_of_tile(
+            pairs, vectors, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
+        )
+    weighted = scaled_by_cols(gradient, vectors, cols, m)
+    if row_sums.scale is not None:
+        tl.store(row_sums.scale + row_place, tl.sum(weighted * pairs, 1), mask=local_rows < block_rows)
+    if row_sums.bias is not None:
+        tl.store(row_sums.bias + row_place, tl.sum(gradient, 1), mask=local_rows < block_rows)
+    if col_sums.scale is not None:
+        of_scale = tl.sum(scaled_by_rows(gradient * pairs, vectors, rows, n), 0)
+        tl.store(col_sums.scale + col_place, of_scale, mask=local_cols < block_cols)
+    if col_sums.bias is not None:
+        tl.store(col_sums.bias + col_place, tl.sum(gradient, 0), mask=local_cols < block_cols)
+    if coefficients is not None:
+        weighted = scaled_by_rows(weighted, vectors, rows, n)
+        if MEMBERS == 0:
+            if unit is not None:
+                weighted = weighted / tl.load(unit)
+            if needed:
+                tl.store(coefficients + place, weighted.to(coefficients.dtype.element_ty), mask=inside)
+        else:
             smallest = tl.sqrt(tl.load(span.square + rows, mask=rows < n, other=0.0) * SMALLEST)
             at_minimum = -pairs <= smallest[:, None]
-            distance = tl.where(at_minimum, 1.0, -pairs)
-            q = tl.where(at_minimum, 0.0, gradient * (a[:, None] * b[None, :]) / distance)
+            q = tl.where(at_minimum, 0.0, weighted / tl.where(at_minimum, 1.0, -pairs))
             if row_sums.along is not None:
                 tl.store(row_sums.along + row_place, tl.sum(q, 1), mask=local_rows < block_rows)
             if unit is not None:
@@ -218,14 +251,6 @@ def block_kernel(
             for t in tl.static_range(MEMBERS):
                 of_member = coefficients + t * tl.cast(block_rows, tl.int64) * stride
                 tl.store(of_member + place, (q * coordinates[t]).to(coefficients.dtype.element_ty), mask=inside)
-    if row_sums.scale is not None:
-        tl.store(row_sums.scale + row_place, tl.sum(gradient * pairs * b[None, :], 1), mask=local_rows < block_rows)
-    if row_sums.bias is not None:
-        tl.store(row_sums.bias + row_place, tl.sum(gradient, 1), mask=local_rows < block_rows)
-    if col_sums.scale is not None:
-        tl.store(col_sums.scale + col_place, tl.sum(gradient * pairs * a[:, None], 0), mask=local_cols < block_cols)
-    if col_sums.bias is not None:
-        tl.store(col_sums.bias + col_place, tl.sum(gradient, 0), mask=local_cols < block_cols)
 
 
 @triton.jit
@@ -242,16 +267,19 @@ def product_kernel(
     tile_row = tl.program_id(0) * BLOCK_M
     local_rows = tile_row + tl.arange(0, BLOCK_M)
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    of_rows = coefficients + local_rows.to(tl.int64)[:, None] * row_stride
+    row_place = local_rows.to(tl.int64)[:, None] * row_stride
+    of_rows = ranges_of_rows(vectors, first_row + local_rows, n)
     added = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tiles = 0
     for begin in range(0, block_cols, BLOCK_N):
         local_cols = begin + tl.arange(0, BLOCK_N)
-        has = has_excluded(vectors, first_row + tile_row, first_col + begin, n, m, BLOCK_M, BLOCK_N)
-        if is_needed(vectors, has, first_row + local_rows, first_col + local_cols, n, m, RESTRICT):
+        of_cols = ranges_of_cols(vectors, first_col + local_cols, m)
+        has = has_excluded(vectors, of_rows, of_cols, first_row + tile_row, first_col + begin, BLOCK_M, BLOCK_N)
+        if is_needed(of_rows, of_cols, has, RESTRICT):
             within = local_cols < block_cols
-            of_cols = local_cols.to(tl.int64)[None, :] * col_stride
-            weights = tl.load(of_rows + of_cols, mask=(local_rows[:, None] < block_rows) & within[None, :], other=0.0)
+            place = row_place + local_cols.to(tl.int64)[None, :] * col_stride
+            weights_inside = (local_rows[:, None] < block_rows) & within[None, :]
+            weights = tl.load(coefficients + place, mask=weights_inside, other=0.0)
             y_place = local_cols.to(tl.int64)[:, None] * features + feature[None, :]
             y_tile = tl.load(y + y_place, mask=within[:, None] & (feature[None, :] < features), other=0.0)
             added = tl.dot(weights, y_tile, added, input_precision=PRECISION)
@@ -278,22 +306,25 @@ def rows_kernel(
     x_inside = (rows[:, None] < n) & (feature[None, :] < features)
     x_place = rows.to(tl.int64)[:, None] * features + feature[None, :]
     x_tile = tl.load(x + x_place, mask=x_inside, other=0.0)
-    a = vector_or(vectors.row_scale, rows, n, 1.0)
+    of_rows = ranges_of_rows(vectors, rows, n)
     grad_rows = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     scale_sum = tl.zeros((BLOCK_M,), tl.float32)
     bias_sum = tl.zeros((BLOCK_M,), tl.float32)
     for col in range(first_col, last_col, BLOCK_N):
         cols = col + tl.arange(0, BLOCK_N)
-        has = has_excluded(vectors, row, col, n, m, BLOCK_M, BLOCK_N)
-        if is_needed(vectors, has, rows, cols, n, m, RESTRICT):
+        of_cols = ranges_of_cols(vectors, cols, m)
+        has = has_excluded(vectors, of_rows, of_cols, row, col, BLOCK_M, BLOCK_N)
+        if is_needed(of_rows, of_cols, has, RESTRICT):
             y_place = cols.to(tl.int64)[:, None] * features + feature[None, :]
             y_tile = tl.load(y + y_place, mask=(cols[:, None] < m) & (feature[None, :] < features), other=0.0)
             pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
-            gradient = gradient_of_tile(pairs, has, vectors, incoming, rows, cols, n, m, RESTRICT)
-            weighted = gradient * vector_or(vectors.col_scale, cols, m, 1.0)[None, :]
+            gradient = gradient_of_tile(
+                pairs, vectors, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
+            )
+            weighted = scaled_by_cols(gradient, vectors, cols, m)
             if sums.scale is not None:
                 scale_sum += tl.sum(weighted * pairs, 1)
-            weighted *= a[:, None]  # before it is rounded: `unit` is a bound of the product
+            weighted = scaled_by_rows(weighted, vectors, rows, n)  # before it is rounded: `unit` is a bound of the product
             if sums.bias is not None:
                 bias_sum += tl.sum(gradient, 1)
             if grad is not None:
@@ -327,33 +358,37 @@ def attention_kernel(
     x_inside = (rows[:, None] < n) & (feature[None, :] < features)
     x_place = rows.to(tl.int64)[:, None] * features + feature[None, :]
     x_tile = tl.load(x + x_place, mask=x_inside, other=0.0)
-    a = vector_or(vectors.row_scale, rows, n, 1.0)
+    of_rows = ranges_of_rows(vectors, rows, n)
+    per_unit = 1.0
     if unit is not None:
-        a = a / tl.load(unit)
+        per_unit = 1.0 / tl.load(unit)
     best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     of_x = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     of_scale = tl.zeros((BLOCK_M,), tl.float32)
     for col in range(first_col, last_col, BLOCK_N):
         cols = col + tl.arange(0, BLOCK_N)
-        has = has_excluded(vectors, row, col, n, m, BLOCK_M, BLOCK_N)
-        if is_needed(vectors, has, rows, cols, n, m, RESTRICT):
+        of_cols = ranges_of_cols(vectors, cols, m)
+        has = has_excluded(vectors, of_rows, of_cols, row, col, BLOCK_M, BLOCK_N)
+        if is_needed(of_rows, of_cols, has, RESTRICT):
             y_place = cols.to(tl.int64)[:, None] * features + feature[None, :]
             y_tile = tl.load(y + y_place, mask=(cols[:, None] < m) & (feature[None, :] < features), other=0.0)
             pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
             logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
-            if has:
-                logits = without_excluded(logits, vectors, rows, cols, n, m)
-            logits = those_taking_part(logits, vectors, rows, cols, n, m, RESTRICT)
+            logits = those_taking_part(
+                logits, vectors, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
+            )
             new = tl.maximum(best, tl.max(logits, 1))
             shift = shift_of(new)
-            decay = tl.exp(best - shift)
-            terms = tl.exp(logits - shift[:, None])
+            decay = exp(best - shift)
+            terms = exp(logits - shift[:, None])
             best = new
             total = total * decay + tl.sum(terms, 1)
-            weighted = terms * vector_or(vectors.col_scale, cols, m, 1.0)[None, :]
+            weighted = scaled_by_cols(terms, vectors, cols, m)
             of_scale = of_scale * decay + tl.sum(weighted * pairs, 1)
-            weighted *= a[:, None]  # before it is rounded: `unit` is a bound of the product
+            weighted = scaled_by_rows(weighted, vectors, rows, n)  # before it is rounded: `unit` is a bound of the product
+            if unit is not None:
+                weighted *= per_unit
             of_x = tl.dot(weighted.to(y.dtype.element_ty), y_tile, of_x * decay[:, None], input_precision=PRECISION)
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     of_strip = strip.to(tl.int64) * n

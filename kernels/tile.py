@@ -6,12 +6,58 @@
 Functions of values in registers: they read the inputs and write nothing. vectors, span and incoming are the tuples of
 contrastive_ops/backends/sweep.py; what is None was not given, and costs nothing: Triton compiles a kernel for each set
 of arguments that are there.
+
+A multiprocessor takes about as long for ten operations on every pair as for its products with 256 features. So masks
+are for the tiles that need one, which a look at the ranges of their indices and ids tells.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NONE = tl.constexpr(2147483647)  # beyond every index and every id, which are ranks
+
+
+class Ranges(NamedTuple):
+    """Of the rows, or of the columns, of a tile: which they leave out, and which ids they have; 0 without such."""
+
+    first_excluded: object
+    last_excluded: object
+    first_id: object
+    last_id: object
+
+
+@triton.jit
+def exp(x):
+    """e^x by one instruction: values below 2^-126 are 0, where tl.exp takes three more to keep them."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def ranges_of_tile(exclude, ids, index, size):
+    first_excluded, last_excluded, first_id, last_id = 0, 0, 0, 0
+    if exclude is not None:
+        excluded = tl.load(exclude + index, mask=index < size, other=-1)
+        first_excluded = tl.min(tl.where(excluded < 0, NONE, excluded), 0)
+        last_excluded = tl.max(excluded, 0)
+    if ids is not None:
+        first_id = tl.min(tl.load(ids + index, mask=index < size, other=NONE), 0)
+        last_id = tl.max(tl.load(ids + index, mask=index < size, other=-1), 0)
+    return Ranges(first_excluded, last_excluded, first_id, last_id)
+
+
+@triton.jit
+def ranges_of_rows(vectors, rows, n):
+    return ranges_of_tile(vectors.row_exclude, vectors.row_ids, rows, n)
+
+
+@triton.jit
+def ranges_of_cols(vectors, cols, m):
+    return ranges_of_tile(vectors.col_exclude, vectors.col_ids, cols, m)
 
 
 @triton.jit
@@ -33,14 +79,29 @@ def dot_products(
 
 
 @triton.jit
+def described_dot_products(
+    x, y, row, col, features, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """The same through tensor descriptors, which the hardware copies by itself, with 0 beyond the edges."""
+    dots = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for begin in range(0, features, BLOCK_D):
+        x_tile = x.load([row, begin])
+        y_tile = y.load([col, begin])
+        dots = tl.dot(x_tile, y_tile.T, dots, input_precision=PRECISION)
+    return dots
+
+
+@triton.jit
 def pairs_of_tile(
-    x, y, span, rows, cols, n, m, features,
-    MEMBERS: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, span, rows, cols, row, col, n, m, features,
+    MEMBERS: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The pairs; for volumes of P = MEMBERS vectors also the coordinates of x_i in the span, L^-1 <x_i, y_j.>."""
     coordinates = ()
-    if MEMBERS == 0:
+    if DESCRIBED:
+        pairs = described_dot_products(x, y, row, col, features, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    elif MEMBERS == 0:
         pairs = dot_products(x, y, features, rows, cols, n, m, features, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
     else:
         dots = ()
@@ -63,31 +124,59 @@ def pairs_of_tile(
 
 
 @triton.jit
-def vector_or(vector, index, size, otherwise):
-    """The values of a vector of the statistics' dtype, or `otherwise` where there is none."""
-    values = tl.zeros_like(index).to(tl.float32) + otherwise
-    if vector is not None:
-        values = tl.load(vector + index, mask=index < size, other=otherwise)
+def scaled_by_rows(values, vectors, rows, n):
+    """a_i values_ij"""
+    if vectors.row_scale is not None:
+        values = values * tl.load(vectors.row_scale + rows, mask=rows < n, other=1.0)[:, None]
+    return values
+
+
+@triton.jit
+def scaled_by_cols(values, vectors, cols, m):
+    """b_j values_ij"""
+    if vectors.col_scale is not None:
+        values = values * tl.load(vectors.col_scale + cols, mask=cols < m, other=1.0)[None, :]
     return values
 
 
 @triton.jit
 def logits_of_tile(pairs, vectors, rows, cols, n, m):
-    """Logits of all pairs, whether they take part or not."""
-    scale = vector_or(vectors.row_scale, rows, n, 1.0)[:, None] * vector_or(vectors.col_scale, cols, m, 1.0)[None, :]
-    bias = vector_or(vectors.row_bias, rows, n, 0.0)[:, None] + vector_or(vectors.col_bias, cols, m, 0.0)[None, :]
-    return pairs * scale + bias
+    """Logits of all pairs, whether they take part or not.
+
+    Not (a_i b_j) pair_ij, of which backward would keep a tile of products in registers.
+    """
+    logits = scaled_by_cols(scaled_by_rows(pairs, vectors, rows, n), vectors, cols, m)
+    if vectors.row_bias is not None:
+        logits = logits + tl.load(vectors.row_bias + rows, mask=rows < n, other=0.0)[:, None]
+    if vectors.col_bias is not None:
+        logits = logits + tl.load(vectors.col_bias + cols, mask=cols < m, other=0.0)[None, :]
+    return logits
 
 
 @triton.jit
-def those_taking_part(logits, vectors, rows, cols, n, m, RESTRICT: tl.constexpr):
-    """-inf beyond the last row and column, and where the ids leave a pair out."""
-    inside = (rows[:, None] < n) & (cols[None, :] < m)
-    if vectors.row_ids is not None:
-        row_id = tl.load(vectors.row_ids + rows, mask=rows < n, other=0)
-        col_id = tl.load(vectors.col_ids + cols, mask=cols < m, other=0)
-        inside = inside & ((row_id[:, None] == col_id[None, :]) == RESTRICT)
-    return tl.where(inside, logits, -float("inf"))
+def has_excluded(vectors, of_rows, of_cols, row, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a tile may have a pair left out by index."""
+    has = False
+    if vectors.row_exclude is not None:
+        has = (of_rows.first_excluded < col + BLOCK_N) & (of_rows.last_excluded >= col)
+    if vectors.col_exclude is not None:
+        has = has | ((of_cols.first_excluded < row + BLOCK_M) & (of_cols.last_excluded >= row))
+    return has
+
+
+@triton.jit
+def may_be_equal(of_rows, of_cols):
+    """Whether a row and a column of a tile may have the same id."""
+    return (of_rows.first_id <= of_cols.last_id) & (of_cols.first_id <= of_rows.last_id)
+
+
+@triton.jit
+def is_needed(of_rows, of_cols, has, RESTRICT: tl.constexpr):
+    """Whether any pair of a tile may count. If only equal ids take part, ids that are sorted rule most tiles out."""
+    needed = True
+    if RESTRICT:
+        needed = has | may_be_equal(of_rows, of_cols)
+    return needed
 
 
 @triton.jit
@@ -103,42 +192,26 @@ def excluded_by_cols(vectors, rows, cols, m):
 
 
 @triton.jit
-def without_excluded(logits, vectors, rows, cols, n, m):
-    """-inf where a pair is left out by index."""
-    if vectors.row_exclude is not None:
-        logits = tl.where(excluded_by_rows(vectors, rows, cols, n), -float("inf"), logits)
-    if vectors.col_exclude is not None:
-        logits = tl.where(excluded_by_cols(vectors, rows, cols, m), -float("inf"), logits)
+def those_taking_part(
+    logits, vectors, of_rows, of_cols, has, rows, cols, row, col, n, m,
+    RESTRICT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """-inf beyond the last row and column, and where the index or the ids leave a pair out."""
+    leaves_out = has | (row + BLOCK_M > n) | (col + BLOCK_N > m)
+    if vectors.row_ids is not None:
+        leaves_out = leaves_out | RESTRICT | may_be_equal(of_rows, of_cols)
+    if leaves_out:
+        nothing = -float("inf")
+        logits = tl.where((rows[:, None] < n) & (cols[None, :] < m), logits, nothing)
+        if vectors.row_ids is not None:
+            row_id = tl.load(vectors.row_ids + rows, mask=rows < n, other=0)
+            col_id = tl.load(vectors.col_ids + cols, mask=cols < m, other=0)
+            logits = tl.where((row_id[:, None] == col_id[None, :]) == RESTRICT, logits, nothing)
+        if vectors.row_exclude is not None:
+            logits = tl.where(excluded_by_rows(vectors, rows, cols, n), nothing, logits)
+        if vectors.col_exclude is not None:
+            logits = tl.where(excluded_by_cols(vectors, rows, cols, m), nothing, logits)
     return logits
-
-
-@triton.jit
-def has_excluded(vectors, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether a tile has a pair left out by index. Few have, and the others need not look at every pair."""
-    has = False
-    if vectors.row_exclude is not None:
-        rows = row + tl.arange(0, BLOCK_M)
-        index = tl.load(vectors.row_exclude + rows, mask=rows < n, other=-1)
-        has = tl.max(((index >= col) & (index < col + BLOCK_N)).to(tl.int32), 0) > 0
-    if vectors.col_exclude is not None:
-        cols = col + tl.arange(0, BLOCK_N)
-        index = tl.load(vectors.col_exclude + cols, mask=cols < m, other=-1)
-        has = has | (tl.max(((index >= row) & (index < row + BLOCK_M)).to(tl.int32), 0) > 0)
-    return has
-
-
-@triton.jit
-def is_needed(vectors, has, rows, cols, n, m, RESTRICT: tl.constexpr):
-    """Whether any pair of a tile counts. If only equal ids take part, ids that are sorted rule most tiles out."""
-    needed = True
-    if RESTRICT:
-        large: tl.constexpr = 2147483647
-        row_low = tl.min(tl.load(vectors.row_ids + rows, mask=rows < n, other=large), 0)
-        row_high = tl.max(tl.load(vectors.row_ids + rows, mask=rows < n, other=-1), 0)
-        col_low = tl.min(tl.load(vectors.col_ids + cols, mask=cols < m, other=large), 0)
-        col_high = tl.max(tl.load(vectors.col_ids + cols, mask=cols < m, other=-1), 0)
-        needed = has | ((row_low <= col_high) & (col_low <= row_high))
-    return needed
 
 
 @triton.jit
@@ -152,70 +225,76 @@ def fold(old_max, old_sum, part_max, part_sum):
     """Join two (max, sum of e^(s - max)); an empty set is (-inf, 0)."""
     new_max = tl.maximum(old_max, part_max)
     shift = shift_of(new_max)
-    return new_max, old_sum * tl.exp(old_max - shift) + part_sum * tl.exp(part_max - shift)
+    return new_max, old_sum * exp(old_max - shift) + part_sum * exp(part_max - shift)
 
 
 @triton.jit
-def reduce_tile(logits, BOTH: tl.constexpr, ROWS: tl.constexpr):
+def one_each(values, BLOCK: tl.constexpr):
+    """The same vector with an element in a thread: what a reduction gives has copies in many, which all compute on."""
+    return tl.gather(values, tl.arange(0, BLOCK), 0)
+
+
+@triton.jit
+def lowest(maxima):
+    """The least of some maxima, those of empty sets apart."""
+    infinity = float("inf")
+    return tl.min(tl.where(maxima == -infinity, infinity, maxima), 0)
+
+
+@triton.jit
+def relative_to(maximum, total, shift):
+    """Sums of e^(s - max) from those of e^(s - shift); they are what they should be where the shift is infinite."""
+    infinity = float("inf")
+    shifts = tl.zeros_like(maximum) + shift
+    factor = exp(tl.where(shifts == infinity, maximum, shifts) - maximum)
+    return tl.where(maximum == -infinity, total, total * factor)
+
+
+@triton.jit
+def reduce_tile(logits, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Maxima and sums over the rows and over the columns of a tile, with one exponential per pair where it is exact.
 
     One shift serves all sets of a tile if their maxima lie within 40 of it: terms down to 2^-24 of the largest of a
     set stay above the smallest normal number. NaN shows in the sums; the maxima pass it over.
     """
-    infinity = float("inf")
-    row_max = tl.max(logits, 1)
-    col_max = tl.max(logits, 0)
-    row_sum = tl.zeros_like(row_max)
-    col_sum = tl.zeros_like(col_max)
-    if BOTH:
-        high = tl.maximum(tl.max(row_max, 0), tl.max(col_max, 0))
-        low = tl.minimum(
-            tl.min(tl.where(row_max == -infinity, infinity, row_max), 0),
-            tl.min(tl.where(col_max == -infinity, infinity, col_max), 0),
-        )
-        if high - low <= 40.0:
+    row_max, col_max = tl.max(logits, 1), tl.max(logits, 0)
+    row_sum, col_sum = tl.zeros_like(row_max), tl.zeros_like(col_max)
+    shift = float("inf")
+    if ROWS and COLS:
+        high = tl.max(col_max, 0)
+        if high - tl.minimum(lowest(row_max), lowest(col_max)) <= 40.0:
             shift = shift_of(high)
-            terms = tl.exp(logits - shift)
-            row_sum = tl.sum(terms, 1) * tl.exp(shift - tl.where(row_max == -infinity, shift, row_max))
-            col_sum = tl.sum(terms, 0) * tl.exp(shift - tl.where(col_max == -infinity, shift, col_max))
+            terms = exp(logits - shift)
+            row_sum, col_sum = tl.sum(terms, 1), tl.sum(terms, 0)
         else:
-            row_sum = tl.sum(tl.exp(logits - shift_of(row_max)[:, None]), 1)
-            col_sum = tl.sum(tl.exp(logits - shift_of(col_max)[None, :]), 0)
+            row_sum = tl.sum(exp(logits - shift_of(row_max)[:, None]), 1)
+            col_sum = tl.sum(exp(logits - shift_of(col_max)[None, :]), 0)
     elif ROWS:
-        row_sum = tl.sum(tl.exp(logits - shift_of(row_max)[:, None]), 1)
+        row_sum = tl.sum(exp(logits - shift_of(row_max)[:, None]), 1)
     else:
-        col_sum = tl.sum(tl.exp(logits - shift_of(col_max)[None, :]), 0)
+        col_sum = tl.sum(exp(logits - shift_of(col_max)[None, :]), 0)
+    if COLS:
+        col_max, col_sum = one_each(col_max, BLOCK_N), one_each(col_sum, BLOCK_N)
+    if ROWS and COLS:
+        row_sum = relative_to(row_max, row_sum, shift)
+        col_sum = relative_to(col_max, col_sum, shift)
     return row_max, row_sum, col_max, col_sum
 
 
 @triton.jit
-def own_gradients(gradient, vectors, incoming, rows, cols, n, m):
-    """Of a tile that leaves pairs out by index: they have the gradients of their own logits instead."""
-    own = tl.zeros_like(gradient)
-    if vectors.row_exclude is not None:
-        named = excluded_by_rows(vectors, rows, cols, n)
-        gradient = tl.where(named, 0.0, gradient)
-        if incoming.row_excluded is not None:
-            of_row = tl.load(incoming.row_excluded + rows, mask=rows < n, other=0.0)
-            own = tl.where(named, of_row[:, None], 0.0)
-    if vectors.col_exclude is not None:
-        named = excluded_by_cols(vectors, rows, cols, m)
-        gradient = tl.where(named, 0.0, gradient)
-        if incoming.col_excluded is not None:
-            of_col = tl.load(incoming.col_excluded + cols, mask=cols < m, other=0.0)
-            own += tl.where(named, of_col[None, :], 0.0)
-    return gradient + own
-
-
-@triton.jit
-def gradient_of_tile(pairs, has, vectors, incoming, rows, cols, n, m, RESTRICT: tl.constexpr):
+def gradient_of_tile(
+    pairs, vectors, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m,
+    RESTRICT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """dL/ds: u_i e^(s - row_max_i) + v_j e^(s - col_max_j), with one exponential per pair as in `reduce_tile`.
 
-    On top of it the gradients of the totals, and for an excluded pair that of its own logit alone.
+    On top of it the gradients of the totals, and for a pair left out by index that of its own logit alone.
     """
     infinity = float("inf")
     logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
-    logits = those_taking_part(logits, vectors, rows, cols, n, m, RESTRICT)
+    logits = those_taking_part(
+        logits, vectors, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
+    )
     if incoming.row_max is not None:
         u = tl.load(incoming.row_weight + rows, mask=rows < n, other=0.0)
         row_max = tl.load(incoming.row_max + rows, mask=rows < n, other=infinity)
@@ -223,9 +302,9 @@ def gradient_of_tile(pairs, has, vectors, incoming, rows, cols, n, m, RESTRICT: 
         v = tl.load(incoming.col_weight + cols, mask=cols < m, other=0.0)
         col_max = tl.load(incoming.col_max + cols, mask=cols < m, other=infinity)
     if incoming.col_max is None:
-        gradient = u[:, None] * tl.exp(logits - row_max[:, None])
+        gradient = u[:, None] * exp(logits - row_max[:, None])
     elif incoming.row_max is None:
-        gradient = v[None, :] * tl.exp(logits - col_max[None, :])
+        gradient = v[None, :] * exp(logits - col_max[None, :])
     else:
         low = tl.minimum(tl.min(row_max, 0), tl.min(col_max, 0))
         high = tl.maximum(
@@ -234,18 +313,23 @@ def gradient_of_tile(pairs, has, vectors, incoming, rows, cols, n, m, RESTRICT: 
         )
         if high - low <= 40.0:
             shift = shift_of(high)
-            of_row = u * tl.exp(shift - row_max)
-            of_col = v * tl.exp(shift - col_max)
-            gradient = (of_row[:, None] + of_col[None, :]) * tl.exp(logits - shift)
+            of_row = u * exp(shift - row_max)
+            of_col = v * exp(shift - col_max)
+            gradient = (of_row[:, None] + of_col[None, :]) * exp(logits - shift)
         else:
-            of_rows = u[:, None] * tl.exp(logits - row_max[:, None])
-            gradient = of_rows + v[None, :] * tl.exp(logits - col_max[None, :])
+            gradient = u[:, None] * exp(logits - row_max[:, None])
+            gradient += v[None, :] * exp(logits - col_max[None, :])
     if incoming.row_total is not None:
         of_row = tl.load(incoming.row_total + rows, mask=rows < n, other=0.0)
         gradient += tl.where(logits > -infinity, of_row[:, None], 0.0)
     if incoming.col_total is not None:
         of_col = tl.load(incoming.col_total + cols, mask=cols < m, other=0.0)
         gradient += tl.where(logits > -infinity, of_col[None, :], 0.0)
-    if has:
-        gradient = own_gradients(gradient, vectors, incoming, rows, cols, n, m)
+    if has:  # those left out by index, whose gradient is 0 so far
+        if incoming.row_excluded is not None:
+            of_row = tl.load(incoming.row_excluded + rows, mask=rows < n, other=0.0)
+            gradient += tl.where(excluded_by_rows(vectors, rows, cols, n), of_row[:, None], 0.0)
+        if incoming.col_excluded is not None:
+            of_col = tl.load(incoming.col_excluded + cols, mask=cols < m, other=0.0)
+            gradient += tl.where(excluded_by_cols(vectors, rows, cols, m), of_col[None, :], 0.0)
     return gradient

@@ -18,6 +18,7 @@ class Tiling(NamedTuple):
     block_d: int
     warps: int
     stages: int
+    descriptors: bool = False  # features come by tensor descriptors, where they are aligned, and not by pointers
 
 
 class Tilings(NamedTuple):
@@ -31,6 +32,7 @@ class Tilings(NamedTuple):
     volume_many: Tiling  # P = 3 and 4
     product: Tiling  # at most, see `product_tiling`
     rows: Tiling | None  # rows and attention, its block_d is all features; None where they are not used
+    precision: str = "ieee"  # of float32 products; "tf32x3" is three products of parts, with the error of float32
 
 
 # By class of device, then by bytes of an element. The largest that spill no registers: bench/RESOURCES.md has them all.
@@ -55,24 +57,21 @@ TILINGS = {
     },
     "sm_90": {
         2: Tilings(
-            forward=Tiling(128, 128, 64, 8, 3),
-            forward_many=Tiling(128, 64, 64, 8, 3),
-            block=Tiling(128, 128, 64, 8, 3),
-            block_many=Tiling(128, 64, 64, 8, 3),
-            volume=Tiling(128, 64, 32, 8, 4),
-            volume_many=Tiling(64, 32, 64, 8, 3),
+            forward=Tiling(128, 128, 64, 4, 3, descriptors=True),
+            forward_many=Tiling(128, 128, 64, 4, 3, descriptors=True),
+            block=Tiling(128, 64, 64, 4, 3, descriptors=True),
+            block_many=Tiling(128, 64, 64, 4, 3, descriptors=True),
+            volume=Tiling(128, 64, 64, 4, 3),
+            volume_many=Tiling(64, 64, 64, 4, 3),
             product=Tiling(64, 64, 256, 8, 3),
-            rows=Tiling(64, 64, 0, 8, 2),
+            rows=Tiling(64, 64, 0, 4, 3),
         ),
         4: Tilings(
-            forward=Tiling(64, 64, 32, 16, 2),
-            forward_many=Tiling(64, 32, 32, 8, 2),
-            block=Tiling(64, 64, 32, 16, 2),
-            block_many=Tiling(64, 64, 32, 16, 2),
-            volume=Tiling(64, 64, 32, 16, 2),
+            *[Tiling(128, 64, 32, 4, 3)] * 5,
             volume_many=Tiling(64, 32, 16, 8, 3),
             product=Tiling(64, 32, 64, 8, 2),
             rows=None,
+            precision="tf32x3",
         ),
     },
     "sm_100": {
@@ -136,6 +135,11 @@ def _many(problem: Problem) -> bool:
 
 def _of(problem: Problem) -> Tilings:
     return TILINGS[device_class(problem.x)][problem.x.element_size()]
+
+
+def precision(problem: Problem) -> str:
+    """Of products of float32, where TF32 is not allowed."""
+    return _of(problem).precision
 
 
 def forward_tiling(problem: Problem) -> Tiling:

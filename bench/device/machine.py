@@ -14,6 +14,7 @@ import torch
 from bench import report
 from bench.device import DEVICES, stage
 
+WAIT = 4_000_000  # cycles, about 2 ms
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 
 
@@ -78,11 +79,15 @@ def _state() -> str:
 
 
 def milliseconds(function: Callable[[], object], place: str, repeats: int = 10) -> float:
-    """Median time of a call on the device, by events; the first two are warm-up."""
+    """Median time of a call on the device, by events; the first two are warm-up.
+
+    The device first waits for long enough that the host has launched everything: its time is not counted.
+    """
     times = []
     for i in range(repeats + 2):
         if place == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(WAIT)
             begin.record()
             function()
             end.record()
