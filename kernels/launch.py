@@ -127,7 +127,7 @@ class TritonKernels(Kernels):
         )  # fmt: skip
 
     def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
-        return dtype.itemsize == 2 and features <= tilings.ROWS_FEATURES
+        return dtype.itemsize == 2 and features <= tilings.ATTENTION_FEATURES
 
     def attention_tiling(self, problem: Problem) -> tuple[int, int]:
         return tilings.attention_tiling(problem)[:2]

@@ -35,7 +35,8 @@ class Tilings(NamedTuple):
     precision: str = "ieee"  # of float32 products; "tf32x3" is three products of parts, with the error of float32
 
 
-# By class of device, then by bytes of an element. The largest that spill no registers: bench/RESOURCES.md has them all.
+# By class of device, then by bytes of an element. Where nothing is measured, the largest that spill no registers:
+# bench/RESOURCES.md has them all.
 TILINGS = {
     "any": {
         2: Tilings(
@@ -55,19 +56,24 @@ TILINGS = {
             rows=None,
         ),
     },
+    # the fastest of those measured on an H200, bench/devices; some spill a few registers
     "sm_90": {
         2: Tilings(
             forward=Tiling(128, 128, 64, 4, 3, descriptors=True),
             forward_many=Tiling(128, 128, 64, 4, 3, descriptors=True),
-            block=Tiling(128, 64, 64, 4, 3, descriptors=True),
-            block_many=Tiling(128, 64, 64, 4, 3, descriptors=True),
+            block=Tiling(64, 128, 64, 4, 3, descriptors=True),
+            block_many=Tiling(64, 128, 64, 4, 3, descriptors=True),
             volume=Tiling(128, 64, 64, 4, 3),
             volume_many=Tiling(64, 64, 64, 4, 3),
             product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 64, 0, 4, 3),
         ),
         4: Tilings(
-            *[Tiling(128, 64, 32, 4, 3)] * 5,
+            forward=Tiling(128, 64, 32, 4, 3, descriptors=True),
+            forward_many=Tiling(128, 64, 32, 4, 3, descriptors=True),
+            block=Tiling(128, 64, 32, 4, 3, descriptors=True),
+            block_many=Tiling(128, 64, 32, 4, 3, descriptors=True),
+            volume=Tiling(128, 64, 32, 8, 3),
             volume_many=Tiling(64, 32, 16, 8, 3),
             product=Tiling(64, 32, 64, 8, 2),
             rows=None,
@@ -115,7 +121,9 @@ TILINGS = {
         ),
     },
 }
-ROWS_FEATURES = 256  # most features of both; beyond, bench/COST.md has the blocks ahead or the registers full
+# the most features of rows and of attention: beyond, the blocks are faster, by bench/devices
+ROWS_FEATURES = 128
+ATTENTION_FEATURES = 256
 
 
 def device_class(x: Tensor) -> str:
