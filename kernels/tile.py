@@ -80,7 +80,8 @@ def dot_products(
 
 @triton.jit
 def described_dot_products(
-    x, y, row, col, features, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    x, y, row, col, features,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The same through tensor descriptors, which the hardware copies by itself, with 0 beyond the edges."""
     dots = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

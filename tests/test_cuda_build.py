@@ -207,8 +207,8 @@ def test_no_kernels_without_nvcc(setup_py, monkeypatch, capsys):
 
 
 def test_no_kernels_for_an_older_torch(setup_py, monkeypatch, capsys):
-    monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
-    refused(setup_py, r"they need torch 2\.13, here is 2\.12\.1\+cpu", monkeypatch, capsys)
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cpu")
+    refused(setup_py, r"they need torch 2\.11, here is 2\.10\.0\+cpu", monkeypatch, capsys)
 
 
 def test_no_kernels_for_a_torch_of_another_cuda(setup_py, tmp_path, monkeypatch, capsys):
@@ -221,6 +221,75 @@ def test_no_kernels_for_a_torch_of_another_cuda(setup_py, tmp_path, monkeypatch,
 
 
 # the library
+
+# what torch 2.11 offers, by its libtorch_cpu.so, of what the library takes
+OF_TORCH = {
+    *(f"aoti_torch_device_type_{name}" for name in ("cpu", "cuda", "meta", "mps", "privateuse1", "xpu")),
+    *(
+        f"aoti_torch_dtype_{name}"
+        for name in (
+            "bfloat16",
+            "bool",
+            "complex128",
+            "complex32",
+            "complex64",
+            "float16",
+            "float32",
+            "float64",
+            "float8_e4m3fn",
+            "float8_e4m3fnuz",
+            "float8_e5m2",
+            "float8_e5m2fnuz",
+            "int16",
+            "int32",
+            "int64",
+            "int8",
+            "uint16",
+            "uint32",
+            "uint64",
+            "uint8",
+        )
+    ),
+    "aoti_torch_abi_version",
+    "aoti_torch_create_device_guard",
+    "aoti_torch_delete_device_guard",
+    "aoti_torch_delete_library_object",
+    "aoti_torch_delete_tensor_object",
+    "aoti_torch_get_device_index",
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_size",
+    "aoti_torch_get_sizes",
+    "aoti_torch_is_contiguous",
+    "aoti_torch_library_def",
+    "aoti_torch_library_init_def",
+    "aoti_torch_library_init_impl",
+    "torch_delete_list",
+    "torch_dtype_float4_e2m1fn_x2",
+    "torch_dtype_float8_e8m0fnu",
+    "torch_get_const_data_ptr",
+    "torch_get_mutable_data_ptr",
+    "torch_library_impl",
+    "torch_list_get_item",
+    "torch_list_size",
+    "torch_new_string_handle",
+}
+
+
+def symbols(kind: str) -> set[str]:
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not here; install binutils")
+    lines = subprocess.check_output(["nm", "-D", f"--{kind}-only", LIBRARY], text=True).splitlines()
+    return {line.split()[-1].partition("@")[0] for line in lines}
+
+
+@built
+def test_the_library_loads_in_the_oldest_torch():
+    """Built against a newer one it takes nothing that torch 2.11 has not."""
+    assert {
+        name for name in symbols("undefined") if re.match(r"(aoti_)?torch_|_ZN.*(torch|c10|at)\d", name)
+    } <= OF_TORCH
 
 
 @built
@@ -246,14 +315,10 @@ def test_tilings(members):
 
 @built
 def test_the_library_needs_no_library_of_cuda():
-    if shutil.which("nm") is None:
-        pytest.skip("nm is not here; install binutils")
-    lines = subprocess.check_output(["nm", "-D", "--undefined-only", LIBRARY], text=True).splitlines()
-    names = {line.split()[-1].partition("@")[0] for line in lines}
+    names = symbols("undefined")
     assert "torch_library_impl" in names
     assert {name for name in names if "cuda" in name.lower()} <= {"aoti_torch_device_type_cuda"}
-    defined = subprocess.check_output(["nm", "-D", "--defined-only", LIBRARY], text=True)
-    assert "cuda" not in defined  # the runtime inside is for this library alone
+    assert not [name for name in symbols("defined") if "cuda" in name]  # the runtime inside is for this library alone
 
 
 def test_loading_says_what_is_wrong(tmp_path):

@@ -34,9 +34,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     header = next((row for o in outcomes for row in o.rows if row.get("kind") == "header"), None)
     if header is not None:
         lines += [report.describe(header), ""]
-    lines += _table(
-        ("stage", "ended", "s"), [(o.stage, o.status, f"{o.seconds:.0f}") for o in outcomes]
-    )
+    lines += _table(("stage", "ended", "s"), [(o.stage, o.status, f"{o.seconds:.0f}") for o in outcomes])
     for outcome in outcomes:
         lines += ["", f"## {outcome.stage}", ""]
         lines += SECTIONS[outcome.stage](outcome.rows) if outcome.rows else ["Nothing was written."]
@@ -47,7 +45,9 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    return lines + ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return lines + [
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
+    ]
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -58,7 +58,10 @@ def _machine(rows: Rows) -> list[str]:
     lines = []
     for row in rows:
         if row["kind"] != "header":
-            lines += [f"- {row['kind']}: " + ", ".join(f"{name} {_value(value)}" for name, value in row.items() if name != "kind")]
+            lines += [
+                f"- {row['kind']}: "
+                + ", ".join(f"{name} {_value(value)}" for name, value in row.items() if name != "kind")
+            ]
     return lines
 
 
@@ -72,7 +75,13 @@ def _smoke(rows: Rows) -> list[str]:
     lines = [f"{good} of {len(rows)} cases agree with float64: " + ", ".join(f"{e} {d}" for e, d in engines) + "."]
     bad = [row for row in rows if row["status"] != "ok"]
     if bad:
-        lines += ["", *_table(("engine", "dtype", "case", "status"), [[row[k] for k in ("engine", "dtype", "case", "status")] for row in bad])]
+        lines += [
+            "",
+            *_table(
+                ("engine", "dtype", "case", "status"),
+                [[row[k] for k in ("engine", "dtype", "case", "status")] for row in bad],
+            ),
+        ]
     return lines
 
 
@@ -80,7 +89,12 @@ def _tests(rows: Rows) -> list[str]:
     lines = _table(
         ("pass", "status", "passed", "failed", "skipped", "s"),
         [
-            (row["name"], row["status"], *(row["outcomes"].get(k, 0) for k in ("passed", "failed", "skipped")), f"{row.get('seconds', 0):.0f}")
+            (
+                row["name"],
+                row["status"],
+                *(row["outcomes"].get(k, 0) for k in ("passed", "failed", "skipped")),
+                f"{row.get('seconds', 0):.0f}",
+            )
             for row in rows
         ],
     )
@@ -108,13 +122,27 @@ def _times(rows: Rows) -> list[str]:
                 "" if row.get("of_cublas") is None else f"{row['of_cublas']:.0%}",
             ))  # fmt: skip
         elif "loss" in row:
-            cells.append((row["loss"], f"{row['n']} x {row['d']}", row["dtype"], row.get("contender", ""), row["status"], *[""] * 5))
+            cells.append(
+                (
+                    row["loss"],
+                    f"{row['n']} x {row['d']}",
+                    row["dtype"],
+                    row.get("contender", ""),
+                    row["status"],
+                    *[""] * 5,
+                )
+            )
     head = ("loss", "N x D", "dtype", "contender", "ms", "forward", "backward", "peak MiB", "TFLOP/s", "of cuBLAS")
     lines = _table(head, cells)
     lines += ["", "TFLOP/s count the products that streaming needs; cuBLAS is the product of the similarities alone."]
     for row in rows:
         if "kernels" in row:
-            lines += ["", f"{row['profile']} by {row['contender']}: {row['launches']} launches, {_number(row['device_ms'])} ms on the device", ""]
+            lines += [
+                "",
+                f"{row['profile']} by {row['contender']}: {row['launches']} launches, "
+                f"{_number(row['device_ms'])} ms on the device",
+                "",
+            ]
             lines += _table(("kernel", "launches", "ms"), row["kernels"])
         elif "profile" in row:
             lines += ["", f"{row['profile']} by {row['contender']}: {row['status']}"]

@@ -7,6 +7,7 @@ kill at the limit costs what comes after, and nothing that came before.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -97,10 +98,8 @@ def wait(process: subprocess.Popen[Any], seconds: float) -> str:
         status = "done" if code == 0 else f"ended with exit status {code}"
     except subprocess.TimeoutExpired:
         status = f"stopped at its limit of {seconds:.0f} s"
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     return status
 

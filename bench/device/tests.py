@@ -36,7 +36,10 @@ def run(this: stage.Stage) -> None:
         if seconds < 5:
             this.write(name=name, status="no time was left", outcomes={}, problems=[])
             continue
-        this.write(name=name, **one_pass(selection, min(workers, os.cpu_count() or 1), seconds, this.rows.with_name(".reports")))
+        this.write(
+            name=name,
+            **one_pass(selection, min(workers, os.cpu_count() or 1), seconds, this.rows.with_name(".reports")),
+        )
 
 
 def one_pass(selection: str, workers: int, seconds: float, reports: Path) -> dict[str, object]:

@@ -83,9 +83,7 @@ def problem(candidate: Candidate, n: int, place: str) -> sweep.Problem:
     scale = torch.full((n,), 14.0, device=place)
     index = torch.arange(n, device=place, dtype=torch.int32)
     many = candidate.field.endswith("_many") or members
-    vectors = sweep.Vectors(
-        scale, torch.ones_like(scale) if many else None, None, None, index, None, None, None
-    )
+    vectors = sweep.Vectors(scale, torch.ones_like(scale) if many else None, None, None, index, None, None, None)
     span = sweep.Span(None, None)
     if members:
         triangle = torch.randn(members * (members + 1) // 2, n, device=place) * 0.1
@@ -135,7 +133,9 @@ def run(this: stage.Stage) -> None:
     every = list(candidates(this.rehearse))
     if not this.rehearse:
         workers = max(1, (os.cpu_count() or 2) - 2)
-        commands = [[sys.executable, "-m", "bench.device.tilings", "--compile", str(i), str(workers)] for i in range(workers)]
+        commands = [
+            [sys.executable, "-m", "bench.device.tilings", "--compile", str(i), str(workers)] for i in range(workers)
+        ]
         stage.parallel(commands, COMPILE_SHARE * this.left())
     for candidate in every:
         if this.left() < 3:

@@ -102,7 +102,7 @@ def catalogue_op(case: Case) -> str | None:
 
 
 def verdict(case: Case, function: Callable[..., Tensor], truth: Sequence[Tensor], place: str) -> str:
-    """"ok" where it agrees with the dense loss in float64, else the sentence."""
+    """ "ok" where it agrees with the dense loss in float64, else the sentence."""
     gate = inputs_of(case, place, min(case.n, 600))
     try:
         loss, gradients = step(function, gate)
@@ -166,9 +166,7 @@ def time_case(case: Case, this: stage.Stage, seconds: float) -> None:
             if flops is not None and rate:
                 row["tflops"] = flops["both"] / total / 1e9
                 row["of_cublas"] = row["tflops"] / rate
-        this.write(
-            loss=case.loss, n=case.n, d=case.d, dtype=case.dtype, setup=case.setup, cublas_tflops=rate, **row
-        )
+        this.write(loss=case.loss, n=case.n, d=case.d, dtype=case.dtype, setup=case.setup, cublas_tflops=rate, **row)
 
 
 def timed(function: Callable[..., Tensor], inputs: Sequence[Any], place: str) -> tuple[float, float]:
@@ -235,7 +233,9 @@ def profile(case: Case, engine: str, this: stage.Stage) -> None:
     with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         step(function, inputs)
         torch.cuda.synchronize()
-    events = [event for event in trace.key_averages() if event.self_device_time_total > 0 and event.device_type.name == "CUDA"]
+    events = [
+        event for event in trace.key_averages() if event.self_device_time_total > 0 and event.device_type.name == "CUDA"
+    ]
     events.sort(key=lambda event: -event.self_device_time_total)
     this.write(
         profile=str(case),

@@ -84,8 +84,7 @@ cudaStream_t current_stream(int32_t device_index) {
   using Get = int32_t (*)(int32_t device_index, void** stream);
   static const Get get = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    return library == nullptr ? nullptr
-                              : reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    return library == nullptr ? nullptr : reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   if (get == nullptr) {
     throw std::runtime_error("the libtorch_cuda.so of this torch has no aoti_torch_get_current_cuda_stream");
