@@ -133,7 +133,7 @@ def helper_builds() -> Iterator[Build]:
     tile = f"{launch.EXCLUDED} x 128"
     yield Build("excluded", "bfloat16", "x, y, all", tile, _warmup(launch.excluded_kernel, excluded, flags))
     flags = {"BLOCK": launch.MERGE, "grid": (1,)}
-    merge = _warmup(launch.merge_kernel, (part, 16, part, 16, vector, vector, SIZE), flags)
+    merge = _warmup(launch.merge_kernel, (part, 16, part, 16, vector, vector, vector, SIZE), flags)
     yield Build("merge", "float32", "self", str(launch.MERGE), merge)
 
 

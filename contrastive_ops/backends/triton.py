@@ -17,6 +17,7 @@ from contrastive_ops.backends import sweep
 
 OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDICES = (torch.int32, torch.int64)
 
 
 def interpreting() -> bool:

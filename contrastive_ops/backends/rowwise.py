@@ -1,0 +1,67 @@
+"""Who does what is O(N D) and O(N) around a sweep: Triton's row kernels on a GPU, where it can be imported.
+
+On a GPU each step of PyTorch is a launch, and launches cost more than products at thousands of rows. Where `kernels`
+says None, plain PyTorch does the same in more steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_ops.backends import sweep, triton
+
+
+def kernels(x: Tensor, backend: str) -> ModuleType | None:
+    """The row kernels for tensors like x, where a backend is asked for; CPU tensors have them in the interpreter."""
+    if backend not in (("auto", "cuda", "triton") if x.is_cuda else ("triton",)):
+        return None
+    return triton.kernels("rowwise") if triton.why_not("", x) is None else None
+
+
+def _define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """An operator for a function of kernels/rowwise.py: what traces without torch.compile sees its results only."""
+
+    def run(x: Tensor, *arguments: Any) -> Any:
+        with sweep.launching(x):
+            return getattr(triton.kernels("rowwise"), name)(x, *arguments)
+
+    torch.library.define(f"contrastive_ops::{name}", schema)
+    torch.library.impl(f"contrastive_ops::{name}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"contrastive_ops::{name}", fake)
+
+
+def _vector(x: Tensor, size: int) -> Tensor:
+    return x.new_empty(size, dtype=torch.float32)
+
+
+_define(
+    "scale",
+    "(Tensor x, Tensor? factor, float multiplier, float power) -> (Tensor scale, Tensor inverse)",
+    lambda x, *_: (_vector(x, len(x)), _vector(x, len(x))),
+)
+_define(
+    "scale_backward",
+    "(Tensor x, Tensor inverse, Tensor? grad, Tensor grad_scale, Tensor? factor, float multiplier, float power, "
+    "bool[2] needs) -> (Tensor x, Tensor factor)",
+    lambda x, *rest: (x.new_empty(x.shape if rest[-1][0] else 0), _vector(x, int(rest[-1][1]))),
+)
+_define(
+    "contrast",
+    "(Tensor positive, Tensor[] lse, Tensor[] totals, float factor, float slope, float share) -> Tensor",
+    lambda positive, *_: positive.new_empty(()),
+)
+_define(
+    "contrast_backward",
+    "(Tensor grad, Tensor positive, Tensor[] lse, bool totals, float factor, float slope, float share) -> "
+    "(Tensor positive, Tensor lse, Tensor total)",
+    lambda grad, positive, lse, totals, *_: (
+        positive.new_empty(len(positive)),
+        positive.new_empty(len(lse), len(positive)),
+        positive.new_empty(len(positive) if totals else 0),
+    ),
+)
