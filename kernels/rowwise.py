@@ -19,8 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from contrastive_ops.backends.tuples import INSIDE
+
 ROWS, FEATURES = 16, 128  # of a program's step
 VECTOR = 1024  # elements of a step of what has one number per row
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
@@ -283,3 +286,336 @@ def incoming(row: Side | None, col: Side | None, values: Tensor | None, size: in
         )
     weights, maxima = ([None if side is None else side[place] for side in written] for place in (0, 1))
     return *weights, *maxima, result
+
+
+# What is done with sets of P vectors, P at most 5: in float64, as their Gram matrices lose the digits of vectors that
+# almost coincide. A tile has SETS sets, all P padded to WIDTH, and some of their features.
+SETS, SHARE = 4, 32
+MOST_VECTORS = 5
+
+
+@triton.jit
+def set_tile(
+    vectors, sets, n, begin, features, set_stride, stride,
+    P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Features of whole sets, [sets, WIDTH, BLOCK_D] in float64, 0 beyond the last."""
+    member = tl.arange(0, WIDTH)[None, :, None]
+    feature = (begin + tl.arange(0, BLOCK_D))[None, None, :]
+    place = sets.to(tl.int64)[:, None, None] * set_stride + member.to(tl.int64) * stride + feature
+    inside = (sets[:, None, None] < n) & (member < P) & (feature < features)
+    return tl.load(vectors + place, mask=inside, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def store_set_tile(
+    vectors, tile, sets, n, begin, features, P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    member = tl.arange(0, WIDTH)[None, :, None]
+    feature = (begin + tl.arange(0, BLOCK_D))[None, None, :]
+    place = (sets.to(tl.int64)[:, None, None] * P + member) * features + feature
+    inside = (sets[:, None, None] < n) & (member < P) & (feature < features)
+    tl.store(vectors + place, tile.to(vectors.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def matrices(values, sets, n, P: tl.constexpr, WIDTH: tl.constexpr):
+    """P x P matrices of float64, [sets, WIDTH, WIDTH]."""
+    row, col = tl.arange(0, WIDTH)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
+    place = sets.to(tl.int64)[:, None, None] * (P * P) + row * P + col
+    return tl.load(values + place, mask=(sets[:, None, None] < n) & (row < P) & (col < P), other=0.0)
+
+
+@triton.jit
+def product_of(a, b):
+    """a b of matrices [sets, s, t] and [sets, t, u]."""
+    return tl.sum(a[:, :, :, None] * b[:, None, :, :], 2)
+
+
+@triton.jit
+def product_with_transposed(a, b):
+    """a b^T of [sets, s, t] and [sets, u, t]."""
+    return tl.sum(a[:, :, None, :] * b[:, None, :, :], 3)
+
+
+@triton.jit
+def entry(matrix, t, s, WIDTH: tl.constexpr):
+    row, col = tl.arange(0, WIDTH)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
+    return tl.sum(tl.sum(tl.where((row == t) & (col == s), matrix, 0.0), 2), 1)
+
+
+@triton.jit
+def factor_kernel(
+    vectors, inverse, volume, triangles, weight, col_scale, basis, anchor, square, n, m, features, tiles,
+    P: tl.constexpr, WIDTH: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The Cholesky factor L of the Gram matrix of each set as L^-1, and the volume; see backends/tuples.py.
+
+    What the sweep reads: the lower triangles of L^-1, the scale of a column, and Q = L^-1 times the set. The programs
+    behind those of the sets have |a_i|^2 of the anchors.
+    """
+    row, col = tl.arange(0, WIDTH)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
+    if tl.program_id(0) < tiles:
+        sets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        gram = tl.zeros((BLOCK, WIDTH, WIDTH), tl.float64)
+        for begin in range(0, features, BLOCK_D):
+            tile = set_tile(vectors, sets, m, begin, features, P * features, features, P, WIDTH, BLOCK_D)
+            gram += product_with_transposed(tile, tile)
+        lower = ()
+        reciprocals = ()
+        upside = tl.zeros((BLOCK, WIDTH, WIDTH), tl.float64)  # L^-1
+        size = tl.full((BLOCK,), 1.0, tl.float64)
+        for t in tl.static_range(P):
+            # row t of L, then its pivot, then row t of L^-1
+            of_row = ()
+            pivot = entry(gram, t, t, WIDTH)
+            outside = pivot
+            for s in tl.static_range(t):
+                rest = entry(gram, t, s, WIDTH)
+                for r in tl.static_range(s):
+                    rest -= of_row[r] * lower[s][r]
+                of_row = of_row + (rest * reciprocals[s],)  # noqa: RUF005, Triton has no *of_row
+                outside -= of_row[s] * of_row[s]
+            lower = lower + (of_row,)  # noqa: RUF005
+            within = outside <= INSIDE * pivot
+            length = tl.sqrt(tl.where(within, 0.0, outside))
+            reciprocal = tl.where(within, 0.0, 1.0 / tl.where(within, 1.0, length))
+            reciprocals = reciprocals + (reciprocal,)  # noqa: RUF005
+            size *= length
+            of_inverse = tl.where(col == t, 1.0, tl.zeros((BLOCK, 1, WIDTH), tl.float64))
+            for s in tl.static_range(t):
+                above = tl.sum(tl.where(row == s, upside, 0.0), 1)[:, None, :]
+                of_inverse -= of_row[s][:, None, None] * above
+            upside += tl.where(row == t, of_inverse * reciprocal[:, None, None], 0.0)
+        inside = (sets[:, None, None] < m) & (row < P) & (col < P)
+        tl.store(inverse + sets.to(tl.int64)[:, None, None] * (P * P) + row * P + col, upside, mask=inside)
+        tl.store(volume + sets, size, mask=sets < m)
+        if triangles is not None:
+            place = (row * (row + 1) // 2 + col) * tl.cast(m, tl.int64) + sets[:, None, None]
+            tl.store(triangles + place, upside.to(tl.float32), mask=inside & (col <= row))
+            scale = size.to(tl.float32)
+            if col_scale is not None:
+                scale *= tl.load(col_scale + sets, mask=sets < m, other=0.0)
+            tl.store(weight + sets, scale, mask=sets < m)
+        if basis is not None:
+            for begin in range(0, features, BLOCK_D):
+                tile = set_tile(vectors, sets, m, begin, features, P * features, features, P, WIDTH, BLOCK_D)
+                store_set_tile(basis, product_of(upside, tile), sets, m, begin, features, P, WIDTH, BLOCK_D)
+    elif anchor is not None:
+        rows = (tl.program_id(0) - tiles) * BLOCK + tl.arange(0, BLOCK)
+        squares = tl.zeros((BLOCK,), tl.float64)
+        for begin in range(0, features, BLOCK_D):
+            tile = set_tile(anchor, rows, n, begin, features, features, 0, 1, 1, BLOCK_D)
+            squares += tl.sum(tl.sum(tile * tile, 2), 1)
+        tl.store(square + rows, squares.to(tl.float32), mask=rows < n)
+
+
+@triton.jit
+def volume_gradient_kernel(
+    vectors, inverse, factor, result, m, features,
+    P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """factor L^-T L^-1 X of the sets X."""
+    sets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    lower = matrices(inverse, sets, m, P, WIDTH)
+    upper = tl.permute(lower, (0, 2, 1))
+    weights = product_of(upper, lower) * tl.load(factor + sets, mask=sets < m, other=0.0).to(tl.float64)[:, None, None]
+    for begin in range(0, features, BLOCK_D):
+        tile = set_tile(vectors, sets, m, begin, features, P * features, features, P, WIDTH, BLOCK_D)
+        store_set_tile(result, product_of(weights, tile), sets, m, begin, features, P, WIDTH, BLOCK_D)
+
+
+@triton.jit
+def tuple_gradient_kernel(
+    vectors, inverse, volume, moments, grad_volume, result, m, features,
+    P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """L^-T T + L^-T (dL/dv v I - T M^T L^-T) L^-1 M of tuples M and their moments T [P, M, D]."""
+    sets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    lower = matrices(inverse, sets, m, P, WIDTH)
+    upper = tl.permute(lower, (0, 2, 1))
+    products = tl.zeros((BLOCK, WIDTH, WIDTH), tl.float64)
+    of_member = tl.cast(m, tl.int64) * features
+    for begin in range(0, features, BLOCK_D):
+        of_moments = set_tile(moments, sets, m, begin, features, features, of_member, P, WIDTH, BLOCK_D)
+        tile = set_tile(vectors, sets, m, begin, features, P * features, features, P, WIDTH, BLOCK_D)
+        products += product_with_transposed(of_moments, tile)
+    grow = tl.load(grad_volume + sets, mask=sets < m, other=0.0) * tl.load(volume + sets, mask=sets < m, other=0.0)
+    row, col = tl.arange(0, WIDTH)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
+    along = tl.where(row == col, grow[:, None, None], 0.0) - product_of(products, upper)
+    weights = product_of(product_of(upper, along), lower)
+    for begin in range(0, features, BLOCK_D):
+        of_moments = set_tile(moments, sets, m, begin, features, features, of_member, P, WIDTH, BLOCK_D)
+        tile = set_tile(vectors, sets, m, begin, features, P * features, features, P, WIDTH, BLOCK_D)
+        added = product_of(upper, of_moments) + product_of(weights, tile)
+        store_set_tile(result, added, sets, m, begin, features, P, WIDTH, BLOCK_D)
+
+
+@triton.jit
+def units_kernel(
+    vectors, result, inverse, n, features, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Rows of K tensors at length 1, [N, K, D], and 1 / |x| [N, K] in float64; a zero row stays 0."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = rows.to(tl.int64)[:, None]
+    for k in tl.static_range(K):
+        squares = tl.zeros((BLOCK_M,), tl.float64)
+        for begin in range(0, features, BLOCK_D):
+            feature = begin + tl.arange(0, BLOCK_D)[None, :]
+            inside = (rows[:, None] < n) & (feature < features)
+            tile = tl.load(vectors[k] + place * features + feature, mask=inside, other=0.0).to(tl.float64)
+            squares += tl.sum(tile * tile, 1)
+        reciprocal = 1.0 / tl.sqrt(tl.where(squares == 0.0, 1.0, squares))
+        # 0 where 1 / |x| is no float32, as of a zero row
+        reciprocal = tl.where((squares == 0.0) | (reciprocal > LARGEST), 0.0, reciprocal)
+        tl.store(inverse + rows.to(tl.int64) * K + k, reciprocal, mask=rows < n)
+        for begin in range(0, features, BLOCK_D):
+            feature = begin + tl.arange(0, BLOCK_D)[None, :]
+            inside = (rows[:, None] < n) & (feature < features)
+            tile = tl.load(vectors[k] + place * features + feature, mask=inside, other=0.0).to(tl.float64)
+            tile = tl.where(reciprocal[:, None] == 0.0, 0.0, tile * reciprocal[:, None])
+            tl.store(result + (place * K + k) * features + feature, tile.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def gradient_of_unit(
+    of_all, of_first, of_others, rows, n, begin, features, k: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """The sum of what comes to tensor k, in float64."""
+    place = rows.to(tl.int64)[:, None]
+    feature = begin + tl.arange(0, BLOCK_D)[None, :]
+    inside = (rows[:, None] < n) & (feature < features)
+    total = tl.zeros(inside.shape, tl.float64)
+    if of_all is not None:
+        total += tl.load(of_all + (place * K + k) * features + feature, mask=inside, other=0.0)
+    if k == 0:
+        if of_first is not None:
+            total += tl.load(of_first + place * features + feature, mask=inside, other=0.0)
+    else:
+        if of_others is not None:
+            total += tl.load(of_others + (place * (K - 1) + k - 1) * features + feature, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def units_backward_kernel(
+    of_all, of_first, of_others, result, inverse, gradients, n, features,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What of the incoming gradients is orthogonal to the unit vector u, over the length: (g - u <u, g>) / |x|."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = rows.to(tl.int64)[:, None]
+    for k in tl.static_range(K):
+        if gradients[k] is not None:
+            radial = tl.zeros((BLOCK_M,), tl.float64)
+            for begin in range(0, features, BLOCK_D):
+                feature = begin + tl.arange(0, BLOCK_D)[None, :]
+                inside = (rows[:, None] < n) & (feature < features)
+                u = tl.load(result + (place * K + k) * features + feature, mask=inside, other=0.0).to(tl.float64)
+                grad = gradient_of_unit(of_all, of_first, of_others, rows, n, begin, features, k, K, BLOCK_D)
+                radial += tl.sum(u * grad, 1)
+            length = tl.load(inverse + rows.to(tl.int64) * K + k, mask=rows < n, other=0.0)[:, None]
+            for begin in range(0, features, BLOCK_D):
+                feature = begin + tl.arange(0, BLOCK_D)[None, :]
+                inside = (rows[:, None] < n) & (feature < features)
+                u = tl.load(result + (place * K + k) * features + feature, mask=inside, other=0.0).to(tl.float64)
+                grad = gradient_of_unit(of_all, of_first, of_others, rows, n, begin, features, k, K, BLOCK_D)
+                tile = tl.where(length == 0.0, 0.0, (grad - u * radial[:, None]) * length)
+                target = gradients[k] + place * features + feature
+                tl.store(target, tile.to(gradients[k].dtype.element_ty), mask=inside)
+
+
+def units(vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of K tensors [N, D] at length 1, side by side as [N, K, D], and 1 / |x| [N, K] in float64."""
+    (n, features), count = vectors[0].shape, len(vectors)
+    result = vectors[0].new_empty((n, count, features), dtype=torch.float32)
+    inverse = vectors[0].new_empty((n, count), dtype=torch.float64)
+    if n:
+        units_kernel[(triton.cdiv(n, ROWS),)](
+            _contiguous(vectors), result, inverse, n, features, K=count, BLOCK_M=ROWS, BLOCK_D=FEATURES
+        )
+    return result, inverse
+
+
+def units_backward(
+    of_all: Tensor | None,
+    of_first: Tensor | None,
+    of_others: Tensor | None,
+    result: Tensor,
+    inverse: Tensor,
+    like: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of the tensors in their dtypes; empty where they are not needed."""
+    n, count, features = result.shape
+    made = [torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
+            for x, need in zip(like, needs, strict=True)]  # fmt: skip
+    incoming = (None if grad is None else grad.contiguous() for grad in (of_all, of_first, of_others))
+    if n:
+        units_backward_kernel[(triton.cdiv(n, ROWS),)](
+            *incoming, result, inverse, tuple(made), n, features, K=count, BLOCK_M=ROWS, BLOCK_D=FEATURES
+        )
+    return [x.new_empty(0) if gradient is None else gradient for x, gradient in zip(like, made, strict=True)]
+
+
+def factor(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Of sets [M, P, D] L^-1 [M, P, P] and the volumes [M], in float64."""
+    m, members, _ = vectors.shape
+    inverse = vectors.new_empty((m, members, members), dtype=torch.float64)
+    volume = vectors.new_empty(m, dtype=torch.float64)
+    if m:
+        _factor(vectors, inverse, volume, *[None] * 6)
+    return inverse, volume
+
+
+def span(
+    anchor: Tensor, tuples: Tensor, col_scale: Tensor | None, orthonormal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """`factor` of tuples [M, P, D], and what a sweep reads.
+
+    Those are the lower triangles of L^-1 [P (P + 1) / 2, M], the scales of the columns [M] and |a_i|^2 [N] in float32,
+    and where it is wanted Q = L^-1 times the tuples in their dtype.
+    """
+    n, (m, members, _) = len(anchor), tuples.shape
+    inverse = tuples.new_empty((m, members, members), dtype=torch.float64)
+    volume = tuples.new_empty(m, dtype=torch.float64)
+    triangles = tuples.new_empty((members * (members + 1) // 2, m), dtype=torch.float32)
+    weight, square = (tuples.new_empty(size, dtype=torch.float32) for size in (m, n))
+    basis = torch.empty_like(tuples, memory_format=torch.contiguous_format) if orthonormal else None
+    if n + m:
+        col_scale = None if col_scale is None else col_scale.contiguous()
+        _factor(tuples, inverse, volume, triangles, weight, col_scale, basis, anchor.contiguous(), square)
+    return inverse, volume, triangles, weight, square, basis
+
+
+def _factor(vectors: Tensor, *arguments: Tensor | None) -> None:
+    (m, members, features), anchor = vectors.shape, arguments[-2]
+    n, tiles = 0 if anchor is None else len(anchor), triton.cdiv(m, SETS)
+    factor_kernel[(tiles + triton.cdiv(n, SETS),)](
+        vectors.contiguous(), *arguments, n, m, features, tiles, P=members, WIDTH=triton.next_power_of_2(members),
+        INSIDE=INSIDE, BLOCK=SETS, BLOCK_D=SHARE,
+    )  # fmt: skip
+
+
+def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
+    """factor L^-T L^-1 X of sets X [M, P, D], in their dtype."""
+    m, members, features = vectors.shape
+    result = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+    if m:
+        volume_gradient_kernel[(triton.cdiv(m, SETS),)](
+            vectors.contiguous(), inverse.contiguous(), factor.contiguous(), result, m, features,
+            P=members, WIDTH=triton.next_power_of_2(members), BLOCK=SETS, BLOCK_D=SHARE,
+        )  # fmt: skip
+    return result
+
+
+def tuple_gradient(tuples: Tensor, inverse: Tensor, volume: Tensor, moments: Tensor, grad_volume: Tensor) -> Tensor:
+    """The gradient of the tuples [M, P, D] from their moments [P, M, D] and that of their volumes."""
+    m, members, features = tuples.shape
+    result = torch.empty_like(tuples, memory_format=torch.contiguous_format)
+    if m:
+        tuple_gradient_kernel[(triton.cdiv(m, SETS),)](
+            tuples.contiguous(), inverse, volume, moments, grad_volume.contiguous(), result, m, features,
+            P=members, WIDTH=triton.next_power_of_2(members), BLOCK=SETS, BLOCK_D=SHARE,
+        )  # fmt: skip
+    return result

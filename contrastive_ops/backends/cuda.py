@@ -166,6 +166,12 @@ def factor(vectors: Tensor) -> tuple_basis.Basis:
     return KERNELS.factor(vectors)
 
 
+def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
+    if rowwise.kernels(vectors, "cuda") is None:
+        return tuple_basis.volume_gradient(vectors, inverse, factor)
+    return torch.ops.contrastive_ops.volume_gradient(vectors, inverse, factor)
+
+
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
     return sweep.similarity_logsumexp_forward(KERNELS, *arguments)
 

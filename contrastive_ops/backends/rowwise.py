@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from contrastive_ops.backends import sweep, triton
 
@@ -26,9 +27,9 @@ def kernels(x: Tensor, backend: str) -> ModuleType | None:
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> None:
     """An operator for a function of kernels/rowwise.py: what traces without torch.compile sees its results only."""
 
-    def run(x: Tensor, *arguments: Any) -> Any:
-        with sweep.launching(x):
-            return getattr(triton.kernels("rowwise"), name)(x, *arguments)
+    def run(*arguments: Any) -> Any:
+        with sweep.launching(next(value for value in tree_leaves(arguments) if isinstance(value, Tensor))):
+            return getattr(triton.kernels("rowwise"), name)(*arguments)
 
     torch.library.define(f"contrastive_ops::{name}", schema)
     torch.library.impl(f"contrastive_ops::{name}", "CompositeExplicitAutograd", run)
@@ -49,6 +50,35 @@ _define(
     "(Tensor x, Tensor inverse, Tensor? grad, Tensor grad_scale, Tensor? factor, float multiplier, float power, "
     "bool[2] needs) -> (Tensor x, Tensor factor)",
     lambda x, *rest: (x.new_empty(x.shape if rest[-1][0] else 0), _vector(x, int(rest[-1][1]))),
+)
+_define(
+    "units",
+    "(Tensor[] vectors) -> (Tensor units, Tensor inverse)",
+    lambda vectors: (
+        vectors[0].new_empty((len(vectors[0]), len(vectors), vectors[0].shape[1]), dtype=torch.float32),
+        vectors[0].new_empty((len(vectors[0]), len(vectors)), dtype=torch.float64),
+    ),
+)
+_define(
+    "units_backward",
+    "(Tensor? of_all, Tensor? of_first, Tensor? of_others, Tensor units, Tensor inverse, Tensor[] vectors, "
+    "bool[] needs) -> Tensor[]",
+    lambda of_all, of_first, of_others, units, inverse, vectors, needs: [
+        x.new_empty(x.shape if need else 0) for x, need in zip(vectors, needs, strict=True)
+    ],
+)
+_define(
+    "factor",
+    "(Tensor vectors) -> (Tensor inverse, Tensor volume)",
+    lambda vectors: (
+        vectors.new_empty((len(vectors), vectors.shape[1], vectors.shape[1]), dtype=torch.float64),
+        vectors.new_empty(len(vectors), dtype=torch.float64),
+    ),
+)
+_define(
+    "volume_gradient",
+    "(Tensor vectors, Tensor inverse, Tensor factor) -> Tensor",
+    lambda vectors, *_: vectors.new_empty(vectors.shape),
 )
 _define(
     "contrast",

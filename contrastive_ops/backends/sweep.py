@@ -669,23 +669,33 @@ def similarity_logsumexp_backward(
 
 
 def _volumes(
+    kernels: Kernels,
     anchor: Tensor,
     tuples: Tensor,
-    basis: tuple_basis.Basis,
     row_scale: Tensor | None,
     col_scale: Tensor | None,
     index: Tensor | None,
-) -> Problem:
-    weight = tuple_basis.column_weight(basis, col_scale, anchor)
+    orthonormal: bool = False,
+) -> tuple[Problem, tuple_basis.Basis, Tensor | None]:
+    """The problem, and the tuples factored, where it is wanted with Q."""
+    rowwise = kernels.rowwise(anchor)
+    if rowwise is not None:
+        *factored, triangles, weight, square, q = rowwise.span(anchor, tuples, col_scale, orthonormal)
+        basis = tuple_basis.Basis(*factored)
+    else:
+        basis = kernels.factor(tuples)
+        triangles, square = tuple_basis.triangles(basis, anchor), tuple_basis.squares(anchor)
+        weight = tuple_basis.column_weight(basis, col_scale, anchor)
+        q = tuple_basis.orthonormal(tuples, basis) if orthonormal else None
     vectors = Vectors(row_scale, weight, None, None, index, None, None, None)
-    return Problem(anchor, tuples, vectors, Span(tuple_basis.triangles(basis, anchor), tuple_basis.squares(anchor)))
+    return Problem(anchor, tuples, vectors, Span(triangles, square)), basis, q
 
 
 def volume_logsumexp_forward(kernels: Kernels, anchor: Tensor, tuples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     row_scale, col_scale, exclude, rows, cols, totals, _needs = arguments
     with launching(anchor):
         index = _index_below(kernels, anchor, len(tuples), exclude)
-        problem = _volumes(anchor, tuples, kernels.factor(tuples), row_scale, col_scale, index)
+        problem, _, _ = _volumes(kernels, anchor, tuples, row_scale, col_scale, index)
         results = forward(kernels, problem, rows, cols, totals)
     return (*results[:4], problem.empty(0), *results[5:])
 
@@ -718,11 +728,15 @@ def volume_logsumexp_backward(
         incoming = incoming._replace(
             row_total=grad_row_total if rows and totals else None, col_total=grad_col_total if cols and totals else None
         )
-        basis = kernels.factor(tuples)
-        problem = _volumes(anchor, tuples, basis, row_scale, col_scale, index)
-        orthonormal = tuple_basis.orthonormal(tuples, basis) if needs[0] else None
+        problem, basis, q = _volumes(kernels, anchor, tuples, row_scale, col_scale, index, orthonormal=needs[0])
         needed = [*tuple_basis.needs_of_sweep(needs), False, False]
-        grads = backward(kernels, problem, orthonormal, incoming, needed)
+        grads = backward(kernels, problem, q, incoming, needed)
+        rowwise, of_tuples = kernels.rowwise(anchor), tuple_basis.tuple_gradient
+        if rowwise is not None:
+
+            def of_tuples(tuples: Tensor, basis: tuple_basis.Basis, moments: Tensor, grad_volume: Tensor) -> Tensor:
+                return rowwise.tuple_gradient(tuples, *basis, moments.transpose(0, 1), grad_volume)
+
         empty = problem.empty(0)
         sweep_grads = (
             anchor.new_empty(0) if grads.x is None else grads.x.to(anchor.dtype),
@@ -730,4 +744,4 @@ def volume_logsumexp_backward(
             empty if grads.row_scale is None else grads.row_scale,
             empty if grads.col_scale is None else grads.col_scale,
         )
-        return tuple_basis.gradients(tuples, basis, col_scale, sweep_grads, needs)
+        return tuple_basis.gradients(tuples, basis, col_scale, sweep_grads, needs, of_tuples)

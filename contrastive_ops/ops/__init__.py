@@ -1,6 +1,6 @@
 """Differentiable ops that read embeddings and return vectors: the streaming reductions, and what is done row by row."""
 
-from contrastive_ops.ops.contrast import contrast, contrast_sum, softplus
+from contrastive_ops.ops.cross_entropy import contrast, contrast_sum, softplus
 from contrastive_ops.ops.gramian_volume import gramian_volume, orthogonalised
 from contrastive_ops.ops.rowwise import (
     inverse_norm,

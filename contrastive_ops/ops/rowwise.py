@@ -73,6 +73,8 @@ def unit_tuples(anchor: Tensor, *others: Tensor, backend: str = "auto") -> tuple
 
     A zero row stays 0, with zero gradient. A side that is frozen stays so.
     """
+    if in_kernels(backend, anchor, *others):
+        return _Units.apply(anchor, *others)
     return (_Unit.apply if _in_one_pass(backend, anchor, *others) else _unit)(anchor, *others)
 
 
@@ -216,11 +218,7 @@ class _Unit(torch.autograd.Function):
             inverses.append(_inverse_lengths(cpu.squares(x), result.dtype))
             cpu.combine_rows(inverses[-1].view(n, 1, 1), (x.unsqueeze(1),), result[:, k : k + 1])
         ctx.save_for_backward(*vectors, result, *inverses)
-        # detached: a view of a result that requires a gradient requires one, too
-        sides = result.detach()[:, 0], result.detach()[:, 1:]
-        learned = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
-        ctx.mark_non_differentiable(*(side for side, needed in zip(sides, learned, strict=True) if not needed))
-        return result, *sides
+        return result, *_sides(ctx, result)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -240,3 +238,31 @@ class _Unit(torch.autograd.Function):
             cpu.combine_rows(weights, (*incoming, x), gradient.unsqueeze(1))
             gradients[k] = gradient
         return tuple(gradients)
+
+
+def _sides(ctx, result: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the others of units [N, K, D]; what has nothing but frozen ones stays so."""
+    # detached: a view of a result that requires a gradient requires one, too
+    sides = result.detach()[:, 0], result.detach()[:, 1:]
+    learned = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
+    ctx.mark_non_differentiable(*(side for side, needed in zip(sides, learned, strict=True) if not needed))
+    return sides
+
+
+class _Units(torch.autograd.Function):
+    """As `_Unit`, in one launch each way."""
+
+    @staticmethod
+    def forward(ctx, *vectors):
+        ctx.set_materialize_grads(False)
+        result, inverse = torch.ops.contrastive_ops.units(vectors)
+        ctx.save_for_backward(*vectors, result, inverse)
+        return result, *_sides(ctx, result)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needs, (*vectors, result, inverse) = ctx.needs_input_grad, ctx.saved_tensors
+        if autograd.wants_steps(*grads):
+            return autograd.by_steps(_unit, vectors, needs, grads)
+        gradients = torch.ops.contrastive_ops.units_backward(*grads, result, inverse, vectors, needs)
+        return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
