@@ -158,9 +158,12 @@ def row_builds() -> Iterator[Build]:
     backward = (number, vector, pair, vector, vector, vector, SIZE, 1.0, 1.0, 1.0)
     yield build("contrast_backward", "float32", "totals", elements, backward, **flags)
     incoming = ((vector,) * 3, (vector,) * 3, pair, pair, index, index.int(), SIZE, SIZE, SIZE, SIZE)
+    forward = ((vector,) * 4, (SIZE,) * 4, pair, (SIZE,) * 2, 1.0, number)
+    yield build("bound", "float32", "", elements, forward, SUMMANDS=4, FACTORS=2, BLOCK=rowwise.VECTOR, grid=(1,))
     yield build("incoming", "float32", "x, y", elements, incoming, BLOCK=rowwise.VECTOR, grid=(1,))
     double, vectors = torch.zeros(SIZE, dtype=torch.float64), (x, x, x)
-    yield build("units", "bfloat16", "K = 3", tile, (vectors, x.float(), double, SIZE, FEATURES), K=3, **of_row)
+    forward = (vectors, x.float(), x.float(), x.float(), double, SIZE, FEATURES)
+    yield build("units", "bfloat16", "K = 3", tile, forward, K=3, **of_row)
     backward = (x.float(), x.float(), x.float(), x.float(), double, vectors, SIZE, FEATURES)
     yield build("units_backward", "bfloat16", "K = 3", tile, backward, K=3, **of_row)
     for members in (2, 4, rowwise.MOST_VECTORS):
@@ -400,8 +403,8 @@ Compiled by {compiler("cuda:80")} and {compiler("sm_80")} without a GPU; nothing
 
 The sections cuda:80 to hip:gfx942 are Triton's kernels, for {SIZE} rows and columns, which no vector divides, and
 {FEATURES} features; where 16 does not divide the features, loads are slower, and registers may spill. Tile: rows x
-columns x features of one step; of `merge`, `contrast` and `incoming`, rows; of what is done row by row, rows (sets of
-P vectors) x features.
+columns x features of one step; of what has a number per row, rows; of what is done row by row, rows, or sets of P
+vectors, x features.
 
 The sections sm_80 to sm_100a are the CUDA kernels (csrc/cuda), each instance of them. Tile: rows x columns. Conflicts:
 wavefronts of shared memory that its asynchronous copies and matrix loads take beyond the least possible, counted as

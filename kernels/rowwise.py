@@ -24,6 +24,7 @@ from contrastive_ops.backends.tuples import INSIDE
 ROWS, FEATURES = 16, 128  # of a program's step
 VECTOR = 1024  # elements of a step of what has one number per row
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
@@ -235,6 +236,41 @@ def contrast_backward(
 
 def _contiguous(vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(vector.contiguous() for vector in vectors)
+
+
+@triton.jit
+def largest_of(vector, size, BLOCK: tl.constexpr):
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, size, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(vector + index, mask=index < size, other=0.0)))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def bound_kernel(
+    summands, sizes, factors, factor_sizes, factor, result, SUMMANDS: tl.constexpr, FACTORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """factor * (sum of max |summand|) * product of max |factor|, or 1 where its reciprocal is not finite."""
+    bound = 0.0
+    for k in tl.static_range(SUMMANDS):
+        bound += largest_of(summands[k], sizes[k], BLOCK)
+    bound *= factor
+    for k in tl.static_range(FACTORS):
+        bound *= largest_of(factors[k], factor_sizes[k], BLOCK)
+    tl.store(result, tl.where(bound >= SMALLEST, bound, 1.0))
+
+
+def bound(summands: Sequence[Tensor], factors: Sequence[Tensor], factor: float) -> Tensor:
+    """See `bound_kernel`; all are vectors."""
+    summands, factors = _contiguous(summands), _contiguous(factors)
+    result = summands[0].new_empty(1)
+    bound_kernel[(1,)](
+        summands, tuple(map(len, summands)), factors, tuple(map(len, factors)), factor, result,
+        SUMMANDS=len(summands), FACTORS=len(factors), BLOCK=VECTOR,
+    )  # fmt: skip
+    return result
 
 
 @triton.jit
@@ -453,9 +489,12 @@ def tuple_gradient_kernel(
 
 @triton.jit
 def units_kernel(
-    vectors, result, inverse, n, features, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+    vectors, result, first, others, inverse, n, features, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Rows of K tensors at length 1, [N, K, D], and 1 / |x| [N, K] in float64; a zero row stays 0."""
+    """Rows of K tensors at length 1, [N, K, D], and 1 / |x| [N, K] in float64; a zero row stays 0.
+
+    Once more the first, [N, D], and the others, [N, K - 1, D], which the sweep takes without gaps.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = rows.to(tl.int64)[:, None]
     for k in tl.static_range(K):
@@ -475,6 +514,10 @@ def units_kernel(
             tile = tl.load(vectors[k] + place * features + feature, mask=inside, other=0.0).to(tl.float64)
             tile = tl.where(reciprocal[:, None] == 0.0, 0.0, tile * reciprocal[:, None])
             tl.store(result + (place * K + k) * features + feature, tile.to(tl.float32), mask=inside)
+            if k == 0:
+                tl.store(first + place * features + feature, tile.to(tl.float32), mask=inside)
+            else:
+                tl.store(others + (place * (K - 1) + k - 1) * features + feature, tile.to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -525,16 +568,17 @@ def units_backward_kernel(
                 tl.store(target, tile.to(gradients[k].dtype.element_ty), mask=inside)
 
 
-def units(vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of K tensors [N, D] at length 1, side by side as [N, K, D], and 1 / |x| [N, K] in float64."""
+def units(vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of K tensors [N, D] at length 1 as [N, K, D], the first, the others, and 1 / |x| [N, K] in float64."""
     (n, features), count = vectors[0].shape, len(vectors)
-    result = vectors[0].new_empty((n, count, features), dtype=torch.float32)
+    sizes = ((n, count, features), (n, features), (n, count - 1, features))
+    results = tuple(vectors[0].new_empty(size, dtype=torch.float32) for size in sizes)
     inverse = vectors[0].new_empty((n, count), dtype=torch.float64)
     if n:
         units_kernel[(triton.cdiv(n, ROWS),)](
-            _contiguous(vectors), result, inverse, n, features, K=count, BLOCK_M=ROWS, BLOCK_D=FEATURES
+            _contiguous(vectors), *results, inverse, n, features, K=count, BLOCK_M=ROWS, BLOCK_D=FEATURES
         )
-    return result, inverse
+    return *results, inverse
 
 
 def units_backward(

@@ -36,17 +36,24 @@ class Launches(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace.startswith("contrastive_ops"):
-            with self:  # what it does is seen, too
-                return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
-        results = function(*args, **(kwargs or {}))
-        returns = function._schema.returns
-        view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        kwargs = kwargs or {}
+        with self:  # what it does is seen, too
+            if function.namespace.startswith("contrastive_ops"):
+                return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+            results = function.decompose(*args, **kwargs)  # an operator that is made of others, such as matmul
+            if results is not NotImplemented:
+                return results
+        results = function(*args, **kwargs)
         made = [result for result in tree_leaves(results) if isinstance(result, Tensor)]
         nothing = bool(made) and not any(result.numel() for result in made)  # no grid has 0 blocks
-        if not (view or nothing or function._schema.name.removeprefix("aten::") in FREE):
+        if not (nothing or _is_view(function) or function._schema.name.removeprefix("aten::") in FREE):
             self.names.append(str(function))
         return results
+
+
+def _is_view(function: Any) -> bool:
+    returns = function._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 @contextmanager
@@ -91,7 +98,7 @@ LABELS = torch.arange(N) % 7
 LOSSES: dict[str, tuple[int, int, Callable[..., Tensor]]] = {
     "clip_loss": (20, 2, lambda t, x, y: co.clip_loss(x, y, t, backend="triton")),
     "nt_xent": (16, 2, lambda t, x, y: co.nt_xent(x, y, temperature=t, backend="triton")),
-    "supcon": (85, 1, lambda t, x: co.supcon(x, LABELS, temperature=t, backend="triton")),
+    "supcon": (79, 1, lambda t, x: co.supcon(x, LABELS, temperature=t, backend="triton")),
     "gram_loss": (45, 3, lambda t, *x: co.gram_loss(*x, temperature=t, backend="triton")),
 }
 

@@ -9,9 +9,8 @@ import pytest
 
 from bench import resources
 
-
 WITHOUT_PRODUCTS = (
-    "excluded", "merge", "scale", "scale_backward", "contrast", "contrast_backward", "incoming", "units",
+    "excluded", "merge", "scale", "scale_backward", "contrast", "contrast_backward", "incoming", "bound", "units",
     "units_backward", "factor", "volume_gradient", "tuple_gradient",
 )  # fmt: skip
 

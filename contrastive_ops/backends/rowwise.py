@@ -53,9 +53,12 @@ _define(
 )
 _define(
     "units",
-    "(Tensor[] vectors) -> (Tensor units, Tensor inverse)",
+    "(Tensor[] vectors) -> (Tensor units, Tensor first, Tensor others, Tensor inverse)",
     lambda vectors: (
-        vectors[0].new_empty((len(vectors[0]), len(vectors), vectors[0].shape[1]), dtype=torch.float32),
+        *(
+            vectors[0].new_empty((len(vectors[0]), *size, vectors[0].shape[1]), dtype=torch.float32)
+            for size in ((len(vectors),), (), (len(vectors) - 1,))
+        ),
         vectors[0].new_empty((len(vectors[0]), len(vectors)), dtype=torch.float64),
     ),
 )

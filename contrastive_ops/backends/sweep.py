@@ -317,7 +317,7 @@ def attention(kernels: Kernels, problem: Problem) -> tuple[Statistics, Tensor]:
     strips = cdiv(m, cols_per_strip)
     maxima, sums = problem.empty(strips, n), problem.empty(strips, n)
     slopes = Slopes(problem.empty(strips, n, problem.features), problem.empty(strips, n))
-    unit = _unit(problem, Incoming(row_weight=problem.full((1,), 1.0)))
+    unit = _unit(kernels, problem, Incoming(row_weight=problem.full((1,), 1.0)))
     kernels.attention(problem, unit, Part(maxima, sums), slopes, cols_per_strip)
     kernels.merge(Part(maxima, sums), strips, Part(), 0, results.row_max, results.row_log_sum, results.row_lse)
     if has_index:
@@ -386,28 +386,29 @@ def backward(
 ) -> Gradients:
     """Gradients where they are needed. `basis` is y again, or for volumes L^-1 y, whose products give dX."""
     incoming = Incoming(*(None if grad is None else grad.contiguous() for grad in incoming))
-    unit = _unit(problem, incoming)
+    unit = _unit(kernels, problem, incoming)
     if kernels.rows_tiling(problem) is not None and problem.n > 0 and problem.m > 0:
         return _backward_by_rows(kernels, problem, incoming, unit, needs)
     return _backward_by_blocks(kernels, problem, basis, incoming, unit, needs)
 
 
-def _unit(problem: Problem, incoming: Incoming) -> Tensor | None:
+def _unit(kernels: Kernels, problem: Problem, incoming: Incoming) -> Tensor | None:
     """What the coefficients are divided by.
 
     float16 has no room below 6e-8: the largest that its coefficients can be becomes 2^14.
     """
     if problem.x.dtype != torch.float16:
         return None
-    bound = problem.full((), 2.0**-14)
-    grads = incoming[:2] + incoming[4:]  # without the maxima
-    sizes = [grad.abs().max() for grad in grads if grad is not None and grad.numel()]
-    bound = bound * sum(sizes, start=problem.full((), 0.0))
-    for scale in (problem.vectors.row_scale, problem.vectors.col_scale):
-        if scale is not None and scale.numel():
-            bound = bound * scale.abs().max()
-    if problem.members:  # q y <= g w |x| / distance, and the distance is not below this share of |x|
-        bound = bound / AT_MINIMUM**0.5
+    grads = [grad for grad in incoming[:2] + incoming[4:] if grad is not None and grad.numel()]  # without the maxima
+    scales = [scale for scale in problem.vectors[:2] if scale is not None and scale.numel()]
+    # q y <= g w |x| / distance, and the distance is not below this share of |x|
+    factor = 2.0**-14 / (AT_MINIMUM**0.5 if problem.members else 1.0)
+    rowwise = kernels.rowwise(problem.x)
+    if rowwise is not None and grads:
+        return rowwise.bound(grads, scales, factor)
+    bound = factor * sum((grad.abs().max() for grad in grads), start=problem.full((), 0.0))
+    for scale in scales:
+        bound = bound * scale.abs().max()
     return torch.where(bound >= torch.finfo(torch.float32).tiny, bound, 1.0).reshape(1)  # its reciprocal is finite
 
 
@@ -678,6 +679,7 @@ def _volumes(
     orthonormal: bool = False,
 ) -> tuple[Problem, tuple_basis.Basis, Tensor | None]:
     """The problem, and the tuples factored, where it is wanted with Q."""
+    anchor, tuples = anchor.contiguous(), tuples.contiguous()
     rowwise = kernels.rowwise(anchor)
     if rowwise is not None:
         *factored, triangles, weight, square, q = rowwise.span(anchor, tuples, col_scale, orthonormal)

@@ -43,8 +43,8 @@ def info_nce(
     key : Tensor of shape (M, D), dtype of `query`
         Without `target`, M >= N and row i is the positive of query i; the other keys are negatives of all queries.
     target : integer Tensor of shape (N,), optional
-        Index of each query's positive in `key`, in [0, M). On devices but CPU, where the host would have to wait for its
-        values, one beyond has the loss inf.
+        Index of each query's positive in `key`, in [0, M). Off the CPU, where the host would have to wait for them, the
+        values are not checked: a query whose positive is beyond the keys has the loss inf.
     temperature : float, Tensor of one element, or Tensor of shape (N,)
         Tensors receive their gradient.
     label_smoothing : float in [0, 1)

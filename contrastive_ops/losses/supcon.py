@@ -111,16 +111,16 @@ def supcon(
     negatives = similarity_logsumexp(z, row_scale=row_scale, row_ids=group, backend=backend)
 
     positive, count = _mean_positive(z, row_scale, group)
-    valid = (positives.row_lse > -torch.inf) & (negatives.row_lse > -torch.inf)
-    positive_lse = torch.where(valid, positives.row_lse, 0.0)
+    invalid = (positives.row_lse == -torch.inf) | (negatives.row_lse == -torch.inf)
+    positive_lse = positives.row_lse.masked_fill(invalid, 0.0)
     per_row = softplus(negatives.row_lse - positive_lse)
     if variant == "in":
         per_row = per_row + count.clamp(min=1.0).log()
     else:
         # of a single positive the log-sum-exp is the mean: exactly 0, where the difference of two roundings is not
         spread = positive_lse - positive
-        per_row = per_row + torch.where(count > 1.0, spread, 0.0)
-    per_row = torch.where(valid, per_row, 0.0)
+        per_row = per_row + spread.masked_fill(count <= 1.0, 0.0)
+    per_row = per_row.masked_fill(invalid, 0.0)
 
     def in_order(values: Tensor) -> Tensor:
         inverse_order = torch.empty_like(order).scatter(0, order, torch.arange(n, device=z.device))
@@ -129,7 +129,7 @@ def supcon(
     if reduction == "none":
         loss = in_order(per_row)
     elif empty == "drop" and reduction == "mean":
-        loss = per_row.sum() / valid.sum().clamp(min=1)
+        loss = per_row.sum() / (~invalid).sum().clamp(min=1)
     else:
         loss = terms.reduce(per_row, reduction)
     if not return_stats:

@@ -53,7 +53,8 @@ def logsumexp(x: Tensor, dim: int) -> Tensor:
 
 def inverse(temperature: float | Tensor, x: Tensor) -> float | Tensor:
     """The logit scale 1 / temperature, a tensor in the dtype of the statistics."""
-    return 1.0 / flat(temperature, x)
+    temperature = flat(temperature, x)
+    return temperature.reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
 
 
 def flat(scale: float | Tensor, x: Tensor) -> float | Tensor:

@@ -218,7 +218,10 @@ class _Unit(torch.autograd.Function):
             inverses.append(_inverse_lengths(cpu.squares(x), result.dtype))
             cpu.combine_rows(inverses[-1].view(n, 1, 1), (x.unsqueeze(1),), result[:, k : k + 1])
         ctx.save_for_backward(*vectors, result, *inverses)
-        return result, *_sides(ctx, result)
+        # detached: a view of a result that requires a gradient requires one, too
+        sides = result.detach()[:, 0], result.detach()[:, 1:]
+        _leave_frozen(ctx, *sides)
+        return result, *sides
 
     @staticmethod
     def backward(ctx, *grads):
@@ -240,13 +243,10 @@ class _Unit(torch.autograd.Function):
         return tuple(gradients)
 
 
-def _sides(ctx, result: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the others of units [N, K, D]; what has nothing but frozen ones stays so."""
-    # detached: a view of a result that requires a gradient requires one, too
-    sides = result.detach()[:, 0], result.detach()[:, 1:]
+def _leave_frozen(ctx, first: Tensor, others: Tensor) -> None:
+    """What is made of nothing but frozen vectors is frozen."""
     learned = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
-    ctx.mark_non_differentiable(*(side for side, needed in zip(sides, learned, strict=True) if not needed))
-    return sides
+    ctx.mark_non_differentiable(*(side for side, needed in zip((first, others), learned, strict=True) if not needed))
 
 
 class _Units(torch.autograd.Function):
@@ -255,9 +255,10 @@ class _Units(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *vectors):
         ctx.set_materialize_grads(False)
-        result, inverse = torch.ops.contrastive_ops.units(vectors)
+        result, first, others, inverse = torch.ops.contrastive_ops.units(vectors)
         ctx.save_for_backward(*vectors, result, inverse)
-        return result, *_sides(ctx, result)
+        _leave_frozen(ctx, first, others)
+        return result, first, others
 
     @staticmethod
     def backward(ctx, *grads):
