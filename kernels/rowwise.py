@@ -1,13 +1,23 @@
-"""Triton kernels of what is O(N D) and O(N) around a sweep: scales of rows, the loss's formula, what backward reads.
+"""Triton kernels of what is O(N D) and O(N) around a sweep; under each is the function that launches it.
 
-scale:            a_i = c t^p / |x_i|
-scale, backward:  dX_i = dX'_i + da_i d a_i / d x_i, and in one program dt = sum_i da_i d a_i / dt
-contrast:         sum_i sum_d softplus(lse_di - s_i) + slope s_i - share total_di, in one program
-contrast, back:   its gradients
-incoming:         dL/dlse e^-log_sum and the maximum, of rows and of columns; indices in 32 bits
+scale, one program per tile of rows:
+    a_i = c t^p / |x_i|
+    backward: dX_i += -da_i a_i / |x_i|^2 x_i, and in one more program dt = sum_i da_i / |x_i| d(c t^p) / dt
+contrast, one program:
+    for each step of rows: total += softplus(lse_di - s_i) + slope s_i - share total_di, of every direction d
+    backward, one program per step of rows
+incoming, one program per step of rows:
+    dL/dlse e^-log_sum and the maximum, of rows and of columns; indices in 32 bits
+bound, one program:
+    for each vector: its largest element
+units, one program per tile of rows:
+    for each of K tensors: its rows at length 1; backward: (g - u <u, g>) / |x|
+factor, volume_gradient, tuple_gradient, one program per tile of sets of P vectors:
+    for each step of features: P x P products; their algebra in registers
+    for each step of features: P x P combinations of the vectors
 
-A program that goes through N elements alone takes microseconds, where the sweep has N^2; it needs no second launch, and
-no atomics. Under each kernel is the function that launches it.
+A program that goes through N elements alone takes microseconds, where the sweep has N^2 pairs; it needs no second
+launch, and no atomics.
 """
 
 from __future__ import annotations

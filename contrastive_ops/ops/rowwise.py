@@ -41,11 +41,13 @@ def with_inverse_norm(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]
 
 
 def with_scale(x: Tensor, factor: float | Tensor, power: float, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """x [N, D] itself, and factor^power / |x_i|; the factor is a number, or a tensor of one or of one for each row."""
+    """x [N, D] itself, and factor^power / |x_i|, for powers of 1, -1, 1/2 and -1/2.
+
+    The factor is a number, or a tensor with one or with one for each row.
+    """
     learned = (factor,) if isinstance(factor, Tensor) else ()
     if in_kernels(backend, x, *learned) and all(value.numel() == 1 for value in learned):
-        given = (factor, 1.0) if learned else (None, factor**power)
-        return _Scale.apply(x, *given, power)
+        return _Scale.apply(x, *((factor, 1.0, power) if learned else (None, factor**power, 1.0)))
     return _with_scale(*with_inverse_norm(x, backend), factor, power)
 
 
@@ -142,7 +144,10 @@ class _Scale(torch.autograd.Function):
         scale, inverse = torch.ops.contrastive_ops.scale(x, factor, multiplier, power)
         ctx.save_for_backward(x, inverse, *(() if factor is None else (factor,)))
         ctx.numbers = multiplier, power
-        return x.view_as(x), scale
+        rows = x.view_as(x)
+        if not ctx.needs_input_grad[0]:  # a frozen side stays so, though what scales it is learned
+            ctx.mark_non_differentiable(rows)
+        return rows, scale
 
     @staticmethod
     def backward(ctx, grad, grad_scale):
