@@ -133,11 +133,53 @@ def helper_builds() -> Iterator[Build]:
     tile = f"{launch.EXCLUDED} x 128"
     yield Build("excluded", "bfloat16", "x, y, all", tile, _warmup(launch.excluded_kernel, excluded, flags))
     flags = {"BLOCK": launch.MERGE, "grid": (1,)}
-    merge = _warmup(launch.merge_kernel, (part, 16, part, 16, vector, vector, SIZE), flags)
+    merge = _warmup(launch.merge_kernel, (part, 16, part, 16, vector, vector, vector, SIZE), flags)
     yield Build("merge", "float32", "self", str(launch.MERGE), merge)
 
 
-BUILDERS: tuple[Callable[[], Iterator[Build]], ...] = (pair_builds, volume_builds, helper_builds)
+def row_builds() -> Iterator[Build]:
+    """What is done row by row, with all that the losses may ask for."""
+    rowwise = backend.kernels("rowwise")
+    vector, index = _vector(), torch.zeros(SIZE, dtype=torch.int64)
+    x, number = torch.zeros(SIZE, FEATURES, dtype=torch.bfloat16), torch.zeros(1)
+    of_row = {"BLOCK_M": rowwise.ROWS, "BLOCK_D": rowwise.FEATURES, "grid": (1,)}
+    tile, elements = f"{rowwise.ROWS} x {rowwise.FEATURES}", str(rowwise.VECTOR)
+
+    def build(kernel: str, dtype: str, variant: str, tile: str, arguments: Sequence[Any], **flags: Any) -> Build:
+        return Build(kernel, dtype, variant, tile, _warmup(getattr(rowwise, f"{kernel}_kernel"), arguments, flags))
+
+    forward: tuple[Any, ...] = (x, number, 1.0, vector, vector, SIZE, FEATURES, FEATURES)
+    yield build("scale", "bfloat16", "t^-1/2", tile, forward, POWER=-0.5, **of_row)
+    backward: tuple[Any, ...] = (x, vector, x, vector, number, 1.0, x, number, SIZE, FEATURES, FEATURES, FEATURES)
+    yield build("scale_backward", "bfloat16", "t^-1/2", tile, backward, POWER=-0.5, VECTOR=rowwise.VECTOR, **of_row)
+    pair, flags = (vector, vector), {"DIRECTIONS": 2, "BLOCK": rowwise.VECTOR, "grid": (1,)}
+    forward = (vector, pair, pair, number, SIZE, 1.0, 1.0, 1.0)
+    yield build("contrast", "float32", "totals", elements, forward, **flags)
+    backward = (number, vector, pair, vector, vector, vector, SIZE, 1.0, 1.0, 1.0)
+    yield build("contrast_backward", "float32", "totals", elements, backward, **flags)
+    incoming = ((vector,) * 3, (vector,) * 3, pair, pair, index, index.int(), SIZE, SIZE, SIZE, SIZE)
+    forward = ((vector,) * 4, (SIZE,) * 4, pair, (SIZE,) * 2, 1.0, number)
+    yield build("bound", "float32", "", elements, forward, SUMMANDS=4, FACTORS=2, BLOCK=rowwise.VECTOR, grid=(1,))
+    yield build("incoming", "float32", "x, y", elements, incoming, BLOCK=rowwise.VECTOR, grid=(1,))
+    double, vectors = torch.zeros(SIZE, dtype=torch.float64), (x, x, x)
+    forward = (vectors, x.float(), x.float(), x.float(), double, SIZE, FEATURES)
+    yield build("units", "bfloat16", "K = 3", tile, forward, K=3, **of_row)
+    backward = (x.float(), x.float(), x.float(), x.float(), double, vectors, SIZE, FEATURES)
+    yield build("units_backward", "bfloat16", "K = 3", tile, backward, K=3, **of_row)
+    for members in (2, 4, rowwise.MOST_VECTORS):
+        width = 1 << (members - 1).bit_length()
+        flags = {"P": members, "WIDTH": width, "BLOCK": rowwise.SETS, "BLOCK_D": rowwise.SHARE, "grid": (1,)}
+        tile, variant = f"{rowwise.SETS} x {rowwise.SHARE}", f"P = {members}"
+        swept = (vector, vector, vector, x, x, vector) if members < rowwise.MOST_VECTORS else (None,) * 6
+        factor = (x, double, double, *swept, SIZE, SIZE, FEATURES, 1)
+        yield build("factor", "bfloat16", variant, tile, factor, INSIDE=1e-12, **flags)
+        yield build("volume_gradient", "bfloat16", variant, tile, (x, double, vector, x, SIZE, FEATURES), **flags)
+        if members < rowwise.MOST_VECTORS:
+            gradient = (x, double, double, x.float(), vector, x, SIZE, FEATURES)
+            yield build("tuple_gradient", "bfloat16", variant, tile, gradient, **flags)
+
+
+BUILDERS: tuple[Callable[[], Iterator[Build]], ...] = (pair_builds, volume_builds, helper_builds, row_builds)
 
 
 def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
@@ -189,7 +231,7 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
         strides = (1, stride) if problem.mirrored else (stride, 1)  # as for the rows, and as for the columns
         yield build(
             "product", tilings.product_tiling(problem),
-            (problem.x, problem.y, problem.x.float(), problem.vectors, *sizes, 0, 0, SIZE, SIZE, *strides),
+            (problem.x, problem.y, problem.x.float(), problem.vectors, *sizes, 0, 0, SIZE, SIZE, *strides, 0),
             RESTRICT=True,
         )  # fmt: skip
     for features in (128, tilings.ROWS_FEATURES):
@@ -366,7 +408,8 @@ Compiled by {compiler("cuda:80")} and {compiler("sm_80")} without a GPU; nothing
 
 The sections cuda:80 to hip:gfx942 are Triton's kernels, for {SIZE} rows and columns, which no vector divides, and
 {FEATURES} features; where 16 does not divide the features, loads are slower, and registers may spill. Tile: rows x
-columns x features of one step; of `merge`, rows.
+columns x features of one step; of what has a number per row, rows; of what is done row by row, rows, or sets of P
+vectors, x features.
 
 The sections sm_80 to sm_100a are the CUDA kernels (csrc/cuda), each instance of them. Tile: rows x columns. Conflicts:
 wavefronts of shared memory that its asynchronous copies and matrix loads take beyond the least possible, counted as

@@ -170,7 +170,10 @@ def enough_keys(queries: int, keys: int) -> None:
 
 
 def target_range(target: Tensor, keys: int) -> None:
-    """Reads the values, so only where that is free: eager CPU tensors."""
+    """Reads the values, so only where that is free: eager CPU tensors. On others the host would wait for the device.
+
+    There no kernel reads beyond the keys: such a row has no positive, and its loss is inf.
+    """
     if target.device.type != "cpu" or torch.compiler.is_compiling() or target.numel() == 0:
         return
     low, high = (int(value) for value in target.aminmax())

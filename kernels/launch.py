@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from contrastive_ops.backends.sweep import Block, Incoming, Kernels, Part, Problem, Slopes, Sums, cdiv
-from contrastive_ops.kernels import tilings
+from contrastive_ops.kernels import rowwise, tilings
 from contrastive_ops.kernels.sweep import (
     attention_kernel,
     block_kernel,
@@ -75,9 +76,11 @@ class TritonKernels(Kernels):
             problem.x, problem.y, problem.vectors, logits, problem.n, problem.features, BLOCK_M=EXCLUDED, BLOCK_D=128
         )
 
-    def merge(self, part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor) -> None:
+    def merge(
+        self, part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor, lse: Tensor
+    ) -> None:
         size = maximum.shape[0]
-        merge_kernel[(cdiv(size, MERGE),)](part, parts, mirror, mirrors, maximum, log_sum, size, BLOCK=MERGE)
+        merge_kernel[(cdiv(size, MERGE),)](part, parts, mirror, mirrors, maximum, log_sum, lse, size, BLOCK=MERGE)
 
     def block(
         self,
@@ -97,14 +100,16 @@ class TritonKernels(Kernels):
             MEMBERS=problem.members, DESCRIBED=described, **options(problem, tiling),
         )  # fmt: skip
 
-    def product(self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor) -> None:
+    def product(
+        self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor, begins: bool
+    ) -> None:
         tile = self.product_tiling(problem)
         if tile is None:
-            super().product(problem, block, total, coefficients, y)
+            super().product(problem, block, total, coefficients, y, begins)
             return
         product_kernel[(cdiv(block.rows, tile[0]), cdiv(problem.features, tile[1]))](
             coefficients, y, total, problem.vectors, problem.n, problem.m, problem.features, *block[:4],
-            *coefficients.stride(), **options(problem, tilings.product_tiling(problem)),
+            *coefficients.stride(), int(begins), **options(problem, tilings.product_tiling(problem)),
         )  # fmt: skip
 
     def product_tiling(self, problem: Problem) -> tuple[int, int] | None:
@@ -125,6 +130,9 @@ class TritonKernels(Kernels):
             problem.x, problem.y, problem.vectors, incoming, unit, gradient, sums,
             problem.n, problem.m, problem.features, cols_per_strip, **options(problem, tiling),
         )  # fmt: skip
+
+    def rowwise(self, x: Tensor) -> ModuleType | None:
+        return rowwise
 
     def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
         return dtype.itemsize == 2 and features <= tilings.ATTENTION_FEATURES

@@ -164,7 +164,7 @@ def fold_parts(part, parts, best, total, index, size):
 
 
 @triton.jit
-def merge_kernel(part, parts, mirror, mirrors, out_max, out_log_sum, size, BLOCK: tl.constexpr):
+def merge_kernel(part, parts, mirror, mirrors, out_max, out_log_sum, out_lse, size, BLOCK: tl.constexpr):
     """Join the partials of every row; in self-similarity also those of its columns."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -174,7 +174,9 @@ def merge_kernel(part, parts, mirror, mirrors, out_max, out_log_sum, size, BLOCK
         best, total = fold_parts(mirror, mirrors, best, total, index, size)
     best = tl.where(total == total, best, total)  # NaN is in the sums only, so far
     tl.store(out_max + index, best, mask=index < size)
-    tl.store(out_log_sum + index, tl.log(total), mask=index < size)
+    log_sum = tl.log(total)
+    tl.store(out_log_sum + index, log_sum, mask=index < size)
+    tl.store(out_lse + index, best + log_sum, mask=index < size)
 
 
 @triton.jit
@@ -256,11 +258,13 @@ def block_kernel(
 @triton.jit
 def product_kernel(
     coefficients, y, total, vectors, n, m, features,
-    first_row, first_col, block_rows, block_cols, row_stride, col_stride,
+    first_row, first_col, block_rows, block_cols, row_stride, col_stride, begins,
     RESTRICT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """total += coefficients @ y of a block, [block_rows, D], without the tiles that are not needed.
+
+    Where the total begins with this block, what is there is not read.
 
     These tiles divide those of block_kernel, whichever side the rows are: what is needed of them, it has written.
     """
@@ -284,10 +288,11 @@ def product_kernel(
             y_tile = tl.load(y + y_place, mask=within[:, None] & (feature[None, :] < features), other=0.0)
             added = tl.dot(weights, y_tile, added, input_precision=PRECISION)
             tiles += 1
-    if tiles > 0:
+    if (tiles > 0) | (begins > 0):
         place = total + local_rows.to(tl.int64)[:, None] * features + feature[None, :]
         inside = (local_rows[:, None] < block_rows) & (feature[None, :] < features)
-        tl.store(place, tl.load(place, mask=inside, other=0.0) + added, mask=inside)
+        before = tl.load(place, mask=inside & (begins == 0), other=0.0)
+        tl.store(place, before + added, mask=inside)
 
 
 @triton.jit

@@ -105,7 +105,7 @@ def test_launches_are_those_of_the_code(case, d, device, engine, monkeypatch):
     kernels, tilings = engine.kernels(), backends.triton.kernels("tilings")
     launched = recorded(engine, monkeypatch)
     products, sums = Counter(), []
-    monkeypatch.setattr(sweep, "_accumulate", lambda total, a, b: products.update([(*a.shape, *b.shape[1:])]))
+    monkeypatch.setattr(sweep, "_accumulate", lambda total, a, b, begins: products.update([(*a.shape, *b.shape[1:])]))
     monkeypatch.setattr(sweep, "_add_sums", lambda totals, *of: sums.extend(t for t in totals if t is not None))
     with cost.pretending(device):
         on_device = cost.problem(case, d, "cuda").x

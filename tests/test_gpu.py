@@ -14,7 +14,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,91 @@ def test_losses(loss, variant, backend, dtype):
     arguments = loss_tests.arguments_of(loss, n, d, dtype)
     given = {"fused_options": {"backend": backend}, "logits": loss_tests.LOGITS}
     judge(moved(loss.fused), loss.naive, arguments, options, **given)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What makes the host wait for the device raises."""
+    if DRY:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def on_device(arguments: Sequence[Any]) -> list[Any]:
+    """Tensors as leaves on the device."""
+    return [
+        value.detach().to(DEVICE).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+        for value in arguments
+    ]
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("loss", "variant", "backend"), VARIANTS)
+def test_no_loss_waits_for_the_device(loss, variant, backend, dtype):
+    arguments = on_device(loss_tests.arguments_of(loss, *each((129, 96), (20, 10)), dtype))
+    options = tree_map_only(Tensor, lambda value: value.to(DEVICE), variant)
+    for waiting in (nullcontext(), no_waiting()):  # at first kernels are compiled
+        with waiting:
+            value = loss.fused(*arguments, **options, backend=backend)
+            value.sum().backward()
+
+
+@gpu
+@on_gpu
+def test_a_target_beyond_the_keys(engine, monkeypatch):
+    """Its values are not read on a device: the row has the loss inf, and no kernel reads there."""
+    if DRY:
+        monkeypatch.setattr(co.checks, "target_range", lambda *_: None)
+    x, y = torch.randn(2, 20, 8, device=DEVICE)
+    target = torch.arange(20, device=DEVICE)
+    target[3], target[7] = 20, -(2**40)
+    loss = co.info_nce(x, y, target=target, reduction="none", backend=engine)
+    beyond = torch.zeros(20, dtype=torch.bool)
+    beyond[[3, 7]] = True
+    assert torch.equal(loss.cpu() == torch.inf, beyond)
+    assert loss.cpu()[~beyond].isfinite().all()
+
+
+@gpu
+@real
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["clip_loss", "info_nce", "nt_xent", "supcon", "gram_loss"])
+def test_cuda_graph(name, engine, dtype):
+    """Forward and backward as one graph, which gives for other inputs what they give without."""
+    loss = loss_tests.TABLE[name]
+
+    def leaves(seed: int) -> list[Tensor]:
+        temperature = loss_tests.temperature_of(loss, dtype, 0.25 + seed).values()
+        return on_device([*loss_tests.arguments_of(loss, 300, 64, dtype, seed), *temperature])
+
+    def step(given: list[Tensor]) -> tuple[Tensor, ...]:
+        count = len(given) - (name != "clip_loss")  # whose scale is an argument
+        options = {} if name == "clip_loss" else {"temperature": given[-1]}
+        value = loss.fused(*given[:count], **options, backend=engine)
+        return value.detach(), *torch.autograd.grad(value, [leaf for leaf in given if leaf.requires_grad])
+
+    first, second = leaves(0), leaves(1)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels are compiled, cuBLAS takes its workspace
+        step(first)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(first)
+    with torch.no_grad():
+        for leaf, value in zip(first, second, strict=True):
+            leaf.copy_(value)
+    graph.replay()
+    for result, right in zip(results, step(second), strict=True):
+        torch.testing.assert_close(result, right)
 
 
 @gpu

@@ -1,6 +1,8 @@
-"""What is done row by row: the passes of the C++ engine against plain PyTorch, and when which of the two runs."""
+"""What is done row by row: the engine's passes and Triton's kernels against plain PyTorch, and when which runs."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import contrastive_ops as co
-from contrastive_ops.backends import cpu
+from contrastive_ops import backends
+from contrastive_ops.backends import cpu, cuda, sweep, tuples
 from contrastive_ops.catalogue import LOSSES
 from contrastive_ops.ops import rowwise
+from contrastive_ops.ops.cross_entropy import contrast_sum
 
 V, N, D = 3, 131, 37  # no multiple of a vector's length, more than two tasks of rows
 ENGINE = pytest.mark.skipif(co.build.missing is not None, reason=str(co.build.missing))
@@ -309,3 +313,192 @@ def test_fake_tensors(loss):
     ]
     assert learned
     assert all(fake.grad.shape == a.shape for fake, a in learned)
+
+
+# Triton's kernels of the same, in its interpreter
+NO_TRITON = backends.why_not("triton", "similarity_logsumexp", torch.empty(1, 1))
+TRITON = pytest.mark.skipif(NO_TRITON is not None, reason=f"triton: {NO_TRITON}")
+IN_KERNELS = {
+    "inverse_norm": (lambda x: (rowwise.inverse_norm(x, "triton"),), FUNCTIONS["inverse_norm"][1]),
+    "with_inverse_norm": (lambda x: rowwise.with_inverse_norm(x, "triton"), FUNCTIONS["with_inverse_norm"][1]),
+    "unit_tuples": (lambda x: rowwise.unit_tuples(*x, backend="triton"), FUNCTIONS["unit_tuples"][1]),
+    "one unit": (lambda x: (rowwise.unit(x[0], "triton"),), lambda x: (rowwise._unit(x[0])[1],)),
+}
+EACH_KERNEL = pytest.mark.parametrize("name", IN_KERNELS)
+
+
+@EACH_KERNEL
+@pytest.mark.parametrize("layout", ["contiguous", "strided rows", "strided features"])
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 37), (torch.float32, 300), (torch.float16, 130)])
+@TRITON
+def test_kernels_are_as_exact_as_pytorch(name, layout, dtype, d):
+    ours, steps = IN_KERNELS[name]
+    x = torch.randn(V, 35, 2 * d)[..., :d] if layout == "strided rows" else torch.randn(V, 35, d)
+    x = x.to(dtype).mT.contiguous().mT if layout == "strided features" else x.to(dtype)
+    truth = run(steps, x.double())
+    result, dense = run(ours, x), run(steps, x)
+    assert [r.dtype for r in result] == [r.dtype for r in dense]
+    for of_result, of_dense in zip(error(result, truth), error(dense, truth), strict=True):
+        assert of_result <= DENSE_FACTOR * of_dense
+
+
+@pytest.mark.parametrize("power", [-1.0, -0.5, 0.5, 1.0])
+@pytest.mark.parametrize("factor", [0.3, torch.tensor([0.3]), torch.full((2100,), 0.3)], ids=["number", "one", "rows"])
+@TRITON
+def test_scales_by_a_power(factor, power):
+    """Also of a tensor with one factor for each row, which the kernels leave to PyTorch."""
+    results = []
+    for dtype, backend in ((torch.float64, "tiled"), (torch.float32, "triton"), (torch.float32, "tiled")):
+        x = torch.randn(2100, 9, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        t = factor.to(dtype).requires_grad_() if isinstance(factor, torch.Tensor) else factor
+        rows, scale = rowwise.with_scale(x, t, power, backend)
+        weight = torch.linspace(-1.0, 2.0, 2100, dtype=dtype)
+        leaves = [value for value in (x, t) if isinstance(value, torch.Tensor)]
+        grads = torch.autograd.grad((weight * scale).sum() + rows.square().sum(), leaves)
+        results.append((rows.detach(), scale.detach(), *grads))
+    truth, ours, dense = results
+    for of_ours, of_dense in zip(error(ours, truth), error(dense, truth), strict=True):
+        assert of_ours <= max(DENSE_FACTOR * of_dense, 2e-7)
+
+
+def formula(lse, positive, totals, **options):
+    arguments = [value.detach().clone().requires_grad_() for value in (positive, *lse, *totals)]
+    s, *others = arguments
+    value = contrast_sum(s, others[: len(lse)], others[len(lse) :], **options)
+    return value.detach(), *torch.autograd.grad(value * 3.0, arguments)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("smoothing", [{}, {"slope": 0.09, "share": 0.01}], ids=["plain", "smoothing"])
+@TRITON
+def test_formula(smoothing, directions):
+    """Rows without negatives, certain, undecided and lost ones; more than one step."""
+    z = torch.linspace(-80.0, 80.0, 1100)
+    positive = torch.linspace(-3.0, 3.0, 1100)
+    lse = [z + positive, (z.flip(0) + positive)][:directions]
+    lse[0] = lse[0].index_fill(0, torch.tensor([0, 7]), -torch.inf)
+    totals = [torch.randn(1100) for _ in lse] if smoothing else []
+    options = smoothing | {"divisor": 1100.0 * directions}
+    double = [value.double() for value in (*lse, positive, *totals)]
+    truth = formula(double[:directions], double[directions], double[directions + 1 :], **options, backend="tiled")
+    for result, right in zip(formula(lse, positive, totals, **options, backend="triton"), truth, strict=True):
+        torch.testing.assert_close(result.double(), right, rtol=1e-5, atol=0.0)  # a difference of 80 is rounded
+
+
+@TRITON
+def test_formula_of_tiny_losses():
+    positive = torch.zeros(1)
+    for z in (-1.0, -10.0, -30.0, -80.0):
+        value, of_positive, of_lse = formula([torch.tensor([z])], positive, [], divisor=1.0, backend="triton")
+        assert value.item() == pytest.approx(math.log1p(math.exp(z)), rel=5e-6)
+        assert of_lse.item() == -of_positive.item() == pytest.approx(3.0 / (1.0 + math.exp(-z)), rel=5e-6)
+
+
+@TRITON
+@pytest.mark.parametrize("names", [("row", "col"), ("row",), ("col",), ()], ids=str)
+def test_what_backward_reads(names):
+    """As of PyTorch; an index beyond the columns names none, whatever 64 bits it has."""
+    sides = {}
+    for name, size in (("row", 1030), ("col", 9)):
+        maximum, log_sum = torch.randn(size), torch.rand(size)
+        maximum[3], log_sum[3] = -torch.inf, -torch.inf
+        sides[name] = (torch.randn(size), maximum, log_sum) if name in names else None
+    index = torch.tensor([0, 8, 9, -1, -5, 2**32, 2**40 + 3, 5] * 128)
+    x, results = torch.empty(1, 1), []
+    for kernels in (backends.triton._engine(), cuda.CudaKernels("contrastive_ops_cuda")):
+        incoming, below = sweep._incoming(kernels, x, sides["row"], sides["col"], index, 9)
+        assert torch.equal(below, sweep._index_below(kernels, x, 9, index))
+        results.append([*incoming[:4], below])
+    torch.testing.assert_close(*results)
+    assert results[0][-1].dtype == torch.int32
+
+
+LAUNCHED = {
+    "scale": lambda x, t: rowwise.with_scale(x, t, -0.5, "triton"),
+    "units": lambda x, t: rowwise.unit_tuples(x, t * x.roll(1, 0), backend="triton"),
+    "contrast": lambda x, t: (contrast_sum(t * x[0], x[1:3], x[3:5], 0.3, 0.2, divisor=2.0, backend="triton"),),
+}
+
+
+@TRITON
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of PyTorch, at the first dual tensor
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_kernels_and_the_transforms(name, monkeypatch):
+    """Differentiated again, for many gradients at once, in forward mode and under torch.func: the steps of PyTorch."""
+
+    def results():
+        torch.manual_seed(0)
+        x, t = torch.randn(5, 6).requires_grad_(), torch.tensor([0.7]).requires_grad_()
+
+        def loss(x, t):
+            return sum(value.pow(3).sum() for value in LAUNCHED[name](x, t))
+
+        first = torch.autograd.grad(loss(x, t), (x, t), create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), (x, t))
+        many = torch.autograd.grad(loss(x, t).expand(2), (x, t), torch.eye(2), is_grads_batched=True)
+        x, t = x.detach(), t.detach()
+        transformed = torch.func.vmap(torch.func.grad(loss), (0, None))(torch.stack([x, 2 * x]), t)
+        with forward_ad.dual_level():
+            dual = loss(forward_ad.make_dual(x, x.cos()), t)
+            return (*first, *second, *many, transformed, forward_ad.unpack_dual(dual).tangent)
+
+    ours = results()
+    monkeypatch.setattr(rowwise, "in_kernels", lambda *_: False)
+    torch.testing.assert_close(ours, results(), rtol=1e-4, atol=1e-5)
+
+
+@TRITON
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_kernels_in_inference_mode_and_of_what_is_frozen(name):
+    x, t = torch.randn(5, 6), torch.tensor([0.7])
+    expected = LAUNCHED[name](x, t)
+    with torch.inference_mode():
+        inside = LAUNCHED[name](x.clone(), t.clone())
+    assert all(torch.equal(a, b.clone()) for a, b in zip(expected, inside, strict=True))
+    t.requires_grad_()
+    sum(value.sum() for value in LAUNCHED[name](x, t)[-1:]).backward()
+    assert t.grad.isfinite().all()
+    assert not (name == "scale" and LAUNCHED[name](x, t)[0].requires_grad)
+
+
+@TRITON
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # log(0) of an empty set, in numpy
+@pytest.mark.parametrize("n", [0, 1])
+def test_kernels_of_no_rows_and_one_row(n):
+    x, y, t = torch.randn(n, 5).requires_grad_(), torch.randn(n, 5).requires_grad_(), torch.tensor(0.7).requires_grad_()
+    for loss in (
+        co.clip_loss(x, y, t, backend="triton"),
+        co.nt_xent(x, y, temperature=t, backend="triton"),
+        co.gram_loss(x, y, temperature=t, backend="triton"),
+    ):
+        assert loss.item() == 0.0 or (n == 1 and loss.item() < 1.0)
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, (x, y, t)))
+
+
+@TRITON
+@pytest.mark.parametrize("members", [1, 2, 3, 4, 5])
+def test_factors_of_sets(members):
+    """As in PyTorch, all in float64: also of vectors that depend on those before, and of zeros."""
+    kernels = backends.triton.kernels("rowwise")
+    sets = torch.randn(9, members, 37)
+    sets[1, -1] = sets[1, 0]
+    sets[2] = 0.0
+    basis = tuples.factor(sets)
+    torch.testing.assert_close(kernels.factor(sets), tuple(basis), rtol=1e-9, atol=1e-12)
+    weight = torch.randn(9)
+    truth = tuples.volume_gradient(sets.double(), basis.inverse, weight.double())
+    torch.testing.assert_close(
+        kernels.volume_gradient(sets, basis.inverse, weight).double(), truth, rtol=1e-6, atol=1e-6
+    )
+    if members == 5:
+        return
+    anchor, scale = torch.randn(6, 37), torch.rand(9)
+    *_, triangles, of_columns, squares, q = kernels.span(anchor, sets, scale, True)
+    torch.testing.assert_close(triangles, tuples.triangles(basis, anchor))
+    torch.testing.assert_close(of_columns, tuples.column_weight(basis, scale, anchor))
+    torch.testing.assert_close(squares, tuples.squares(anchor))
+    torch.testing.assert_close(q, tuples.orthonormal(sets, basis))
+    moments = torch.randn(members, 9, 37)
+    truth = tuples.tuple_gradient(sets.double(), basis, moments.transpose(0, 1).double(), weight.double())
+    found = kernels.tuple_gradient(sets, *basis, moments, weight)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)

@@ -369,7 +369,7 @@ def test_explain(plant):
         report = co.explain(X)
     assert report.chosen == "second"
     sentence = report.checks["first"]
-    assert sentence.startswith("checked with similarity_logsumexp of float32 on cpu: row_lse at [0] is nan, that of ")
+    assert sentence.startswith("checked with similarity_logsumexp of float32 on cpu: row_max at [0] is nan, that of ")
     assert report.reasons["first"] == sentence
     assert report.checks == {"first": sentence, "second": "checked: agrees with tiled", "third": "not checked yet"}
     assert report.reasons["second"] is None is report.reasons["third"]
@@ -393,7 +393,7 @@ def test_info(plant):
     assert start == "can run"
     assert ": checked: agrees with tiled" in rest[0]
     assert any(
-        part.startswith("volume_logsumexp of float16: checked with volume_logsumexp of float16 on cpu: row_lse at [0] ")
+        part.startswith("volume_logsumexp of float16: checked with volume_logsumexp of float16 on cpu: row_max at [0] ")
         for part in rest
     )
     calls = len(engine.calls)

@@ -312,7 +312,7 @@ def test_opcheck(members, backend, dtype):
     checks = (*fast, "test_aot_dispatch_dynamic") if dtype == torch.float32 else fast
     torch.library.opcheck(FORWARD, (*inputs, [True] * 4, backend), test_utils=fast)
     torch.library.opcheck(FORWARD, (*inputs, [False] * 4, backend), test_utils=checks)
-    row_max, col_max, row_log_sum, col_log_sum, kept, row_total, col_total = FORWARD(*inputs, [True] * 4, backend)
+    row_max, col_max, row_log_sum, col_log_sum, kept, row_total, col_total, *_ = FORWARD(*inputs, [True] * 4, backend)
     incoming = [torch.randn_like(value) for value in (row_max, col_max, row_total, col_total)]
     for needs in ([True] * 4, [True, False, False, False], [False, True, False, False]):
         saved = (row_max, col_max, row_log_sum, col_log_sum, kept)

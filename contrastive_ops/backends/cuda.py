@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from contrastive_ops import build, checks, tracing
-from contrastive_ops.backends import sweep
+from contrastive_ops.backends import rowwise, sweep
 from contrastive_ops.backends import tuples as tuple_basis
 
 OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 MOST_VECTORS = 5  # of factor.cu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDICES = (torch.int32, torch.int64)
 
 ROWS_FEATURES = 256  # the most that rows_tiling takes: traced sizes can't be given to it
 
@@ -50,9 +52,17 @@ class CudaKernels(sweep.Kernels):
         self.operators.excluded(*_of(problem), logits)
 
     def merge(
-        self, part: sweep.Part, parts: int, mirror: sweep.Part, mirrors: int, maximum: Tensor, log_sum: Tensor
+        self,
+        part: sweep.Part,
+        parts: int,
+        mirror: sweep.Part,
+        mirrors: int,
+        maximum: Tensor,
+        log_sum: Tensor,
+        lse: Tensor,
     ) -> None:
         self.operators.merge(part, mirror, maximum, log_sum)
+        torch.add(maximum, log_sum, out=lse)
 
     def block(
         self,
@@ -76,6 +86,9 @@ class CudaKernels(sweep.Kernels):
         cols_per_strip: int,
     ) -> None:
         self.operators.rows(*_of(problem), incoming, unit, gradient, sums, cols_per_strip)
+
+    def rowwise(self, x: Tensor) -> ModuleType | None:
+        return rowwise.kernels(x, "cuda")
 
     def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
         return dtype.itemsize == 2 and features <= ROWS_FEATURES
@@ -156,6 +169,12 @@ def kept(*arguments: Any) -> int:
 
 def factor(vectors: Tensor) -> tuple_basis.Basis:
     return KERNELS.factor(vectors)
+
+
+def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
+    if rowwise.kernels(vectors, "cuda") is None:
+        return tuple_basis.volume_gradient(vectors, inverse, factor)
+    return torch.ops.contrastive_ops.volume_gradient(vectors, inverse, factor)
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -19,8 +19,9 @@ An engine is a set of `Kernels`: Triton's in kernels/launch.py, those of CUDA in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -169,7 +170,9 @@ class Kernels(Protocol):
     def excluded(self, problem: Problem, logits: Tensor) -> None:
         """The logit of every row with the column that it leaves out; -inf where it leaves out none."""
 
-    def merge(self, part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor) -> None:
+    def merge(
+        self, part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor, lse: Tensor
+    ) -> None:
         """Join the partials [parts, size], and those of the mirror [mirrors, size], in their order."""
 
     def block(
@@ -184,12 +187,15 @@ class Kernels(Protocol):
     ) -> None:
         """Coefficients g a b / unit of a block, [rows, stride] or for volumes [P, rows, stride], and partial sums."""
 
-    def product(self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor) -> None:
+    def product(
+        self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor, begins: bool
+    ) -> None:
         """total += coefficients @ y of the rows of a block, in float32; of its columns with the sides of all swapped.
 
-        An engine of its own may leave out tiles without a pair that counts, whose coefficients `block` need not write.
+        Where the total begins with it, there is nothing in it yet. An engine of its own may leave out tiles without a
+        pair that counts, whose coefficients `block` need not write.
         """
-        _accumulate(total, coefficients, y)
+        _accumulate(total, coefficients, y, begins)
 
     def product_tiling(self, problem: Problem) -> tuple[int, int] | None:
         """Rows and features of a tile; None where `product` is the vendor's, of all pairs."""
@@ -219,6 +225,10 @@ class Kernels(Protocol):
     def factor(self, tuples: Tensor) -> tuple_basis.Basis:
         return tuple_basis.factor(tuples)
 
+    def rowwise(self, x: Tensor) -> ModuleType | None:
+        """Kernels of what is done for every row, see backends/rowwise.py; None for PyTorch's."""
+        return None
+
 
 class Statistics(NamedTuple):
     """What forward returns; empty where not asked for."""
@@ -230,6 +240,8 @@ class Statistics(NamedTuple):
     excluded: Tensor
     row_total: Tensor
     col_total: Tensor
+    row_lse: Tensor
+    col_lse: Tensor
 
 
 def forward(kernels: Kernels, problem: Problem, rows: bool, cols: bool, totals: bool = False) -> Statistics:
@@ -237,9 +249,9 @@ def forward(kernels: Kernels, problem: Problem, rows: bool, cols: bool, totals: 
     n, m = problem.n, problem.m
     has_index = problem.vectors.row_exclude is not None and not problem.members
     row, col = n if rows else 0, m if cols else 0
-    sizes = (row, col, row, col, n if has_index else 0, row if totals else 0, col if totals else 0)
+    sizes = (row, col, row, col, n if has_index else 0, row if totals else 0, col if totals else 0, row, col)
     if n == 0 or m == 0:
-        values = [-torch.inf] * 5 + [0.0] * 2
+        values = [-torch.inf] * 5 + [0.0] * 2 + [-torch.inf] * 2
         return Statistics(*(problem.full((size,), value) for size, value in zip(sizes, values, strict=True)))
     results = Statistics(*(problem.empty(size) for size in sizes))
     block_rows, block_cols = kernels.forward_tiling(problem)
@@ -253,9 +265,9 @@ def forward(kernels: Kernels, problem: Problem, rows: bool, cols: bool, totals: 
         kernels.excluded(problem, results.excluded)
     if rows:
         mirror = (col_part, groups) if problem.mirrored else (Part(), 0)
-        kernels.merge(row_part, strips, *mirror, results.row_max, results.row_log_sum)
+        kernels.merge(row_part, strips, *mirror, results.row_max, results.row_log_sum, results.row_lse)
     if cols:
-        kernels.merge(col_part, groups, Part(), 0, results.col_max, results.col_log_sum)
+        kernels.merge(col_part, groups, Part(), 0, results.col_max, results.col_log_sum, results.col_lse)
     if row_part.total is not None:
         torch.sum(row_part.total, 0, out=results.row_total)
     if col_part.total is not None:
@@ -309,14 +321,14 @@ def attention(kernels: Kernels, problem: Problem) -> tuple[Statistics, Tensor]:
     """The statistics of rows and the excluded logits, and what is kept."""
     n, m = problem.n, problem.m
     has_index = problem.vectors.row_exclude is not None
-    results = Statistics(*(problem.empty(size) for size in (n, 0, n, 0, n if has_index else 0, 0, 0)))
+    results = Statistics(*(problem.empty(size) for size in (n, 0, n, 0, n if has_index else 0, 0, 0, n, 0)))
     cols_per_strip = _cols_per_strip(kernels, problem, kernels.attention_tiling(problem))
     strips = cdiv(m, cols_per_strip)
     maxima, sums = problem.empty(strips, n), problem.empty(strips, n)
     slopes = Slopes(problem.empty(strips, n, problem.features), problem.empty(strips, n))
-    unit = _unit(problem, Incoming(row_weight=problem.full((1,), 1.0)))
+    unit = _unit(kernels, problem, Incoming(row_weight=problem.full((1,), 1.0)))
     kernels.attention(problem, unit, Part(maxima, sums), slopes, cols_per_strip)
-    kernels.merge(Part(maxima, sums), strips, Part(), 0, results.row_max, results.row_log_sum)
+    kernels.merge(Part(maxima, sums), strips, Part(), 0, results.row_max, results.row_log_sum, results.row_lse)
     if has_index:
         kernels.excluded(problem, results.excluded)
     if strips > 1:  # each has its share in the sum
@@ -364,33 +376,48 @@ class Gradients(NamedTuple):
     col_bias: Tensor | None
 
 
+class Total:
+    """A sum over blocks, each part of which begins with its first term: filling it with zeros would be a launch."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self.begun: set[int] = set()
+
+    def begins(self, part: slice) -> bool:
+        """Whether nothing is in a part yet; what asks then writes it."""
+        begins = part.start not in self.begun
+        self.begun.add(part.start)
+        return begins
+
+
 def backward(
     kernels: Kernels, problem: Problem, basis: Tensor | None, incoming: Incoming, needs: list[bool]
 ) -> Gradients:
     """Gradients where they are needed. `basis` is y again, or for volumes L^-1 y, whose products give dX."""
     incoming = Incoming(*(None if grad is None else grad.contiguous() for grad in incoming))
-    unit = _unit(problem, incoming)
+    unit = _unit(kernels, problem, incoming)
     if kernels.rows_tiling(problem) is not None and problem.n > 0 and problem.m > 0:
         return _backward_by_rows(kernels, problem, incoming, unit, needs)
     return _backward_by_blocks(kernels, problem, basis, incoming, unit, needs)
 
 
-def _unit(problem: Problem, incoming: Incoming) -> Tensor | None:
+def _unit(kernels: Kernels, problem: Problem, incoming: Incoming) -> Tensor | None:
     """What the coefficients are divided by.
 
     float16 has no room below 6e-8: the largest that its coefficients can be becomes 2^14.
     """
     if problem.x.dtype != torch.float16:
         return None
-    bound = problem.full((), 2.0**-14)
-    grads = incoming[:2] + incoming[4:]  # without the maxima
-    sizes = [grad.abs().max() for grad in grads if grad is not None and grad.numel()]
-    bound = bound * sum(sizes, start=problem.full((), 0.0))
-    for scale in (problem.vectors.row_scale, problem.vectors.col_scale):
-        if scale is not None and scale.numel():
-            bound = bound * scale.abs().max()
-    if problem.members:  # q y <= g w |x| / distance, and the distance is not below this share of |x|
-        bound = bound / AT_MINIMUM**0.5
+    grads = [grad for grad in incoming[:2] + incoming[4:] if grad is not None and grad.numel()]  # without the maxima
+    scales = [scale for scale in problem.vectors[:2] if scale is not None and scale.numel()]
+    # q y <= g w |x| / distance, and the distance is not below this share of |x|
+    factor = 2.0**-14 / (AT_MINIMUM**0.5 if problem.members else 1.0)
+    rowwise = kernels.rowwise(problem.x)
+    if rowwise is not None and grads:
+        return rowwise.bound(grads, scales, factor)
+    bound = factor * sum((grad.abs().max() for grad in grads), start=problem.full((), 0.0))
+    for scale in scales:
+        bound = bound * scale.abs().max()
     return torch.where(bound >= torch.finfo(torch.float32).tiny, bound, 1.0).reshape(1)  # its reciprocal is finite
 
 
@@ -443,12 +470,18 @@ def _backward_by_blocks(
     block_rows, block_cols = kernels.block_tiling(problem)
     need_x, need_y, need_row_scale, need_col_scale, need_row_bias, need_col_bias = needs
     matrices = max(members, 1)
-    grad_x = problem.full((n, features), 0.0) if need_x else None
-    grad_y = problem.full((matrices, m, features), 0.0) if need_y else None
+    grad_x = problem.empty(n, features) if need_x else None
+    grad_y = problem.empty(matrices, m, features) if need_y else None
+    total_x = None if grad_x is None else Total(grad_x)
+    totals_y = [] if grad_y is None else [Total(of_member) for of_member in grad_y]
     need_rows = (need_row_scale, need_row_bias, need_x and members > 0)
     need_cols = (need_col_scale, need_col_bias) if not mirrored else need_rows[:2]
-    row_grads = [problem.full((n,), 0.0) if need else None for need in need_rows]
-    col_grads = row_grads[:2] if mirrored else [problem.full((m,), 0.0) if need else None for need in need_cols]
+    row_grads = [Total(problem.empty(n)) if need else None for need in need_rows]
+    col_grads = row_grads[:2] if mirrored else [Total(problem.empty(m)) if need else None for need in need_cols]
+    if n == 0 or m == 0:  # no block writes them
+        for total in (total_x, *totals_y, *row_grads, *col_grads):
+            if total is not None:
+                total.value.zero_()
     side = math.isqrt((WORKSPACE * 2 // problem.x.element_size()) ** 2 // matrices)
     side = max(side // block_rows, 1) * block_rows
     size = min(n, side) * padded(min(m, side)) if need_x or need_y else 0
@@ -470,12 +503,12 @@ def _backward_by_blocks(
             # a block on the diagonal has both sides of its pairs
             mirror = mirrored and first_row != first_col
             for t, of_member in enumerate(() if coefficients is None else coefficients[:, :, :width]):
-                if grad_x is not None and basis is not None:
-                    kernels.product(problem, block, grad_x[rows], of_member, basis[cols, t])
+                if total_x is not None and basis is not None:
+                    _product(kernels, problem, block, total_x, rows, of_member, basis[cols, t])
                     if mirror:
-                        kernels.product(swapped, block.transposed(), grad_x[cols], of_member.T, problem.x[rows])
-                if grad_y is not None:
-                    kernels.product(swapped, block.transposed(), grad_y[t, cols], of_member.T, problem.x[rows])
+                        _product(kernels, swapped, block.transposed(), total_x, cols, of_member.T, problem.x[rows])
+                if totals_y:
+                    _product(kernels, swapped, block.transposed(), totals_y[t], cols, of_member.T, problem.x[rows])
             _add_sums(row_grads, rows, row_sums)
             if mirror or not mirrored:
                 _add_sums(col_grads, cols, col_sums)
@@ -483,31 +516,42 @@ def _backward_by_blocks(
         for grad in (grad_x, grad_y):
             if grad is not None:
                 grad.mul_(unit)
-    along = row_grads[2]
+    row_scale, row_bias, along = (None if total is None else total.value for total in row_grads)
     if grad_x is not None and along is not None:
         grad_x = torch.addcmul(grad_x, along[:, None], problem.x, value=-1)
-    col_scale, col_bias = (None, None) if mirrored else col_grads  # in self-similarity those of the rows have them
-    return Gradients(grad_x, grad_y, row_grads[0], col_scale, row_grads[1], col_bias)
+    col_scale, col_bias = (None if total is None or mirrored else total.value for total in col_grads)
+    return Gradients(grad_x, grad_y, row_scale, col_scale, row_bias, col_bias)
 
 
 def padded(size: int) -> int:
     return cdiv(size, 16) * 16
 
 
-def _add_sums(totals: list[Tensor | None], part: slice, sums: Sums) -> None:
+def _product(
+    kernels: Kernels, problem: Problem, block: Block, total: Total, part: slice, coefficients: Tensor, y: Tensor
+) -> None:
+    kernels.product(problem, block, total.value[part], coefficients, y, total.begins(part))
+
+
+def _add_sums(totals: Sequence[Total | None], part: slice, sums: Sums) -> None:
     for total, of_block in zip(totals, sums, strict=False):
-        if total is not None and of_block is not None:
-            total[part] += of_block.sum(0)
+        if total is None or of_block is None:
+            continue
+        if total.begins(part):
+            torch.sum(of_block, 0, out=total.value[part])
+        else:
+            total.value[part] += of_block.sum(0)
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, begins: bool) -> None:
     """total += a @ b, in float32."""
+    beta = 0.0 if begins else 1.0  # with 0 what is there is not read
     if a.dtype == torch.float32:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)
     elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.float(), b.float(), beta=beta)
 
 
 @contextmanager
@@ -517,28 +561,46 @@ def launching(x: Tensor) -> Iterator[None]:
         yield
 
 
+Side = tuple[Tensor, Tensor, Tensor]  # of a direction dL/dlse, max and log_sum
+
+
 def _incoming(
-    grads: tuple[Tensor, Tensor], statistics: tuple[Tensor, ...], rows: bool, cols: bool, **others: Tensor | None
-) -> Incoming:
-    """From the gradients of the log-sum-exps and row_max, col_max, row_log_sum, col_log_sum."""
-    weights: list[Tensor | None] = [None, None]
-    maxima: list[Tensor | None] = [None, None]
-    for side, wanted in enumerate((rows, cols)):
-        if wanted:
-            maximum, log_sum = statistics[side::2]
-            empty = maximum == -torch.inf
-            weights[side] = (grads[side] * (-log_sum).exp()).masked_fill(empty, 0.0)
-            maxima[side] = maximum.masked_fill(empty, torch.inf)
-    return Incoming(*weights, *maxima, **others)
+    kernels: Kernels, x: Tensor, row: Side | None, col: Side | None, exclude: Tensor | None, size: int
+) -> tuple[Incoming, Tensor | None]:
+    """What backward reads of each direction; and the columns that rows leave out, see `_index_below`."""
+    rowwise = kernels.rowwise(x)
+    if rowwise is not None:
+        *vectors, index = rowwise.incoming(row, col, exclude, size)
+        return Incoming(*vectors), index
+    (row_weight, row_max), (col_weight, col_max) = _weight_and_maximum(row), _weight_and_maximum(col)
+    return Incoming(row_weight, col_weight, row_max, col_max), _index_below(kernels, x, size, exclude)
 
 
-def _index_below(size: int, index: Tensor | None) -> Tensor | None:
+def _weight_and_maximum(side: Side | None) -> tuple[Tensor | None, Tensor | None]:
+    if side is None:
+        return None, None
+    grad, maximum, log_sum = side
+    empty = maximum == -torch.inf
+    return (grad * (-log_sum).exp()).masked_fill(empty, 0.0), maximum.masked_fill(empty, torch.inf)
+
+
+def _index_below(kernels: Kernels, x: Tensor, size: int, index: Tensor | None) -> Tensor | None:
     """int32, half the registers of int64; what is not below size names none, and is -1."""
-    return None if index is None else index.where((index >= 0) & (index < size), -1).to(torch.int32)
+    if index is None:
+        return None
+    rowwise = kernels.rowwise(x)
+    if rowwise is not None:
+        return rowwise.incoming(None, None, index, size)[-1]
+    return index.where((index >= 0) & (index < size), -1).to(torch.int32)
 
 
 def _ranks(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids by their order among all, as int32: equal where they are, and half the registers."""
+    """The ids by their order among all, as int32: equal where they are, and half the registers.
+
+    Those of 32 bits stay as they are.
+    """
+    if row_ids.dtype == col_ids.dtype == torch.int32:
+        return row_ids, col_ids
     ids = torch.cat([row_ids, col_ids])
     ordered, order = ids.sort()
     rank = torch.zeros_like(ids, dtype=torch.int32)
@@ -554,7 +616,7 @@ def _pairs(
     col_scale: Tensor | None,
     row_bias: Tensor | None,
     col_bias: Tensor | None,
-    exclude: Tensor | None,
+    index: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     restrict: bool,
@@ -562,25 +624,22 @@ def _pairs(
     mirrored = y is None
     if y is None:
         y, col_scale, col_bias, col_ids = x, row_scale, row_bias, row_ids
-    exclude = _index_below(y.shape[0], exclude)
     if row_ids is not None and col_ids is not None:
         row_ids, col_ids = _ranks(row_ids, row_ids if mirrored else col_ids)
-    vectors = Vectors(
-        row_scale, col_scale, row_bias, col_bias, exclude, exclude if mirrored else None, row_ids, col_ids
-    )
+    vectors = Vectors(row_scale, col_scale, row_bias, col_bias, index, index if mirrored else None, row_ids, col_ids)
     return Problem(x, y, vectors, Span(None, None), mirrored=mirrored, restrict=restrict)
 
 
 def similarity_logsumexp_forward(kernels: Kernels, *arguments: Any) -> tuple[Tensor, ...]:
-    *options, rows, cols, needs = arguments
-    problem = _pairs(*options)
-    with launching(problem.x):
-        x, y, *_ = options
+    x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict, rows, cols, needs = arguments
+    with launching(x):
+        index = _index_below(kernels, x, len(x if y is None else y), exclude)
+        problem = _pairs(x, y, row_scale, col_scale, row_bias, col_bias, index, row_ids, col_ids, restrict)
         if _attends(kernels, x, y, cols, needs):
             results, kept = attention(kernels, problem)
         else:
             results, kept = forward(kernels, problem, rows, cols), problem.empty(0)
-    return (*results[:4], kept, results.excluded)
+    return (*results[:4], kept, results.excluded, results.row_lse, results.col_lse)
 
 
 def similarity_logsumexp_backward(
@@ -595,23 +654,22 @@ def similarity_logsumexp_backward(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *options, rows, cols, needs = arguments
-    problem = _pairs(*options)
-    with launching(problem.x):
-        if kept.numel() and not any(needs[1::2]):
+    x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict, rows, cols, needs = arguments
+    attended = kept.numel() > 0 and not any(needs[1::2])
+    with launching(x):
+        of_rows = (grad_row_lse, row_max, row_log_sum) if rows and not attended else None
+        of_cols = (grad_col_lse, col_max, col_log_sum) if cols and not attended else None
+        incoming, index = _incoming(kernels, x, of_rows, of_cols, exclude, len(x if y is None else y))
+        problem = _pairs(x, y, row_scale, col_scale, row_bias, col_bias, index, row_ids, col_ids, restrict)
+        if attended:
             grads = multiples(problem, grad_row_lse, grad_excluded, row_max, kept, needs)
         else:
+            if index is not None:
+                incoming = incoming._replace(row_excluded=grad_excluded)
             if problem.mirrored:
-                grad_col_lse, col_max, col_log_sum, cols = grad_row_lse, row_max, row_log_sum, rows
-            has_index = problem.vectors.row_exclude is not None
-            incoming = _incoming(
-                (grad_row_lse, grad_col_lse),
-                (row_max, col_max, row_log_sum, col_log_sum),
-                rows,
-                cols,
-                row_excluded=grad_excluded if has_index else None,
-                col_excluded=grad_excluded if has_index and problem.mirrored else None,
-            )
+                incoming = incoming._replace(
+                    col_weight=incoming.row_weight, col_max=incoming.row_max, col_excluded=incoming.row_excluded
+                )
             grads = backward(kernels, problem, problem.y[:, None], incoming, needs)
     features = problem.x.new_empty(0)
     return (
@@ -622,24 +680,36 @@ def similarity_logsumexp_backward(
 
 
 def _volumes(
+    kernels: Kernels,
     anchor: Tensor,
     tuples: Tensor,
-    basis: tuple_basis.Basis,
     row_scale: Tensor | None,
     col_scale: Tensor | None,
-    exclude: Tensor | None,
-) -> Problem:
-    weight = tuple_basis.column_weight(basis, col_scale, anchor)
-    vectors = Vectors(row_scale, weight, None, None, _index_below(tuples.shape[0], exclude), None, None, None)
-    return Problem(anchor, tuples, vectors, Span(tuple_basis.triangles(basis, anchor), tuple_basis.squares(anchor)))
+    index: Tensor | None,
+    orthonormal: bool = False,
+) -> tuple[Problem, tuple_basis.Basis, Tensor | None]:
+    """The problem, and the tuples factored, where it is wanted with Q."""
+    anchor, tuples = anchor.contiguous(), tuples.contiguous()
+    rowwise = kernels.rowwise(anchor)
+    if rowwise is not None:
+        *factored, triangles, weight, square, q = rowwise.span(anchor, tuples, col_scale, orthonormal)
+        basis = tuple_basis.Basis(*factored)
+    else:
+        basis = kernels.factor(tuples)
+        triangles, square = tuple_basis.triangles(basis, anchor), tuple_basis.squares(anchor)
+        weight = tuple_basis.column_weight(basis, col_scale, anchor)
+        q = tuple_basis.orthonormal(tuples, basis) if orthonormal else None
+    vectors = Vectors(row_scale, weight, None, None, index, None, None, None)
+    return Problem(anchor, tuples, vectors, Span(triangles, square)), basis, q
 
 
 def volume_logsumexp_forward(kernels: Kernels, anchor: Tensor, tuples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *options, rows, cols, totals, _needs = arguments
+    row_scale, col_scale, exclude, rows, cols, totals, _needs = arguments
     with launching(anchor):
-        problem = _volumes(anchor, tuples, kernels.factor(tuples), *options)
+        index = _index_below(kernels, anchor, len(tuples), exclude)
+        problem, _, _ = _volumes(kernels, anchor, tuples, row_scale, col_scale, index)
         results = forward(kernels, problem, rows, cols, totals)
-    return (*results[:4], problem.empty(0), results.row_total, results.col_total)
+    return (*results[:4], problem.empty(0), *results[5:])
 
 
 def volume_logsumexp_backward(
@@ -663,20 +733,22 @@ def volume_logsumexp_backward(
     totals: bool,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    incoming = _incoming(
-        (grad_row_lse, grad_col_lse),
-        (row_max, col_max, row_log_sum, col_log_sum),
-        rows,
-        cols,
-        row_total=grad_row_total if rows and totals else None,
-        col_total=grad_col_total if cols and totals else None,
-    )
     with launching(anchor):
-        basis = kernels.factor(tuples)
-        problem = _volumes(anchor, tuples, basis, row_scale, col_scale, exclude)
-        orthonormal = tuple_basis.orthonormal(tuples, basis) if needs[0] else None
+        of_rows = (grad_row_lse, row_max, row_log_sum) if rows else None
+        of_cols = (grad_col_lse, col_max, col_log_sum) if cols else None
+        incoming, index = _incoming(kernels, anchor, of_rows, of_cols, exclude, len(tuples))
+        incoming = incoming._replace(
+            row_total=grad_row_total if rows and totals else None, col_total=grad_col_total if cols and totals else None
+        )
+        problem, basis, q = _volumes(kernels, anchor, tuples, row_scale, col_scale, index, orthonormal=needs[0])
         needed = [*tuple_basis.needs_of_sweep(needs), False, False]
-        grads = backward(kernels, problem, orthonormal, incoming, needed)
+        grads = backward(kernels, problem, q, incoming, needed)
+        rowwise, of_tuples = kernels.rowwise(anchor), tuple_basis.tuple_gradient
+        if rowwise is not None:
+
+            def of_tuples(tuples: Tensor, basis: tuple_basis.Basis, moments: Tensor, grad_volume: Tensor) -> Tensor:
+                return rowwise.tuple_gradient(tuples, *basis, moments.transpose(0, 1), grad_volume)
+
         empty = problem.empty(0)
         sweep_grads = (
             anchor.new_empty(0) if grads.x is None else grads.x.to(anchor.dtype),
@@ -684,4 +756,4 @@ def volume_logsumexp_backward(
             empty if grads.row_scale is None else grads.row_scale,
             empty if grads.col_scale is None else grads.col_scale,
         )
-        return tuple_basis.gradients(tuples, basis, col_scale, sweep_grads, needs)
+        return tuple_basis.gradients(tuples, basis, col_scale, sweep_grads, needs, of_tuples)

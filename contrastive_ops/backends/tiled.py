@@ -217,6 +217,8 @@ def _forward(tiles: Tiles, rows: bool, cols: bool, totals: bool = False) -> dict
         "excluded": excluded,
         "row_total": row_total,
         "col_total": col_total,
+        "row_lse": row[0] + row[1].log(),
+        "col_lse": col[0] + col[1].log(),
     }
 
 
@@ -282,7 +284,7 @@ def _backward(
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
     *options, rows, cols, _needs = arguments
     results = _forward(Tiles(*options), rows, cols)
-    names = ("row_max", "col_max", "row_log_sum", "col_log_sum", "kept", "excluded")
+    names = ("row_max", "col_max", "row_log_sum", "col_log_sum", "kept", "excluded", "row_lse", "col_lse")
     return tuple(results[name] for name in names)
 
 
@@ -310,7 +312,9 @@ def volume_logsumexp_forward(anchor: Tensor, tuples: Tensor, *arguments: Any) ->
     *options, rows, cols, totals, _needs = arguments
     tiles = SpanTiles(anchor, tuples, tuple_basis.factor(tuples), *options)
     results = _forward(tiles, rows, cols, totals)
-    names = ("row_max", "col_max", "row_log_sum", "col_log_sum", "kept", "row_total", "col_total")
+    names = (
+        "row_max", "col_max", "row_log_sum", "col_log_sum", "kept", "row_total", "col_total", "row_lse", "col_lse"
+    )  # fmt: skip
     return tuple(results[name] for name in names)
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from contrastive_ops import checks
 from contrastive_ops.backends import sweep
+from contrastive_ops.backends import tuples as tuple_basis
 
 OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDICES = (torch.int32, torch.int64)
 
 
 def interpreting() -> bool:
@@ -59,6 +61,18 @@ def _engine() -> sweep.Kernels:
 
 def kept(*arguments: Any) -> int:
     return sweep.kept(_engine(), *arguments)
+
+
+def factor(vectors: Tensor) -> tuple_basis.Basis:
+    if vectors.shape[1] > kernels("rowwise").MOST_VECTORS:
+        return tuple_basis.factor(vectors)
+    return tuple_basis.Basis(*torch.ops.contrastive_ops.factor(vectors))
+
+
+def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
+    if vectors.shape[1] > kernels("rowwise").MOST_VECTORS:
+        return tuple_basis.volume_gradient(vectors, inverse, factor)
+    return torch.ops.contrastive_ops.volume_gradient(vectors, inverse, factor)
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:

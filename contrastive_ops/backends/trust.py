@@ -231,18 +231,16 @@ def _run(module: ModuleType, op: str, arguments: Sequence[Any], needs: list[bool
     if op == "gramian_volume":
         results = _run_gramian_volume(module, *arguments)
     else:
-        row_max, col_max, row_log_sum, col_log_sum, kept, *others = getattr(module, f"{op}_forward")(*arguments, needs)
-        results = {
-            "row_lse": row_max + row_log_sum,
-            "col_lse": col_max + col_log_sum,
-            **dict(zip(_OTHERS[op], others, strict=True)),
-        }
+        *statistics, row_lse, col_lse = getattr(module, f"{op}_forward")(*arguments, needs)
+        row_max, col_max, row_log_sum, col_log_sum, kept, *others = statistics
+        results = {"row_lse": row_lse, "col_lse": col_lse, **dict(zip(_OTHERS[op], others, strict=True))}
         # totals grow with the problem: their gradients would drown those of the log-sum-exps
         weights = [2.0**-8 if name.endswith("total") else 1.0 for name in results]
         incoming = [weight * _incoming(result) for weight, result in zip(weights, results.values(), strict=True)]
         gradients = getattr(module, f"{op}_backward")(
             *incoming, row_max, col_max, row_log_sum, col_log_sum, kept, *arguments, needs
         )
+        # what backward and a loss's own numbers are made of
         results |= {"row_max": row_max, "col_max": col_max}
         results |= {
             f"the gradient of {name}": gradient

@@ -94,13 +94,13 @@ def clip_loss(
         checks.weights("sample_weight", sample_weight, n, device, rows_of="image_features")
 
     scale = terms.flat(logit_scale, image_features)
-    image_features, image_scale = terms.with_norm_scale(image_features, normalize, backend)
+    image_features, image_scale = terms.with_logit_scale(image_features, scale, 1.0, normalize, backend)
     text_features, text_scale = terms.with_norm_scale(text_features, normalize, backend)
-    diagonal = torch.arange(n, device=device)
+    diagonal = torch.arange(n, device=device, dtype=torch.int32)
     negatives = similarity_logsumexp(
         image_features,
         text_features,
-        row_scale=scale if image_scale is None else scale * image_scale,
+        row_scale=image_scale,
         col_scale=text_scale,
         exclude=diagonal,
         row_ids=ids,
@@ -109,23 +109,23 @@ def clip_loss(
         backend=backend,
     )
     positive = negatives.excluded_logit
-    similarity = positive / scale
-    per_pair = (terms.softplus(negatives.row_lse - positive) + terms.softplus(negatives.col_lse - positive)) / 2
+    spread = None
     if label_smoothing > 0.0:
         image, text = (image_features, image_scale), (text_features, text_scale)
         uniform = sum(
-            terms.uniform_similarity(x, y, x_scale, y_scale, similarity, diagonal, ids, ids)
+            terms.uniform_similarity(x, y, x_scale, y_scale, positive, diagonal, ids, ids)
             for (x, x_scale), (y, y_scale) in ((image, text), (text, image))
         )
         # without negatives the positive is the mean: exactly 0, where the difference of two roundings is not
-        spread = torch.where(negatives.row_lse > -torch.inf, similarity - uniform / 2, 0.0)
-        per_pair = per_pair + label_smoothing * scale * spread
-    loss = terms.reduce(per_pair, reduction, sample_weight)
+        spread = label_smoothing * torch.where(negatives.row_lse > -torch.inf, positive - uniform / 2, 0.0)
+    lse = (negatives.row_lse, negatives.col_lse)
+    loss = terms.cross_entropy(
+        positive, lse, spread=spread, reduction=reduction, sample_weight=sample_weight, backend=backend
+    )
     if not return_stats:
         return loss
-    lse = torch.stack([negatives.row_lse, negatives.col_lse])
     return loss, LossStats(
-        lse=torch.logaddexp(lse, positive).detach(),
-        positive_similarity=similarity.detach(),
+        lse=torch.logaddexp(torch.stack(lse), positive).detach(),
+        positive_similarity=(positive / scale).detach(),
         accuracy=terms.accuracy(positive.expand(2, n), torch.stack([negatives.row_max, negatives.col_max])),
     )

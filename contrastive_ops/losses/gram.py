@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,13 +15,16 @@ from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.ops import gramian_volume, volume_logsumexp
 
 
-class Direction(NamedTuple):
-    """Logits of one direction, vectors of shape (N,): each row's positive and what is known of its negatives."""
+class Directions(NamedTuple):
+    """Logits of the rows, of the columns, or of both: each one's positive and what is known of its negatives.
 
-    negative_lse: Tensor
-    negative_max: Tensor
-    negative_total: Tensor  # their sum; empty without label smoothing
+    Of every direction a vector of shape (N,); the positives are those of all.
+    """
+
     positive: Tensor
+    negative_lse: tuple[Tensor, ...]
+    negative_max: tuple[Tensor, ...]
+    negative_total: tuple[Tensor, ...]  # their sum; none without label smoothing
 
 
 def gram_loss(
@@ -115,10 +119,10 @@ def gram_loss(
     )
     if detach_others:
         fixed = tuple(other.detach() for other in others)
-        directions = directions_of(anchor, fixed, cols=False) + directions_of(anchor.detach(), others, rows=False)
+        sweeps = [directions_of(anchor, fixed, cols=False), directions_of(anchor.detach(), others, rows=False)]
     else:
-        directions = directions_of(anchor, others)
-    return symmetric(directions, logit_scale, label_smoothing, sample_weight, reduction, return_stats)
+        sweeps = [directions_of(anchor, others)]
+    return symmetric(sweeps, logit_scale, label_smoothing, sample_weight, reduction, return_stats, backend)
 
 
 def _directions(
@@ -131,7 +135,7 @@ def _directions(
     backend: str,
     rows: bool = True,
     cols: bool = True,
-) -> tuple[Direction, ...]:
+) -> Directions:
     """The rows, the columns, or both, from one sweep; the positives exactly, apart from it."""
     # unit vectors and not scales: the gradient of a volume is radial but for a small part, which is all that is left of
     # it. Projecting the whole float32 gradient keeps that part; the sum of two that are rounded apart loses it.
@@ -140,40 +144,49 @@ def _directions(
         anchor,
         tuples,
         row_scale=logit_scale,
-        exclude=torch.arange(anchor.shape[0], device=anchor.device),
+        exclude=torch.arange(anchor.shape[0], device=anchor.device, dtype=torch.int32),
         rows=rows,
         cols=cols,
         totals=totals,
         backend=backend,
     )
     positive = -logit_scale * gramian_volume(vectors, backend=backend)
-    of_rows = Direction(negatives.row_lse, negatives.row_max, negatives.row_total, positive)
-    of_cols = Direction(negatives.col_lse, negatives.col_max, negatives.col_total, positive)
-    return (of_rows,) * rows + (of_cols,) * cols
+    of_rows = (negatives.row_lse, negatives.row_max, negatives.row_total)
+    of_cols = (negatives.col_lse, negatives.col_max, negatives.col_total)
+    lse, largest, total = zip(*([of_rows] * rows + [of_cols] * cols), strict=True)
+    return Directions(positive, lse, largest, total if totals else ())
 
 
 def symmetric(
-    directions: tuple[Direction, ...],
+    sweeps: Sequence[Directions],
     logit_scale: float | Tensor,
     label_smoothing: float,
     sample_weight: Tensor | None,
     reduction: str,
     return_stats: bool,
+    backend: str,
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """The mean over the directions of their cross-entropies."""
-    positive = torch.stack([direction.positive for direction in directions])
-    lse = torch.stack([direction.negative_lse for direction in directions])
-    per_direction = terms.softplus(lse - positive)
-    if label_smoothing > 0.0:
-        n = positive.shape[1]
-        total = torch.stack([direction.negative_total for direction in directions])
-        per_direction = per_direction + label_smoothing * ((n - 1) * positive - total) / max(n, 1)
-    loss = terms.reduce(per_direction.mean(0), reduction, sample_weight)
+    """The mean over the directions, as many in each sweep, of their cross-entropies."""
+    losses = [
+        terms.cross_entropy(
+            of_sweep.positive,
+            of_sweep.negative_lse,
+            totals=of_sweep.negative_total,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            sample_weight=sample_weight,
+            backend=backend,
+        )
+        for of_sweep in sweeps
+    ]
+    loss = losses[0] if len(losses) == 1 else sum(losses[1:], start=losses[0]) / len(losses)
     if not return_stats:
         return loss
-    largest = torch.stack([direction.negative_max for direction in directions])
+    positive = sweeps[0].positive
+    lse = torch.stack([lse for of_sweep in sweeps for lse in of_sweep.negative_lse])
+    largest = torch.stack([largest for of_sweep in sweeps for largest in of_sweep.negative_max])
     return loss, LossStats(
         lse=torch.logaddexp(lse, positive).detach(),
-        positive_similarity=(positive[0] / logit_scale).detach(),
-        accuracy=terms.accuracy(positive, largest),
+        positive_similarity=(positive / logit_scale).detach(),
+        accuracy=terms.accuracy(positive.expand_as(largest), largest),
     )

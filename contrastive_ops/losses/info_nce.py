@@ -43,7 +43,8 @@ def info_nce(
     key : Tensor of shape (M, D), dtype of `query`
         Without `target`, M >= N and row i is the positive of query i; the other keys are negatives of all queries.
     target : integer Tensor of shape (N,), optional
-        Index of each query's positive in `key`, in [0, M); its values are not checked on devices but CPU.
+        Index of each query's positive in `key`, in [0, M). Off the CPU, where the host would have to wait for them, the
+        values are not checked: a query whose positive is beyond the keys has the loss inf.
     temperature : float, Tensor of one element, or Tensor of shape (N,)
         Tensors receive their gradient.
     label_smoothing : float in [0, 1)
@@ -99,19 +100,19 @@ def info_nce(
         checks.weights("sample_weight", sample_weight, n, query.device, rows_of="query")
     if target is None:
         checks.enough_keys(n, m)
-        target = torch.arange(n, device=query.device)
+        target = torch.arange(n, device=query.device, dtype=torch.int32)
     else:
         checks.integer_vector("target", target, n, query.device, rows_of="query")
         checks.target_range(target, m)
         target = target.long()
 
-    logit_scale = terms.inverse(temperature, query)
-    query, query_scale = terms.with_norm_scale(query, normalize, backend)
+    temperature = terms.flat(temperature, query)
+    query, query_scale = terms.with_logit_scale(query, temperature, -1.0, normalize, backend)
     key, key_scale = terms.with_norm_scale(key, normalize, backend)
     negatives = similarity_logsumexp(
         query,
         key,
-        row_scale=logit_scale if query_scale is None else logit_scale * query_scale,
+        row_scale=query_scale,
         col_scale=key_scale,
         exclude=target,
         row_ids=query_ids,
@@ -119,18 +120,19 @@ def info_nce(
         backend=backend,
     )
     positive = negatives.excluded_logit
-    similarity = positive / logit_scale
-    per_row = terms.softplus(negatives.row_lse - positive)
+    spread = None
     if label_smoothing > 0.0:
-        uniform = terms.uniform_similarity(query, key, query_scale, key_scale, similarity, target, query_ids, key_ids)
+        uniform = terms.uniform_similarity(query, key, query_scale, key_scale, positive, target, query_ids, key_ids)
         # without negatives the positive is the mean: exactly 0, where the difference of two roundings is not
-        spread = torch.where(negatives.row_lse > -torch.inf, similarity - uniform, 0.0)
-        per_row = per_row + label_smoothing * logit_scale * spread
-    loss = terms.reduce(per_row, reduction, sample_weight)
+        spread = label_smoothing * torch.where(negatives.row_lse > -torch.inf, positive - uniform, 0.0)
+    lse = (negatives.row_lse,)
+    loss = terms.cross_entropy(
+        positive, lse, spread=spread, reduction=reduction, sample_weight=sample_weight, backend=backend
+    )
     if not return_stats:
         return loss
     return loss, LossStats(
         lse=torch.logaddexp(negatives.row_lse, positive).detach(),
-        positive_similarity=similarity.detach(),
+        positive_similarity=(positive * temperature).detach(),
         accuracy=terms.accuracy(positive, negatives.row_max),
     )

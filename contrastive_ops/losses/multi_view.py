@@ -18,7 +18,7 @@ from contrastive_ops import checks
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.info_nce import info_nce
 from contrastive_ops.losses.two_views import dcl, nt_xent
-from contrastive_ops.ops import similarity_logsumexp, with_pair_products
+from contrastive_ops.ops import similarity_logsumexp, softplus, with_pair_products
 
 PAIR_LOSSES: dict[str, Callable[..., Any]] = {"nt_xent": nt_xent, "info_nce": info_nce, "dcl": dcl}
 
@@ -95,7 +95,7 @@ def mv_infonce(
         ]
         negative = torch.stack([lse for sweep in sweeps for lse in (sweep.row_lse, sweep.col_lse)])
     # a pair of views counts in both of its orders
-    per_instance = terms.softplus(terms.logsumexp(negative, 0) - positive.logsumexp(0) - math.log(2.0))
+    per_instance = softplus(terms.logsumexp(negative, 0) - positive.logsumexp(0) - math.log(2.0))
     return terms.reduce(per_instance, reduction)
 
 
@@ -288,7 +288,7 @@ def pvc(
     v = len(negative)
     positive = dict(zip(combinations(range(v), 2), pairs.unbind(), strict=True))
     decoupled = [negative[a] - positive[min(a, b), max(a, b)] for a, b in permutations(range(v), 2)]
-    per_pair = terms.softplus(torch.stack(decoupled)).unflatten(0, (v, v - 1))
+    per_pair = softplus(torch.stack(decoupled)).unflatten(0, (v, v - 1))
     if aggregate == "geometric":
         return terms.reduce(per_pair.mean(1), reduction)
     # relative to the smallest loss the sum of e^-loss is at least 1, and exact where all losses are tiny

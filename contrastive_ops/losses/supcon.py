@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import similarity_logsumexp
+from contrastive_ops.ops import similarity_logsumexp, softplus
 
 
 def supcon(
@@ -95,56 +96,59 @@ def supcon(
     z = features.reshape(-1, features.shape[-1])[order]
     n = z.shape[0]
 
-    logit_scale = terms.inverse(temperature, z)
-    z, norm_scale = terms.with_norm_scale(z, normalize, backend)
-    root = logit_scale**0.5
-    row_scale = root if norm_scale is None else root * norm_scale
+    temperature = terms.flat(temperature, z)
+    # both sides of the symmetric product carry the root of the logit scale
+    z, row_scale = terms.with_logit_scale(z, temperature, -0.5, normalize, backend)
+    group = terms.starts_of_groups(label).cumsum(0, dtype=torch.int32) - 1
     positives = similarity_logsumexp(
         z,
         row_scale=row_scale,
-        row_ids=label,
+        row_ids=group,
         ids="restrict",
-        exclude=torch.arange(n, device=z.device),
+        exclude=torch.arange(n, device=z.device, dtype=torch.int32),
         backend=backend,
     )
-    negatives = similarity_logsumexp(z, row_scale=row_scale, row_ids=label, backend=backend)
+    negatives = similarity_logsumexp(z, row_scale=row_scale, row_ids=group, backend=backend)
 
-    similarity, count = _mean_positive_similarity(z, norm_scale, label)
-    valid = (positives.row_lse > -torch.inf) & (negatives.row_lse > -torch.inf)
-    positive_lse = torch.where(valid, positives.row_lse, 0.0)
-    per_row = terms.softplus(negatives.row_lse - positive_lse)
+    positive, count = _mean_positive(z, row_scale, group)
+    invalid = (positives.row_lse == -torch.inf) | (negatives.row_lse == -torch.inf)
+    positive_lse = positives.row_lse.masked_fill(invalid, 0.0)
+    per_row = softplus(negatives.row_lse - positive_lse)
     if variant == "in":
         per_row = per_row + count.clamp(min=1.0).log()
     else:
         # of a single positive the log-sum-exp is the mean: exactly 0, where the difference of two roundings is not
-        spread = positive_lse - logit_scale * similarity
-        per_row = per_row + torch.where(count > 1.0, spread, 0.0)
-    per_row = torch.where(valid, per_row, 0.0)
+        spread = positive_lse - positive
+        per_row = per_row + spread.masked_fill(count <= 1.0, 0.0)
+    per_row = per_row.masked_fill(invalid, 0.0)
 
-    inverse_order = torch.empty_like(order).scatter(0, order, torch.arange(n, device=z.device))
-    per_row = per_row[inverse_order].reshape(shape)
-    if empty == "drop" and reduction == "mean":
-        loss = per_row.sum() / valid.sum().clamp(min=1)
+    def in_order(values: Tensor) -> Tensor:
+        inverse_order = torch.empty_like(order).scatter(0, order, torch.arange(n, device=z.device))
+        return values[inverse_order].reshape(shape)
+
+    if reduction == "none":
+        loss = in_order(per_row)
+    elif empty == "drop" and reduction == "mean":
+        loss = per_row.sum() / (~invalid).sum().clamp(min=1)
     else:
         loss = terms.reduce(per_row, reduction)
     if not return_stats:
         return loss
     lse = torch.logaddexp(positives.row_lse, negatives.row_lse).detach()
     return loss, LossStats(
-        lse=lse[inverse_order].reshape(shape),
-        positive_similarity=similarity.detach()[inverse_order].reshape(shape),
+        lse=in_order(lse),
+        positive_similarity=in_order((positive * temperature).detach()),
         accuracy=terms.accuracy(positives.row_max, negatives.row_max),
     )
 
 
-def _mean_positive_similarity(z: Tensor, norm_scale: Tensor | None, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean similarity of each row to the others of its class, and how many they are; labels are sorted.
+def _mean_positive(z: Tensor, scale: float | Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean logit of each row with the others of its class, and how many they are.
 
     A sum of dot products is the dot product with the class sum: no sweep. A row alone in its class has 0 and 0.
     """
-    unit = z.to(terms.statistics_dtype(z)) if norm_scale is None else norm_scale[:, None] * z
-    group = terms.starts_of_groups(label).cumsum(0) - 1
-    sums = torch.zeros_like(unit).index_add(0, group, unit)[group]
-    sizes = unit.new_zeros(len(unit)).index_add(0, group, unit.new_ones(len(unit)))[group]
+    scaled = (scale[:, None] if isinstance(scale, Tensor) else scale) * z.to(statistics_dtype(z))
+    sums = torch.zeros_like(scaled).index_add(0, group, scaled)[group]
+    sizes = scaled.new_zeros(len(z)).index_add(0, group, scaled.new_ones(len(z)))[group]
     count = sizes - 1.0
-    return (unit * (sums - unit)).sum(-1) / count.clamp(min=1.0), count
+    return (scaled * (sums - scaled)).sum(-1) / count.clamp(min=1.0), count

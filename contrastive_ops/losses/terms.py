@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from contrastive_ops import checks
 from contrastive_ops.dtypes import statistics_dtype
-from contrastive_ops.ops import row_dot, with_inverse_norm
+from contrastive_ops.ops import contrast, contrast_sum, row_dot, with_inverse_norm, with_scale
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -38,6 +38,13 @@ def with_norm_scale(x: Tensor, normalize: bool, backend: str) -> tuple[Tensor, T
     return with_inverse_norm(x, backend) if normalize else (x, None)
 
 
+def with_logit_scale(
+    x: Tensor, factor: float | Tensor, power: float, normalize: bool, backend: str
+) -> tuple[Tensor, float | Tensor]:
+    """As `with_norm_scale`, times factor^power."""
+    return with_scale(x, factor, power, backend) if normalize else (x, factor**power)
+
+
 def logsumexp(x: Tensor, dim: int) -> Tensor:
     """torch.logsumexp, with zero gradient where all entries are -inf and that one has NaN."""
     empty = (x == -torch.inf).all(dim, keepdim=True)
@@ -46,7 +53,8 @@ def logsumexp(x: Tensor, dim: int) -> Tensor:
 
 def inverse(temperature: float | Tensor, x: Tensor) -> float | Tensor:
     """The logit scale 1 / temperature, a tensor in the dtype of the statistics."""
-    return 1.0 / flat(temperature, x)
+    temperature = flat(temperature, x)
+    return temperature.reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
 
 
 def flat(scale: float | Tensor, x: Tensor) -> float | Tensor:
@@ -54,12 +62,7 @@ def flat(scale: float | Tensor, x: Tensor) -> float | Tensor:
     return scale.to(statistics_dtype(x)).reshape(-1) if isinstance(scale, Tensor) else scale
 
 
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), with full relative accuracy for very negative x; beyond 60 it is x in float64, too."""
-    return F.softplus(x, threshold=60.0)
-
-
-def scaled(scale: Tensor | None, vector: Tensor) -> Tensor:
+def scaled(scale: float | Tensor | None, vector: Tensor) -> Tensor:
     """scale * vector, where None is a scale of 1."""
     return vector if scale is None else scale * vector
 
@@ -67,20 +70,20 @@ def scaled(scale: Tensor | None, vector: Tensor) -> Tensor:
 def uniform_similarity(
     x: Tensor,
     y: Tensor,
-    x_scale: Tensor | None,
-    y_scale: Tensor | None,
+    x_scale: float | Tensor | None,
+    y_scale: float | Tensor | None,
     positive: Tensor,
     target: Tensor,
     x_ids: Tensor | None,
     y_ids: Tensor | None,
 ) -> Tensor:
-    """Mean similarity of row i over the columns that take part: its negatives and its positive.
+    """Mean of row i over the columns that take part, its negatives and its positive: of logits where these are scales.
 
     A mean of dot products is the dot product with a mean, so label smoothing needs no sweep; the columns that are
     left out by their ids are taken off as the sum of their group.
     """
     m = y.shape[0]
-    cols = y.to(statistics_dtype(y)) if y_scale is None else y_scale[:, None] * y
+    cols = scaled(y_scale[:, None] if isinstance(y_scale, Tensor) else y_scale, y.to(statistics_dtype(y)))
     total = scaled(x_scale, row_dot(x, cols.sum(0)))
     if x_ids is None or y_ids is None:
         return total / max(m, 1)
@@ -122,6 +125,31 @@ def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None)
         return total
     mass = weight.sum()
     return total / mass.masked_fill(mass == 0, 1.0)
+
+
+def cross_entropy(
+    positive: Tensor,
+    lse: Sequence[Tensor],
+    *,
+    totals: Sequence[Tensor] = (),
+    label_smoothing: float = 0.0,
+    spread: Tensor | None = None,
+    reduction: str,
+    sample_weight: Tensor | None = None,
+    backend: str,
+) -> Tensor:
+    """The mean over the directions of softplus(lse - positive), reduced.
+
+    Label smoothing adds eps (s_i - mean of the row): as `spread` [N], or from the totals of each direction's negatives
+    where all N logits of a row take part.
+    """
+    n, directions = positive.shape[0], len(lse)
+    smoothing = (label_smoothing * (n - 1) / max(n, 1), label_smoothing / max(n, 1))
+    if reduction == "none" or sample_weight is not None or spread is not None:
+        per_row = contrast(positive, lse, totals, *smoothing) / directions
+        return reduce(per_row if spread is None else per_row + spread, reduction, sample_weight)
+    divisor = directions * (1 if reduction == "sum" else max(n, 1))
+    return contrast_sum(positive, lse, totals, *smoothing, divisor=divisor, backend=backend)
 
 
 def accuracy(positive: Tensor, largest_negative: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from contrastive_ops import checks
 from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.losses import terms, volume
-from contrastive_ops.losses.gram import Direction, symmetric
+from contrastive_ops.losses.gram import Directions, symmetric
 from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.ops import gramian_volume, orthogonalised, unit
 
@@ -121,11 +121,14 @@ def triangle_loss(
     row_max, row_sum, row_total, col_max, col_sum, col_total = zip(*chunks, strict=True)
     col_largest = torch.stack(col_max).amax(0)
     shrunk = [total * (largest - _finite(col_largest)).exp() for largest, total in zip(col_max, col_sum, strict=True)]
-    directions = (
-        Direction(_lse(torch.cat(row_max), torch.cat(row_sum)), torch.cat(row_max), torch.cat(row_total), positive),
-        Direction(_lse(col_largest, sum(shrunk)), col_largest, sum(col_total), positive),
+    row_largest = torch.cat(row_max)
+    directions = Directions(
+        positive,
+        (_lse(row_largest, torch.cat(row_sum)), _lse(col_largest, sum(shrunk))),
+        (row_largest, col_largest),
+        (torch.cat(row_total), sum(col_total)) if label_smoothing > 0.0 else (),
     )
-    return symmetric(directions, logit_scale, label_smoothing, sample_weight, reduction, return_stats)
+    return symmetric([directions], logit_scale, label_smoothing, sample_weight, reduction, return_stats, backend)
 
 
 def _of_parallelogram(area: Tensor, squared: bool) -> Tensor:

@@ -22,8 +22,13 @@ class Anchors(NamedTuple):
 
     negative_lse: Tensor
     negative_max: Tensor
-    similarity: Tensor  # of the positive, without the temperature
-    positive: Tensor  # its logit
+    positive: Tensor  # logit
+    temperature: float | Tensor
+
+    @property
+    def similarity(self) -> Tensor:
+        """That of the positive, without the temperature."""
+        return self.positive * self.temperature
 
 
 def _anchors(
@@ -35,28 +40,23 @@ def _anchors(
     checks.same_kind("z2", z2, "z1", z1)
     checks.same_shape("z2", z2, "z1", z1)
     checks.temperature("temperature", temperature, z1.device)
-    logit_scale = terms.inverse(temperature, z1)
+    temperature = terms.flat(temperature, z1)
     with torch.autocast(z1.device.type, enabled=False):  # its rule for cat fails on float16 tensors on CPU
         z = torch.cat([z1, z2])
-    z, norm_scale = terms.with_norm_scale(z, normalize, backend)
     # both sides of the symmetric product carry the root of the logit scale
-    root = logit_scale**0.5
-    anchor = torch.arange(z.shape[0], device=z.device)
+    z, row_scale = terms.with_logit_scale(z, temperature, -0.5, normalize, backend)
+    anchor = torch.arange(z.shape[0], device=z.device, dtype=torch.int32)
     negatives = similarity_logsumexp(
         z,
-        row_scale=root if norm_scale is None else root * norm_scale,
+        row_scale=row_scale,
         exclude=anchor.roll(z1.shape[0]),  # the positive
         row_ids=anchor,  # an id of its own takes each anchor out of its own negatives
         backend=backend,
     )
-    positive = negatives.excluded_logit
-    return Anchors(negatives.row_lse, negatives.row_max, positive / logit_scale, positive)
+    return Anchors(negatives.row_lse, negatives.row_max, negatives.excluded_logit, temperature)
 
 
-def _finish(
-    per_anchor: Tensor, anchors: Anchors, reduction: str, return_stats: bool
-) -> Tensor | tuple[Tensor, LossStats]:
-    loss = terms.reduce(per_anchor, reduction)
+def _finish(loss: Tensor, anchors: Anchors, return_stats: bool) -> Tensor | tuple[Tensor, LossStats]:
     if not return_stats:
         return loss
     return loss, LossStats(
@@ -123,8 +123,8 @@ def nt_xent(
     tensor(0.9048)
     """
     anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
-    per_anchor = terms.softplus(anchors.negative_lse - anchors.positive)
-    return _finish(per_anchor, anchors, reduction, return_stats)
+    loss = terms.cross_entropy(anchors.positive, (anchors.negative_lse,), reduction=reduction, backend=backend)
+    return _finish(loss, anchors, return_stats)
 
 
 def dcl(
@@ -184,7 +184,7 @@ def dcl(
     tensor(0.3863)
     """
     anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
-    return _finish(_decoupled(anchors, anchors.positive), anchors, reduction, return_stats)
+    return _finish(terms.reduce(_decoupled(anchors, anchors.positive), reduction), anchors, return_stats)
 
 
 def dclw(
@@ -251,7 +251,8 @@ def dclw(
     anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
     n = z1.shape[0]
     weight = 2.0 - n * (anchors.similarity[:n].detach() / sigma).softmax(0)
-    return _finish(_decoupled(anchors, weight.repeat(2) * anchors.positive), anchors, reduction, return_stats)
+    per_anchor = _decoupled(anchors, weight.repeat(2) * anchors.positive)
+    return _finish(terms.reduce(per_anchor, reduction), anchors, return_stats)
 
 
 def _decoupled(anchors: Anchors, positive: Tensor) -> Tensor:

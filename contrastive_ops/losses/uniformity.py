@@ -11,7 +11,7 @@ from torch import Tensor
 
 from contrastive_ops import checks
 from contrastive_ops.losses import terms
-from contrastive_ops.ops import inverse_norm, row_dot, similarity_logsumexp, with_inverse_norm
+from contrastive_ops.ops import inverse_norm, row_dot, similarity_logsumexp, softplus, with_inverse_norm
 
 
 def uniformity(
@@ -140,7 +140,7 @@ def joint_entropy(
     others = similarity_logsumexp(
         x, row_scale=row_scale, row_bias=row_bias, exclude=torch.arange(n, device=x.device), backend=backend
     ).row_lse
-    return terms.reduce(terms.softplus(others) - others.new_full((), n).log(), reduction)
+    return terms.reduce(softplus(others) - others.new_full((), n).log(), reduction)
 
 
 def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = True, reduction: str = "mean") -> Tensor:

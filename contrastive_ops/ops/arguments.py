@@ -1,11 +1,11 @@
-"""The options of the streaming ops as their schemas take them: vectors of the statistics' dtype, int64 indices."""
+"""The options of the streaming ops as their schemas take them: vectors of the statistics' dtype, indices."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from contrastive_ops import checks
+from contrastive_ops import backends, checks
 from contrastive_ops.dtypes import statistics_dtype
 
 
@@ -20,9 +20,10 @@ def per_row(name: str, value: float | Tensor | None, size: int, x: Tensor, rows_
     return value.to(dtype).reshape(-1).expand(size)
 
 
-def integers(name: str, value: Tensor | None, size: int, x: Tensor, rows_of: str) -> Tensor | None:
-    """Indices or ids, one per row."""
+def integers(name: str, value: Tensor | None, size: int, x: Tensor, rows_of: str, backend: str) -> Tensor | None:
+    """Indices or ids, one per row; in 64 bits, but for backends that say they take others."""
     if value is None:
         return None
     checks.integer_vector(name, value, size, x.device, rows_of=rows_of)
-    return value.to(torch.int64)
+    dtypes = getattr(backends.module(backend), "INDICES", ())
+    return value if value.dtype in dtypes else value.to(torch.int64)

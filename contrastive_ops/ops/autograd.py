@@ -3,15 +3,15 @@
 Every op `name` has one shape, so that this is written once:
 
     name(*tensors, *flags, needs, backend)
-        -> row_max, col_max, row_log_sum, col_log_sum, kept, *others
+        -> row_max, col_max, row_log_sum, col_log_sum, kept, *others, row_lse, col_lse
     name_backward(grad_row_lse, grad_col_lse, *grad_others, row_max, col_max, row_log_sum, col_log_sum, kept,
                   *tensors, *flags, needs, backend)
         -> a gradient for each of the first tensors, as many as `needs` has entries
 
-The statistics are a maximum and the log of a sum relative to it. Their sum is the log-sum-exp, but backward takes them
-apart: at logits of 1e4 the rounding of the log-sum-exp is 1e-3, and so would be the error of every gradient. `kept` is
-what a backend keeps from forward for backward; `needs` are the gradients that may be asked for, and in backward those
-that are, which may be fewer.
+The statistics are a maximum and the log of a sum relative to it. Their sum is the log-sum-exp, which a kernel writes
+while it has both, but backward takes them apart: at logits of 1e4 the rounding of the log-sum-exp is 1e-3, and so would
+be the error of every gradient. `kept` is what a backend keeps from forward for backward; `needs` are the gradients that
+may be asked for, and in backward those that are, which may be fewer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def define(name: str, tensors: str, gradients: tuple[str, ...], flags: str, othe
     returned = "".join(f", Tensor {other}" for other in others)
     torch.library.define(
         f"contrastive_ops::{name}",
-        f"({tensors}, {flags}, bool[{len(gradients)}] needs, str backend) -> ({STATISTICS}{returned})",
+        f"({tensors}, {flags}, bool[{len(gradients)}] needs, str backend) -> "
+        f"({STATISTICS}{returned}, Tensor row_lse, Tensor col_lse)",
     )
     incoming = ", ".join(f"Tensor grad_{output}" for output in ("row_lse", "col_lse", *others))
     torch.library.define(
@@ -119,9 +120,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(name, gradients, *arguments):
-        row_max, col_max, row_log_sum, col_log_sum, kept, *others = getattr(torch.ops.contrastive_ops, name)(*arguments)
-        statistics = (row_max, col_max, row_log_sum, col_log_sum, kept)
-        return (row_max + row_log_sum, col_max + col_log_sum, *others, *statistics)
+        *results, row_lse, col_lse = getattr(torch.ops.contrastive_ops, name)(*arguments)
+        statistics, others = results[:5], results[5:]
+        return (row_lse, col_lse, *others, *statistics)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -1,8 +1,9 @@
 """What is done row by row, O(N D): norms, unit vectors, dot products of the views of an instance.
 
-For 32 and 16-bit tensors on the CPU each is one pass of the C++ engine, summed in float64, and its gradient another.
-Plain PyTorch, several passes, does the same elsewhere, where another backend is named, and where the steps themselves
-are asked for: by torch.compile, transforms of torch.func, forward mode, and gradients that are differentiated again.
+For 32 and 16-bit tensors on the CPU each is one pass of the C++ engine, summed in float64, and its gradient another; on
+a GPU scales of rows are one launch of Triton, and so is their gradient. Plain PyTorch, several passes, does the same
+elsewhere, where another backend is named, and where the steps themselves are asked for: by torch.compile, transforms of
+torch.func, forward mode, and gradients that are differentiated again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.autograd import forward_ad
 
 from contrastive_ops import backends
 from contrastive_ops.backends import cpu
+from contrastive_ops.backends import rowwise as kernels
 from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.ops import autograd
 
@@ -29,10 +31,28 @@ def inverse_norm(x: Tensor, backend: str = "auto") -> Tensor:
 
 def with_inverse_norm(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """x [..., D] itself, and `inverse_norm` of it."""
+    if in_kernels(backend, x):
+        rows, inverse = _Scale.apply(x.reshape(-1, x.shape[-1]), None, 1.0, 1.0)
+        return rows.view(x.shape), inverse.view(x.shape[:-1])
     if not _in_one_pass(backend, x):
         return x, _inverse_norm(x)
     rows, inverse, _ = _Views.apply(x.reshape(-1, 1, x.shape[-1]))
     return rows.view(x.shape), inverse.view(x.shape[:-1])
+
+
+def with_scale(x: Tensor, factor: float | Tensor, power: float, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """x [N, D] itself, and factor^power / |x_i|, for powers of 1, -1, 1/2 and -1/2.
+
+    The factor is a number, or a tensor with one or with one for each row.
+    """
+    learned = (factor,) if isinstance(factor, Tensor) else ()
+    if in_kernels(backend, x, *learned) and all(value.numel() == 1 for value in learned):
+        return _Scale.apply(x, *((factor, 1.0, power) if learned else (None, factor**power, 1.0)))
+    return _with_scale(*with_inverse_norm(x, backend), factor, power)
+
+
+def _with_scale(x: Tensor, inverse: Tensor, factor: float | Tensor, power: float) -> tuple[Tensor, Tensor]:
+    return x, factor**power * inverse
 
 
 def with_pair_products(views: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +75,8 @@ def unit_tuples(anchor: Tensor, *others: Tensor, backend: str = "auto") -> tuple
 
     A zero row stays 0, with zero gradient. A side that is frozen stays so.
     """
+    if in_kernels(backend, anchor, *others):
+        return _Units.apply(anchor, *others)
     return (_Unit.apply if _in_one_pass(backend, anchor, *others) else _unit)(anchor, *others)
 
 
@@ -66,15 +88,26 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _in_one_pass(backend: str, *tensors: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
+    """Whether the C++ engine runs what is of these tensors."""
     if tensors[0].dtype == torch.float64 or backends.requested(backend) not in ("auto", "cpu"):
         return False
-    if cpu.why_not("", tensors[0]) is not None:
+    return cpu.why_not("", tensors[0]) is None and not _steps_are_asked_for(*tensors)
+
+
+def in_kernels(backend: str, *tensors: Tensor) -> bool:
+    """Whether Triton's row kernels do; for "auto" where Triton's engine is the one that is taken."""
+    if _steps_are_asked_for(*tensors) or kernels.kernels(tensors[0], backends.requested(backend)) is None:
         return False
+    taken = backends.choose("similarity_logsumexp", tensors[0], backend)
+    return taken == "triton" or backends.requested(backend) == taken
+
+
+def _steps_are_asked_for(*tensors: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
     # neither can be saved for backward: what has a tangent would lose it, and what was made in inference mode must not
     saved = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not any((saved and x.is_inference()) or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return any((saved and x.is_inference()) or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
@@ -103,6 +136,40 @@ def _inverse_lengths(squares: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / |x| in float64 from |x|^2; 0 for what has none in the dtype of the statistics."""
     inverse = squares.rsqrt()
     return inverse.masked_fill_(inverse > torch.finfo(dtype).max, 0.0)
+
+
+class _Scale(torch.autograd.Function):
+    """x, and c t^p / |x_i|; its gradient -a_i / |x_i|^2 x_i is added to that of x as it is written."""
+
+    @staticmethod
+    def forward(ctx, x, factor, multiplier, power):
+        ctx.set_materialize_grads(False)
+        scale, inverse = torch.ops.contrastive_ops.scale(x, factor, multiplier, power)
+        ctx.save_for_backward(x, inverse, *(() if factor is None else (factor,)))
+        ctx.numbers = multiplier, power
+        rows = x.view_as(x)
+        if not ctx.needs_input_grad[0]:  # a frozen side stays so, though what scales it is learned
+            ctx.mark_non_differentiable(rows)
+        return rows, scale
+
+    @staticmethod
+    def backward(ctx, grad, grad_scale):
+        x, inverse, *factor = ctx.saved_tensors
+        multiplier, power = ctx.numbers
+        needs = ctx.needs_input_grad[:2]
+        if grad_scale is None:
+            return grad, None, None, None
+        if autograd.wants_steps(grad, grad_scale):
+
+            def steps(x, factor=1.0):
+                return _with_scale(x, multiplier * _inverse_norm(x), factor, power)
+
+            grads = autograd.by_steps(steps, (x, *factor), needs[: 1 + len(factor)], (grad, grad_scale))
+            return *grads, *[None] * (4 - len(grads))
+        grad_x, grad_factor = torch.ops.contrastive_ops.scale_backward(
+            x, inverse, grad, grad_scale, factor[0] if factor else None, multiplier, power, needs
+        )
+        return grad_x if needs[0] else None, grad_factor if needs[1] else None, None, None
 
 
 class _Views(torch.autograd.Function):
@@ -161,8 +228,7 @@ class _Unit(torch.autograd.Function):
         ctx.save_for_backward(*vectors, result, *inverses)
         # detached: a view of a result that requires a gradient requires one, too
         sides = result.detach()[:, 0], result.detach()[:, 1:]
-        learned = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
-        ctx.mark_non_differentiable(*(side for side, needed in zip(sides, learned, strict=True) if not needed))
+        _leave_frozen(ctx, *sides)
         return result, *sides
 
     @staticmethod
@@ -183,3 +249,29 @@ class _Unit(torch.autograd.Function):
             cpu.combine_rows(weights, (*incoming, x), gradient.unsqueeze(1))
             gradients[k] = gradient
         return tuple(gradients)
+
+
+def _leave_frozen(ctx, first: Tensor, others: Tensor) -> None:
+    """What is made of nothing but frozen vectors is frozen."""
+    learned = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
+    ctx.mark_non_differentiable(*(side for side, needed in zip((first, others), learned, strict=True) if not needed))
+
+
+class _Units(torch.autograd.Function):
+    """As `_Unit`, in one launch each way."""
+
+    @staticmethod
+    def forward(ctx, *vectors):
+        ctx.set_materialize_grads(False)
+        result, first, others, inverse = torch.ops.contrastive_ops.units(vectors)
+        ctx.save_for_backward(*vectors, result, inverse)
+        _leave_frozen(ctx, first, others)
+        return result, first, others
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needs, (*vectors, result, inverse) = ctx.needs_input_grad, ctx.saved_tensors
+        if autograd.wants_steps(*grads):
+            return autograd.by_steps(_unit, vectors, needs, grads)
+        gradients = torch.ops.contrastive_ops.units_backward(*grads, result, inverse, vectors, needs)
+        return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))

@@ -135,12 +135,12 @@ def similarity_logsumexp(
         per_row("row_bias", row_bias, n, x, "x"),
         per_row("col_bias", col_bias, m, x, col_name),
     )
-    indices = (
-        integers("exclude", exclude, n, x, "x"),
-        integers("row_ids", row_ids, n, x, "x"),
-        integers("col_ids", col_ids, m, x, col_name),
-    )
     chosen = backends.choose("similarity_logsumexp", x, backend)
+    indices = (
+        integers("exclude", exclude, n, x, "x", chosen),
+        integers("row_ids", row_ids, n, x, "x", chosen),
+        integers("col_ids", col_ids, m, x, col_name, chosen),
+    )
     arguments = (x, y, *vectors, *indices, ids == "restrict", rows, cols)
     if chosen == "reference":  # dense PyTorch, autograd sees through it
         outputs = reference.similarity_logsumexp(*arguments)
@@ -168,7 +168,7 @@ def _forward_fake(x, y, *options):
     dtype = statistics_dtype(x)
     row, col, excluded = n if rows else 0, m if cols else 0, 0 if exclude is None else n
     kept = backends.module(backend).kept(x, y, cols, needs)
-    return tuple(x.new_empty(size, dtype=dtype) for size in (row, col, row, col, kept, excluded))
+    return tuple(x.new_empty(size, dtype=dtype) for size in (row, col, row, col, kept, excluded, row, col))
 
 
 @torch.library.register_fake("contrastive_ops::similarity_logsumexp_backward")

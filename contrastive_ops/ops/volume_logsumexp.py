@@ -116,17 +116,17 @@ def volume_logsumexp(
         )
     if not rows and not cols:
         raise ValueError("rows or cols must be True, got rows=False, cols=False; there would be nothing to do.")
+    chosen = backends.choose("volume_logsumexp", anchor, backend)
     arguments = (
         anchor,
         tuples,
         per_row("row_scale", row_scale, n, anchor, "anchor"),
         per_row("col_scale", col_scale, m, anchor, "tuples"),
-        integers("exclude", exclude, n, anchor, "anchor"),
+        integers("exclude", exclude, n, anchor, "anchor", chosen),
         rows,
         cols,
         totals,
     )
-    chosen = backends.choose("volume_logsumexp", anchor, backend)
     if chosen == "reference":  # dense PyTorch, autograd sees through it
         outputs = reference.volume_logsumexp(*arguments)
     else:
@@ -150,7 +150,7 @@ def _forward_fake(anchor, tuples, row_scale, col_scale, exclude, rows, cols, tot
     n, m = anchor.shape[0], tuples.shape[0]
     row, col = n if rows else 0, m if cols else 0
     kept = backends.module(backend).kept(anchor, tuples, cols, needs)
-    sizes = (row, col, row, col, kept, row if totals else 0, col if totals else 0)
+    sizes = (row, col, row, col, kept, row if totals else 0, col if totals else 0, row, col)
     return tuple(anchor.new_empty(size, dtype=statistics_dtype(anchor)) for size in sizes)
 
 

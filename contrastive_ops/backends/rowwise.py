@@ -1,0 +1,100 @@
+"""Who does what is O(N D) and O(N) around a sweep: Triton's row kernels on a GPU, where it can be imported.
+
+On a GPU each step of PyTorch is a launch, and launches cost more than products at thousands of rows. Where `kernels`
+says None, plain PyTorch does the same in more steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from contrastive_ops.backends import sweep, triton
+
+
+def kernels(x: Tensor, backend: str) -> ModuleType | None:
+    """The row kernels for tensors like x, where a backend is asked for; CPU tensors have them in the interpreter."""
+    if backend not in (("auto", "cuda", "triton") if x.is_cuda else ("triton",)):
+        return None
+    return triton.kernels("rowwise") if triton.why_not("", x) is None else None
+
+
+def _define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """An operator for a function of kernels/rowwise.py: what traces without torch.compile sees its results only."""
+
+    def run(*arguments: Any) -> Any:
+        with sweep.launching(next(value for value in tree_leaves(arguments) if isinstance(value, Tensor))):
+            return getattr(triton.kernels("rowwise"), name)(*arguments)
+
+    torch.library.define(f"contrastive_ops::{name}", schema)
+    torch.library.impl(f"contrastive_ops::{name}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"contrastive_ops::{name}", fake)
+
+
+def _vector(x: Tensor, size: int) -> Tensor:
+    return x.new_empty(size, dtype=torch.float32)
+
+
+_define(
+    "scale",
+    "(Tensor x, Tensor? factor, float multiplier, float power) -> (Tensor scale, Tensor inverse)",
+    lambda x, *_: (_vector(x, len(x)), _vector(x, len(x))),
+)
+_define(
+    "scale_backward",
+    "(Tensor x, Tensor inverse, Tensor? grad, Tensor grad_scale, Tensor? factor, float multiplier, float power, "
+    "bool[2] needs) -> (Tensor x, Tensor factor)",
+    lambda x, *rest: (x.new_empty(x.shape if rest[-1][0] else 0), _vector(x, int(rest[-1][1]))),
+)
+_define(
+    "units",
+    "(Tensor[] vectors) -> (Tensor units, Tensor first, Tensor others, Tensor inverse)",
+    lambda vectors: (
+        *(
+            vectors[0].new_empty((len(vectors[0]), *size, vectors[0].shape[1]), dtype=torch.float32)
+            for size in ((len(vectors),), (), (len(vectors) - 1,))
+        ),
+        vectors[0].new_empty((len(vectors[0]), len(vectors)), dtype=torch.float64),
+    ),
+)
+_define(
+    "units_backward",
+    "(Tensor? of_all, Tensor? of_first, Tensor? of_others, Tensor units, Tensor inverse, Tensor[] vectors, "
+    "bool[] needs) -> Tensor[]",
+    lambda of_all, of_first, of_others, units, inverse, vectors, needs: [
+        x.new_empty(x.shape if need else 0) for x, need in zip(vectors, needs, strict=True)
+    ],
+)
+_define(
+    "factor",
+    "(Tensor vectors) -> (Tensor inverse, Tensor volume)",
+    lambda vectors: (
+        vectors.new_empty((len(vectors), vectors.shape[1], vectors.shape[1]), dtype=torch.float64),
+        vectors.new_empty(len(vectors), dtype=torch.float64),
+    ),
+)
+_define(
+    "volume_gradient",
+    "(Tensor vectors, Tensor inverse, Tensor factor) -> Tensor",
+    lambda vectors, *_: vectors.new_empty(vectors.shape),
+)
+_define(
+    "contrast",
+    "(Tensor positive, Tensor[] lse, Tensor[] totals, float factor, float slope, float share) -> Tensor",
+    lambda positive, *_: positive.new_empty(()),
+)
+_define(
+    "contrast_backward",
+    "(Tensor grad, Tensor positive, Tensor[] lse, bool totals, float factor, float slope, float share) -> "
+    "(Tensor positive, Tensor lse, Tensor total)",
+    lambda grad, positive, lse, totals, *_: (
+        positive.new_empty(len(positive)),
+        positive.new_empty(len(lse), len(positive)),
+        positive.new_empty(len(positive) if totals else 0),
+    ),
+)
