@@ -23,6 +23,7 @@ from contrastive_ops import catalogue
 
 ENGINES = ("triton", "cuda", "tiled")
 LARGEST_EAGER = {"bfloat16": 65536, "float32": 16384}  # the dense forms take several matrices of N x N
+LARGEST_TILED = 4096  # some hundred times slower than a kernel
 # in the order of worth
 CASES = (
     Case("clip_loss", 16384, 768, "bfloat16"),
@@ -85,7 +86,7 @@ def functions_of(case: Case, this: stage.Stage) -> dict[str, Callable[..., Tenso
     found = {name: ours.function(case.loss, name) for name in ENGINES if op is not None or name == "tiled"}
     if this.rehearse:
         found = {name: found[name] for name in ("triton", "tiled")}
-    elif case.n > 16384:
+    elif case.n > LARGEST_TILED:
         del found["tiled"]
     if case.n <= LARGEST_EAGER[case.dtype]:
         found["eager"] = contenders.load("eager").function(case.loss, "")
