@@ -14,11 +14,12 @@ import itertools
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,8 +89,40 @@ def launches(folder: Path, *faults: str) -> list[Launch]:
 
 def parameters(launch: Launch) -> list[dict[str, Any]]:
     """What is no constant of the compiled kernel: neither None nor, as Triton has it, an int of 1."""
-    variable = [argument for argument in launch["arguments"] if argument["type"] and argument["value"] != 1]
-    return [argument | {"size": 4 if argument["type"] == "i32" else 8} for argument in variable]
+    taken: list[dict[str, Any]] = []
+    for argument in launch["arguments"]:
+        if "block" in argument:
+            taken += parameters_of_descriptor(argument)
+        elif argument["type"] and argument["value"] != 1:
+            taken.append(argument | {"size": 4 if argument["type"] == "i32" else 8})
+    return taken
+
+
+def parameters_of_descriptor(argument: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A tensor descriptor is a tensor map, and shape and strides once more."""
+    yield argument | {"size": MAP_BYTES}
+    for what, kind, size in (("shape", "i32", 4), ("stride", "i64", 8)):
+        for axis, value in enumerate(argument["shape" if what == "shape" else "strides"]):
+            yield {"name": f"{argument['name']}.{what}.{axis}", "type": kind, "value": value, "size": size}
+
+
+MAP_BYTES = 128
+MAP_LAYOUT = "<QIIQQQIII"  # of cuda_stub/libcuda.c
+MAP_TYPES = {"f16": 6, "f32": 7, "bf16": 9}  # CUtensorMapDataType
+MAP_FIELDS = ("base", "type", "fill", "width", "rows", "stride", "box width", "box rows", "swizzle")
+
+
+def tensor_map(packed: str) -> dict[str, int]:
+    values = struct.unpack_from(MAP_LAYOUT, bytes.fromhex(packed))
+    return dict(zip(MAP_FIELDS, values, strict=True))
+
+
+def map_of(argument: dict[str, Any], swizzle: int) -> dict[str, int]:
+    """Of the whole tensor, in boxes as large as the kernel's blocks, with 0 beyond the edges."""
+    (rows, width), (box_rows, box_width) = argument["shape"], argument["block"]
+    stride = argument["strides"][0] * argument["bytes"]
+    values = (argument["value"], MAP_TYPES[argument["element"]], 0, width, rows, stride, box_width, box_rows, swizzle)
+    return dict(zip(MAP_FIELDS, values, strict=True))
 
 
 # memory of Triton's own, which no kernel here asks for
@@ -114,8 +147,14 @@ def wrong(launch: Launch) -> dict[str, str]:
         "shared memory": (got["shared"], takes["shared"]),
         "stream": (got["stream"], launch["stream"]),
     }
+    maps = iter(takes["maps"])
     for each, value in zip(packed, got["packed"], strict=False):
-        compared[each["name"]] = (value, each["value"].to_bytes(each["size"], "little").hex())
+        if "block" in each:
+            box, swizzle = next(maps, (None, None))
+            compared[f"box of {each['name']}"] = (box, each["block"])
+            compared[each["name"]] = (tensor_map(value), map_of(each, swizzle))
+        else:
+            compared[each["name"]] = (value, each["value"].to_bytes(each["size"], "little").hex())
     for each, of_kernel in zip(given, takes["parameters"], strict=False):
         compared[f"divisor of {each['name']}"] = (each["value"] % of_kernel["divisor"], 0)
     return {what: f"{is_!r}, not {should!r}" for what, (is_, should) in compared.items() if is_ != should}
@@ -135,6 +174,7 @@ ALWAYS = {
     "attention_kernel": {"part.maximum", "part.sum", "slopes.x", "slopes.scale"},
 }
 KERNELS = {f"{name}_kernel" for name in ("forward", "excluded", "merge", "block", "product", "rows", "attention")}
+DESCRIBED = {"forward_kernel", "block_kernel"}  # whose features come by tensor descriptors, or else by pointers
 # In self-similarity one tensor is both, and without it there is no second.
 TWINS = {("vectors.row_exclude", "vectors.col_exclude"), ("incoming.row_excluded", "incoming.col_excluded")}
 
@@ -147,6 +187,8 @@ def test_launches(tmp_path):
 
     # and nothing passes because it was not there, or the same as its neighbour
     assert {launch["kernel"] for launch in launched} == KERNELS
+    forms = {(launch["kernel"], kind) for launch in launched for kind in types_of_features(launch)}
+    assert forms >= {(kernel, kind) for kernel in DESCRIBED for kind in ("pointer", *MAP_TYPES)}
     assert max(launch["launched"]["shared"] for launch in launched) > 48 << 10  # what a kernel must ask for
     calls = defaultdict(list)
     for launch in launched:
@@ -162,6 +204,11 @@ def test_launches(tmp_path):
             assert not both or any(a != b for a, b in both) or (one, other) in TWINS, f"{kernel}: {one}, {other}"
 
 
+def types_of_features(launch: Launch) -> set[str]:
+    features = [argument for argument in launch["arguments"] if argument["name"] in ("x", "y")]
+    return {argument.get("element", "pointer") for argument in features}
+
+
 # what is reported of the faults of cuda_stub/launches.py
 FAULTS = {
     "two pointers swapped": {"x", "y"},
@@ -174,8 +221,15 @@ FAULTS = {
     "half of the warps": {"threads"},
     "no shared memory": {"shared memory"},
 }
+DESCRIPTOR_FAULTS = {
+    "two descriptors swapped": {"x", "y", "x.shape.0", "y.shape.0"},
+    "a descriptor of another tensor": {"y"},
+    "a descriptor of fewer rows": {"x", "x.shape.0"},
+    "a descriptor of narrower rows": {"x", "x.stride.0"},
+    "a descriptor that has NaN beyond the edges": {"y"},
+}
 
-
+RIGHT = ("none", "no fault of a descriptor")
 # and of another kernel than was compiled; its parameters are x, y, row_part.maximum, row_part.sum, n, m, ...
 OTHER_KERNELS: dict[str, Callable[[Launch], Any]] = {
     "names": lambda kernel: kernel["parameters"].insert(0, kernel["parameters"].pop(1)),
@@ -185,18 +239,26 @@ OTHER_KERNELS: dict[str, Callable[[Launch], Any]] = {
     "shared memory": lambda kernel: kernel.update(shared=kernel["shared"] + 16),
     "divisor of n": lambda kernel: kernel["parameters"][4].update(divisor=16),
 }
+OTHER_KERNELS_OF_DESCRIPTORS: dict[str, Callable[[Launch], Any]] = {
+    "types": lambda kernel: kernel["parameters"][0].update(type="!tt.tensordesc<64x64xf32>"),
+    "names": lambda kernel: kernel["parameters"].insert(1, kernel["parameters"].pop(2)),
+    "sizes": lambda kernel: kernel["sizes"].insert(0, kernel["sizes"].pop(1)),
+    "box of y": lambda kernel: kernel["maps"][1][0].reverse(),
+    "x": lambda kernel: kernel["maps"][0].__setitem__(1, 0),  # not swizzled
+}
 
 
 def test_faults_are_seen(tmp_path):
     """A launcher that packs otherwise, and a kernel that takes otherwise."""
-    launched = launches(tmp_path, "none", *FAULTS)
+    faults, others = FAULTS | DESCRIPTOR_FAULTS, (OTHER_KERNELS, OTHER_KERNELS_OF_DESCRIPTORS)
+    launched = launches(tmp_path, *RIGHT, *faults)
     of_forward = {launch["label"]: launch for launch in launched if launch["kernel"] == "forward_kernel"}
-    right = of_forward.pop("none")
-    assert wrong(right) == {}
-    assert of_forward.keys() == FAULTS.keys()
-    for fault, launch in of_forward.items():
-        assert wrong(launch).keys() >= FAULTS[fault], fault
-    for what, change in OTHER_KERNELS.items():
-        launch = copy.deepcopy(right)
-        change(launch["declared"])
-        assert what in wrong(launch), what
+    assert of_forward.keys() == {*RIGHT, *faults}
+    for fault, reported in faults.items():
+        assert wrong(of_forward[fault]).keys() >= reported, fault
+    for label, kernels in zip(RIGHT, others, strict=True):
+        assert wrong(of_forward[label]) == {}, label
+        for what, change in kernels.items():
+            launch = copy.deepcopy(of_forward[label])
+            change(launch["declared"])
+            assert what in wrong(launch), what

@@ -6,12 +6,14 @@ The driver is libcuda.c, compiled to FOLDER/libcuda.so.1. A process has one: tes
 one, and judges. Kernels are compiled for an H100 as there, and launched on tensors of the CPU; nothing runs, and what
 the engine computes from uninitialised results decides on no launch.
 
-With names of FAULTS, forward_kernel is launched with each of these in its launcher instead.
+With names of FAULTS, forward_kernel is launched with each of these in its launcher instead; those of
+DESCRIPTOR_FAULTS where features come by tensor descriptors, the others where they come by pointers.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import json
 import os
@@ -25,10 +27,12 @@ import problems
 import test_volume_logsumexp as volumes
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from contrastive_ops import backends
 
 STREAM = 0x5EED  # not 0, the default stream
+FEW, ODD = 20, 21  # features: of float32, those of tensor descriptors, which have rows of whole 16 bytes, and others
 WORKSPACE = 128  # rows and columns: several blocks, so that the first row of one is not its first column
 ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int32: "i32"}
 
@@ -62,13 +66,17 @@ def scales_alone(call: Call) -> Call:
 def calls() -> Iterator[tuple[str, Call]]:
     """Every kernel, with each of its arguments and without; test_triton_launcher.py counts."""
     float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
-    few, many = (100, 120, 20), (100, 120, 300)  # features: with 16 bits, for rows_kernel and for block_kernel
+    few, many = (100, 120, FEW), (100, 120, 300)  # features: with 16 bits, for rows_kernel and for block_kernel
+    odd, aligned = (100, 120, ODD), (100, 120, 304)
     yield "rows, float32", pairs("rows", few, float32)
     yield "cols, float32", pairs("cols", few, float32)
     yield "ids, float32", pairs("ids-restrict", few, float32)
     yield "two blocks, float32", pairs("everything-restrict", (128, 256, 20), float32)
     yield "three blocks, self, float32", pairs("self-everything-restrict", (256, 256, 20), float32)
+    yield "by pointers, float32", pairs("everything", odd, float32)
     yield "float16", pairs("everything-restrict", many, float16)
+    yield "by descriptors, bfloat16", pairs("everything", aligned, bfloat16)
+    yield "by descriptors, self, float16", pairs("self-exclude", aligned, float16)
     yield "rows, bfloat16", pairs("rows", few, bfloat16)
     yield "bfloat16", pairs("everything", few, bfloat16)
     yield "self, float16", pairs("self-everything", few, float16)
@@ -94,7 +102,20 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def described(name: str, value: Tensor | int | None) -> dict[str, Any]:
+def described(name: str, value: TensorDescriptor | Tensor | int | None) -> dict[str, Any]:
+    if isinstance(value, TensorDescriptor):  # the shape and strides are those of the tensor, whatever it says
+        x, block = value.base, value.block_shape
+        element = ELEMENTS[x.dtype]
+        return {
+            "name": name,
+            "type": f"!tt.tensordesc<{'x'.join(map(str, block))}x{element}>",
+            "value": x.data_ptr(),
+            "element": element,
+            "bytes": x.element_size(),
+            "shape": list(x.shape),
+            "strides": list(x.stride()),
+            "block": list(block),
+        }
     if isinstance(value, Tensor):
         return {"name": name, "type": f"!tt.ptr<{ELEMENTS[value.dtype]}>", "value": value.data_ptr()}
     assert value is None or type(value) is int, f"{name} is {value!r}"
@@ -111,13 +132,14 @@ def declared(kernel: Any) -> dict[str, Any]:
     ((entry, threads),) = re.findall(
         rf"\.entry {kernel.name}\(([^)]*)\)\s*\.(?:reqntid|maxntid) (\d+)", kernel.asm["ptx"]
     )
-    bits = re.findall(r"\.param \.[bfsu](\d+) ", entry)
-    assert len(bits) == entry.count(".param "), entry
+    sizes = re.findall(r"\.param (?:\.align \d+ )?\.[bfsu](\d+) [^,\[]*(?:\[(\d+)\])?", entry)
+    assert len(sizes) == entry.count(".param "), entry
     return {
         "parameters": [
             {"name": name, "type": of_ir, "divisor": int(divisor or 1)} for of_ir, divisor, name in parameters
         ],
-        "sizes": [int(size) // 8 for size in bits],
+        "sizes": [int(bits) // 8 * int(elements or 1) for bits, elements in sizes],
+        "maps": [(each["block_size"], each["swizzle"]) for each in getattr(kernel.metadata, "tensordesc_meta", None) or ()],
         "threads": int(threads),
         "shared": kernel.metadata.shared,
     }
@@ -213,6 +235,14 @@ FAULTS: dict[str, Callable[[tuple[Any, ...]], dict[int, Any]]] = {
     "half of the warps": lambda call: {METADATA: (call[METADATA][0] // 2, *call[METADATA][1:])},
     "no shared memory": lambda call: {METADATA: (*call[METADATA][:2], 0)},
 }
+DESCRIPTOR_FAULTS: dict[str, Callable[[tuple[Any, ...]], dict[int, Any]]] = {
+    "no fault of a descriptor": lambda call: {},
+    "two descriptors swapped": lambda call: {X: call[Y], Y: call[X]},
+    "a descriptor of another tensor": lambda call: {Y: dataclasses.replace(call[Y], base=call[X].base)},
+    "a descriptor of fewer rows": lambda call: {X: dataclasses.replace(call[X], shape=[call[X].shape[0] - 1, FEW])},
+    "a descriptor of narrower rows": lambda call: {X: dataclasses.replace(call[X], strides=[FEW - 4, 1])},
+    "a descriptor that has NaN beyond the edges": lambda call: {Y: dataclasses.replace(call[Y], padding="nan")},
+}
 
 
 def faulty(launcher: type, fault: str, source: Any, metadata: Any) -> Callable[..., None]:
@@ -225,7 +255,7 @@ def faulty(launcher: type, fault: str, source: Any, metadata: Any) -> Callable[.
     launch = launcher(source, metadata)
 
     def with_fault(*call: Any) -> None:
-        changes = FAULTS[fault](call)
+        changes = (FAULTS | DESCRIPTOR_FAULTS)[fault](call)
         launch(*(changes.get(place, value) for place, value in enumerate(call)))
 
     return with_fault
@@ -256,7 +286,7 @@ def main(*faults: str) -> None:
     for recorder.label in faults:
         driver.launcher_cls = functools.partial(faulty, launcher, recorder.label)
         forward.device_caches.clear()  # which keep the launcher
-        pairs("rows", (150, 270, 20), torch.float32)()
+        pairs("rows", (150, 270, FEW if recorder.label in DESCRIPTOR_FAULTS else ODD), torch.float32)()
     if faults:
         return
     for recorder.label, call in calls():

@@ -1,6 +1,7 @@
 // A CUDA driver without a GPU: what Triton asks of libcuda.so.1 from loading a kernel to its launch, of which it
 // reports the arguments. Device memory is that of the host. It refuses what the driver of an H100 refuses.
 
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -147,6 +148,63 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdev
   if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER)
     return CUDA_ERROR_NOT_SUPPORTED;
   memcpy(value, &pointer, sizeof pointer);
+  return CUDA_SUCCESS;
+}
+
+// What NVIDIA's driver makes of a tensor map, nobody else can read. This one keeps what it was asked for, with the
+// contiguous dimension first; test_triton_launcher.py has its layout.
+typedef struct {
+  uint64_t base;
+  uint32_t type, fill;  // Triton clears bit 21 of the second word, an error of old drivers
+  uint64_t sizes[2];
+  uint64_t stride;  // bytes from row to row
+  uint32_t box[2];
+  uint32_t swizzle;
+} Map;
+
+_Static_assert(sizeof(Map) <= sizeof(CUtensorMap), "a map fits where Triton keeps it");
+
+static unsigned bytes_of(CUtensorMapDataType type) {
+  switch (type) {
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT16:
+    case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16:
+      return 2;
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT32:
+    case CU_TENSOR_MAP_DATA_TYPE_TFLOAT32:
+      return 4;
+    default:
+      return 0;
+  }
+}
+
+CUresult cuTensorMapEncodeTiled(
+    CUtensorMap* map,
+    CUtensorMapDataType type,
+    cuuint32_t rank,
+    void* base,
+    const cuuint64_t* sizes,
+    const cuuint64_t* strides,
+    const cuuint32_t* box,
+    const cuuint32_t* steps,
+    CUtensorMapInterleave interleave,
+    CUtensorMapSwizzle swizzle,
+    CUtensorMapL2promotion promotion,
+    CUtensorMapFloatOOBfill fill) {
+  if (rank != 2 || bytes_of(type) == 0 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE)
+    return CUDA_ERROR_NOT_SUPPORTED;  // no kernel here has another
+  if ((uintptr_t)map % 64 != 0 || (uintptr_t)base % 16 != 0 || strides[0] % 16 != 0 || strides[0] >> 40 != 0)
+    return CUDA_ERROR_INVALID_VALUE;
+  for (int i = 0; i < 2; ++i) {
+    if (sizes[i] == 0 || sizes[i] > (1ull << 32) || box[i] == 0 || box[i] > 256 || steps[i] != 1)
+      return CUDA_ERROR_INVALID_VALUE;
+  }
+  unsigned width = box[0] * bytes_of(type), span = 16u << swizzle;  // bytes; 32, 64 and 128 of swizzles 1, 2 and 3
+  if (width % 16 != 0 || swizzle > CU_TENSOR_MAP_SWIZZLE_128B ||
+      (swizzle != CU_TENSOR_MAP_SWIZZLE_NONE && width > span))
+    return CUDA_ERROR_INVALID_VALUE;
+  Map made = {(uintptr_t)base, type, fill, {sizes[0], sizes[1]}, strides[0], {box[0], box[1]}, swizzle};
+  memset(map, 0, sizeof *map);
+  memcpy(map, &made, sizeof made);
   return CUDA_SUCCESS;
 }
 
