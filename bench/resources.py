@@ -192,7 +192,7 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
             (problem.x, problem.y, problem.x.float(), problem.vectors, *sizes, 0, 0, SIZE, SIZE, *strides),
             RESTRICT=True,
         )  # fmt: skip
-    for features in (128, tilings.ROWS_FEATURES):
+    for features in sorted({tilings.ROWS_FEATURES, tilings.ATTENTION_FEATURES}):
         problem.features = features  # whatever those of x: the tiling has them all
         tiling = tilings.rows_tiling(problem)
         if tiling is not None:

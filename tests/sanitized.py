@@ -75,7 +75,8 @@ def shrink(engine: Engine) -> None:
 def _small(tilings: Any) -> Any:
     """Tiles of two widths: where they are square, nothing tells rows from columns."""
     sizes = {"block_m": 32, "block_n": 16, "block_d": 16}
-    return type(tilings)(*(None if tiling is None else tiling._replace(**sizes) for tiling in tilings))
+    of_kernels = {name: tiling for name, tiling in tilings._asdict().items() if isinstance(tiling, tuple)}
+    return tilings._replace(**{name: tiling._replace(**sizes) for name, tiling in of_kernels.items()})
 
 
 Load = Callable[..., Engine]

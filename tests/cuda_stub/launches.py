@@ -1,13 +1,13 @@
 """What Triton's launcher hands to the driver: every launch of a set of problems, as a line of JSON.
 
-    LD_LIBRARY_PATH=FOLDER TRITON_LIBCUDA_PATH=FOLDER TRITON_INTERPRET=0 python -m cuda_stub.launches [FAULT ...]
+    LD_LIBRARY_PATH=FOLDER TRITON_LIBCUDA_PATH=FOLDER TRITON_INTERPRET=0 python -m cuda_stub.launches NAME ...
 
 The driver is libcuda.c, compiled to FOLDER/libcuda.so.1. A process has one: tests/test_triton_launcher.py starts this
 one, and judges. Kernels are compiled for an H100 as there, and launched on tensors of the CPU; nothing runs, and what
 the engine computes from uninitialised results decides on no launch.
 
-With names of FAULTS, forward_kernel is launched with each of these in its launcher instead; those of
-DESCRIPTOR_FAULTS where features come by tensor descriptors, the others where they come by pointers.
+A name is that of one of the HALVES of the problems, or of a fault. With names of faults, forward_kernel is launched
+with each of these in its launcher instead: by tensor descriptors with DESCRIPTOR_FAULTS, by pointers with FAULTS.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from contrastive_ops import backends
 
 STREAM = 0x5EED  # not 0, the default stream
-FEW, ODD = 20, 21  # features: of float32, those of tensor descriptors, which have rows of whole 16 bytes, and others
+FEW, ODD = 24, 21  # features: rows of whole 16 bytes, which tensor descriptors take, and others
 WORKSPACE = 128  # rows and columns: several blocks, so that the first row of one is not its first column
 ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int32: "i32"}
 
@@ -71,8 +71,8 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "rows, float32", pairs("rows", few, float32)
     yield "cols, float32", pairs("cols", few, float32)
     yield "ids, float32", pairs("ids-restrict", few, float32)
-    yield "two blocks, float32", pairs("everything-restrict", (128, 256, 20), float32)
-    yield "three blocks, self, float32", pairs("self-everything-restrict", (256, 256, 20), float32)
+    yield "two blocks, float32", pairs("everything-restrict", (128, 256, FEW), float32)
+    yield "three blocks, self, float32", pairs("self-everything-restrict", (256, 256, FEW), float32)
     yield "by pointers, float32", pairs("everything", odd, float32)
     yield "float16", pairs("everything-restrict", many, float16)
     yield "by descriptors, bfloat16", pairs("everything", aligned, bfloat16)
@@ -134,12 +134,13 @@ def declared(kernel: Any) -> dict[str, Any]:
     )
     sizes = re.findall(r"\.param (?:\.align \d+ )?\.[bfsu](\d+) [^,\[]*(?:\[(\d+)\])?", entry)
     assert len(sizes) == entry.count(".param "), entry
+    maps = getattr(kernel.metadata, "tensordesc_meta", None) or ()
     return {
         "parameters": [
             {"name": name, "type": of_ir, "divisor": int(divisor or 1)} for of_ir, divisor, name in parameters
         ],
         "sizes": [int(bits) // 8 * int(elements or 1) for bits, elements in sizes],
-        "maps": [(each["block_size"], each["swizzle"]) for each in getattr(kernel.metadata, "tensordesc_meta", None) or ()],
+        "maps": [(each["block_size"], each["swizzle"]) for each in maps],
         "threads": int(threads),
         "shared": kernel.metadata.shared,
     }
@@ -274,7 +275,10 @@ def active_driver() -> Any:
     return driver
 
 
-def main(*faults: str) -> None:
+HALVES = {"even": slice(0, None, 2), "odd": slice(1, None, 2)}  # of the problems: two processes take half as long
+
+
+def main(*names: str) -> None:
     from triton.runtime.jit import JITFunction
 
     driver, recorder = active_driver(), Recorder(JITFunction.run)
@@ -283,15 +287,15 @@ def main(*faults: str) -> None:
     backends.triton.kernels("tilings").device_class = lambda _x: "sm_90"
     backends.sweep.WORKSPACE = WORKSPACE
     launcher, forward = driver.launcher_cls, backends.triton.kernels("sweep").forward_kernel
-    for recorder.label in faults:
+    if names[0] in HALVES:
+        for recorder.label, call in [*calls()][HALVES[names[0]]]:
+            outputs = [output for output in call() if output.requires_grad]
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        return
+    for recorder.label in names:
         driver.launcher_cls = functools.partial(faulty, launcher, recorder.label)
         forward.device_caches.clear()  # which keep the launcher
         pairs("rows", (150, 270, FEW if recorder.label in DESCRIPTOR_FAULTS else ODD), torch.float32)()
-    if faults:
-        return
-    for recorder.label, call in calls():
-        outputs = [output for output in call() if output.requires_grad]
-        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
 
 if __name__ == "__main__":
