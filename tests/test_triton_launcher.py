@@ -233,7 +233,6 @@ DESCRIPTOR_FAULTS = {
     "a descriptor that has NaN beyond the edges": {"y"},
 }
 
-RIGHT = ("none", "no fault of a descriptor")
 # and of another kernel than was compiled; its parameters are x, y, row_part.maximum, row_part.sum, n, m, ...
 OTHER_KERNELS: dict[str, Callable[[Launch], Any]] = {
     "names": lambda kernel: kernel["parameters"].insert(0, kernel["parameters"].pop(1)),
@@ -245,11 +244,12 @@ OTHER_KERNELS: dict[str, Callable[[Launch], Any]] = {
 }
 OTHER_KERNELS_OF_DESCRIPTORS: dict[str, Callable[[Launch], Any]] = {
     "types": lambda kernel: kernel["parameters"][0].update(type="!tt.tensordesc<64x64xf32>"),
-    "names": lambda kernel: kernel["parameters"].insert(1, kernel["parameters"].pop(2)),
+    "names": lambda kernel: kernel["parameters"].insert(0, kernel["parameters"].pop(5)),
     "sizes": lambda kernel: kernel["sizes"].insert(0, kernel["sizes"].pop(1)),
     "box of y": lambda kernel: kernel["maps"][1][0].reverse(),
     "x": lambda kernel: kernel["maps"][0].__setitem__(1, 0),  # not swizzled
 }
+RIGHT = ("none", "no fault of a descriptor")  # launches that these are compared with
 
 
 def test_faults_are_seen(tmp_path):

@@ -125,6 +125,7 @@ def described(name: str, value: TensorDescriptor | Tensor | int | None) -> dict[
 def declared(kernel: Any) -> dict[str, Any]:
     """What the compiled kernel takes: names and types of Triton's IR, the sizes of PTX, the threads of a block."""
     (takes,) = re.findall(rf"tt\.func public @{kernel.name}\((.*)\) attributes", kernel.asm["ttir"])
+    takes = re.sub(r"tensordesc<tensor<(\w+)>>", r"tensordesc<\1>", takes)  # the former is Triton's before 3.8
     parameters = re.findall(
         r'%[\w.]+: (\S+)(?: \{tt\.divisibility = (\d+) : i32\})? loc\("([\w.]+)"\(#loc\d*\)\)(?:, |$)', takes
     )
