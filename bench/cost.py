@@ -149,7 +149,8 @@ def product_programs(m: int, d: int, k: int, device: Device) -> int:
 class Engine:
     name: str
     kernels: Callable[[], sweep.Kernels]
-    rows_features: int  # the most that rows and attention take
+    rows_features: int  # the most that rows take
+    attention_features: int  # and attention
     lanes: Callable[[int], int]  # of features, those that rows and attention compute
     mma_sync: bool
     x_once: bool  # for all vectors of a tuple, rather than for each
@@ -178,12 +179,19 @@ TRITON = Engine(
     "Triton",
     triton_kernels,
     triton.kernels("tilings").ROWS_FEATURES,
+    triton.kernels("tilings").ATTENTION_FEATURES,
     lanes=lambda d: max(16, 1 << (d - 1).bit_length()),
     mma_sync=False,
     x_once=False,
 )
 CUDA = Engine(
-    "CUDA", cuda_kernels, cuda.ROWS_FEATURES, lanes=lambda d: 16 * math.ceil(d / 16), mma_sync=True, x_once=True
+    "CUDA",
+    cuda_kernels,
+    cuda.ROWS_FEATURES,
+    cuda.ROWS_FEATURES,
+    lanes=lambda d: 16 * math.ceil(d / 16),
+    mma_sync=True,
+    x_once=True,
 )
 ENGINES = (TRITON, CUDA)
 
@@ -223,6 +231,7 @@ class Plan(NamedTuple):
     forward: Tile
     block: Tile
     rows: Tile | None  # of as many features as they take; None where they don't take the case
+    attention: Tile  # likewise
     programs: int
     groups: int
     strips: int
@@ -258,10 +267,12 @@ def plan(engine: Engine, case: Case, d: int, device: Device) -> Plan:
     with pretending(device):
         kernels, of = engine.kernels(), problem(case, min(d, engine.rows_features), "cuda")
         rows = kernels.rows_tiling(of)
+        attention = kernels.attention_tiling(problem(case, min(d, engine.attention_features), "cuda"))
         return Plan(
             Tile(*kernels.forward_tiling(of)),
             Tile(*kernels.block_tiling(of)),
             None if rows is None else Tile(*rows),
+            Tile(*attention),
             kernels.programs(of.x),
             *sweep.groups_and_strips(kernels, of),
         )
@@ -283,7 +294,6 @@ def our_forward(engine: Engine, case: Case, d: int, device: Device) -> Phase:
     if case.mirrored:  # on the diagonal and above
         programs, tiles = groups * (groups + 1) // 2, (tiles + math.ceil(N / tile.cols)) // 2
     pairs = tiles * tile.rows * tile.cols
-    edges = pairs * (1 / tile.rows + 1 / tile.cols)  # rows and columns of all tiles
     # all strips go through their columns at the same time, once for every tile of rows of their groups
     waves = math.ceil(programs / device.multiprocessors)
     y = case.matrices * x
@@ -294,7 +304,8 @@ def our_forward(engine: Engine, case: Case, d: int, device: Device) -> Phase:
         "forward",
         flops=2 * case.matrices * pairs * d,
         hbm=x + sweeps * y + positives + 2 * statistics,
-        l2=operands(engine, case, d, pairs, tile) + edges * 4 * SINGLE,  # a maximum and a sum are read and written
+        # of every column of a tile a maximum and a sum are read and written; those of the rows stay in the program
+        l2=operands(engine, case, d, pairs, tile) + pairs / tile.rows * 4 * SINGLE,
         exponentials=pairs,
         programs=programs,
         length=tiles / (programs * longest),
@@ -354,22 +365,24 @@ def by_blocks(engine: Engine, case: Case, d: int, device: Device, side: int = sw
 
 def by_rows(engine: Engine, case: Case, d: int, device: Device) -> list[Phase]:
     """A program owns rows, goes through all columns, and keeps the gradient of its rows in registers; both sides."""
-    return [owner("rows", engine, case, d, device)] * case.vectors
+    tile = plan(engine, case, d, device).rows
+    assert tile, "the case is one that rows take"
+    return [owner("rows", tile, engine, case, d, device)] * case.vectors
 
 
-def owner(name: str, engine: Engine, case: Case, d: int, device: Device) -> Phase:
+def owner(name: str, tile: Tile, engine: Engine, case: Case, d: int, device: Device) -> Phase:
     """Two products; the gradient is taken to be written in 16 bits."""
-    p, x = plan(engine, case, d, device), N * d * HALF
-    assert p.rows, "the case is one that rows or attention take"
-    tiles = math.ceil(N / p.rows.rows)
-    strips = math.ceil(N / sweep.share(N, p.rows.cols, math.ceil(p.programs / tiles)))
+    x = N * d * HALF
+    tiles = math.ceil(N / tile.rows)
+    most = math.ceil(plan(engine, case, d, device).programs / tiles)
+    strips = math.ceil(N / sweep.share(N, tile.cols, most))
     programs = tiles * strips
     sweeps = 1 if x < device.cache / 2 else math.ceil(programs / device.multiprocessors)
     return Phase(
         name,
         flops=4 * N * N * engine.lanes(d),
         hbm=(2 + sweeps) * x,
-        l2=N * N * d * HALF / p.rows.rows,
+        l2=N * N * d * HALF / tile.rows,
         exponentials=N * N,
         programs=programs,
         mma_sync=engine.mma_sync,
@@ -380,7 +393,7 @@ def by_attention(engine: Engine, case: Case, d: int, device: Device) -> list[Pha
     """Of a frozen y: forward owns rows and keeps the gradients of their log-sum-exps, backward takes multiples."""
     x = N * d * HALF
     return [
-        owner("attention", engine, case, d, device),
+        owner("attention", plan(engine, case, d, device).attention, engine, case, d, device),
         Phase("statistics", hbm=2 * x, launches=2),  # merge, and the positives' logits
         Phase("kept", hbm=2 * N * d * SINGLE),
         # the multiples, those of the positives, and the rounding to 16 bits
@@ -671,7 +684,7 @@ def forms_table() -> str:
     return table(("D", "form", "engine", "", *counted, *TIMES), rows, 4)
 
 
-SIDES = (sweep.WORKSPACE, 5632, 8192)
+SIDES = (4096, 5632, sweep.WORKSPACE)
 BLOCK_FEATURES = (512, 768, 1024)
 
 
@@ -690,9 +703,7 @@ def fitting_side(d: int, device: Device) -> int:
 
 def workspace_table() -> str:
     on = [*itertools.product(DEVICES, BLOCK_FEATURES)]
-    rows = [
-        [f"{side}", size(side**2 * HALF), *(with_side(d, device, side) for device, d in on)] for side in sorted(SIDES)
-    ]
+    rows = [[f"{side}", size(side**2 * HALF), *(with_side(d, device, side) for device, d in on)] for side in SIDES]
     fitting = [(device, d, fitting_side(d, device)) for device, d in on]
     rows.append(["as fits", "", *(f"{side}: {with_side(d, device, side)}" for device, d, side in fitting)])
     return table(("rows and columns", "workspace", *(f"{device.name}, D = {d}" for device, d in on)), rows, 1)
@@ -723,7 +734,8 @@ def cases_table() -> str:
 
 def recomputed(engine: Engine, d: int, device: Device) -> list[Phase]:
     """As for a y that needs its gradient, too."""
-    return [our_forward(engine, FROZEN, d, device), *by_rows(engine, FROZEN, d, device)]
+    backward = by_rows if takes_rows(engine, FROZEN, d, device) else by_blocks
+    return [our_forward(engine, FROZEN, d, device), *backward(engine, FROZEN, d, device)]
 
 
 def frozen_table() -> str:
@@ -738,7 +750,7 @@ def frozen_table() -> str:
 
     forms: dict[str, Callable[..., list[Phase]]] = {
         "attention": functools.partial(ours, case=FROZEN),
-        "forward, rows": recomputed,
+        "computed again": recomputed,
     }
     rows = [
         row
@@ -830,8 +842,9 @@ def page() -> str:
     )
     return f"""# What the loss would cost on a GPU
 
-Every figure on this page is modelled, counted from the algorithms; nothing was measured on a GPU. Two times that others
-published are named as such. `{COMMAND}` writes the page, and a test compares.
+Every figure on this page is modelled, counted from the algorithms. What was measured is in bench/devices; it decided
+what the kernels take, as told below. Two times that others published are named as such. `{COMMAND}`
+writes the page, and a test compares.
 
 Symmetric InfoNCE (CLIP's loss) with a learned scale, forward + backward, N = {N:,} pairs of bfloat16 vectors.
 
@@ -848,7 +861,8 @@ Symmetric InfoNCE (CLIP's loss) with a learned scale, forward + backward, N = {N
 
 {schemes_table()}
 
-Ours goes by rows up to D = {TRITON.rows_features}, by blocks above, and keeps float32 sums of the gradients there.
+Ours goes by rows up to D = {TRITON.rows_features}, with CUDA's kernels to D = {CUDA.rows_features}, by blocks above,
+and keeps float32 sums of the gradients there.
 Both engines have the same host code, and the products of blocks are the vendor's. In the kernels, CUDA's products are
 mma.sync (m16n8k16), as all are on the A100; on the H100 Triton's are wgmma, and mma.sync has {H100.mma_sync:.0%} of the
 peak. There the difference shows where the products are the limit, by rows; in forward and the coefficients of blocks it
@@ -871,7 +885,8 @@ nothing of the pairs goes through memory: a program goes through all columns and
 registers. The fewer the features, the cheaper its products beside that traffic, and the smaller the gradient.
 "Registers" is the gradient's share of a multiprocessor's file. With more features it leaves room for fewer programs, or
 for smaller tiles, which no count here shows: memeff goes by rows at D = 512, and its published time is far above the
-model. So ours goes by rows only where the gradient is small, up to D = {TRITON.rows_features}.
+model. On an H200 Triton's blocks were the faster beyond D = {TRITON.rows_features}, where the model has rows ahead, and
+they take over there. CUDA's do beyond D = {CUDA.rows_features}, a limit that was not measured.
 
 Nor does a count show shared memory, of 128 bytes per clock and multiprocessor, which a warp of CUDA's reads for its own
 rows alone. Up to D = 128 it has 32 rows and reads 3/64 bytes per FLOP, on the H100 for as long as mma.sync computes;
@@ -884,10 +899,9 @@ may be as fast.
 
 Estimate of forward + backward in ms with Triton's kernels, and in brackets the share of the multiprocessors at work in
 a product of a block. A larger block gives the vendor's products more tiles, and fewer multiprocessors wait for the
-last. Ours has {sweep.WORKSPACE} rows and columns, for memory; they may also stay in L2, which is not counted here. "As
-fits" is the best of at most as many, in steps of {VENDOR_TILE}: a smaller block whose tiles fill the device. NVIDIA's
-model of the products, below, bears that out for D = 512 and 1024 of the A100, not for the H100, where short products
-reach less.
+last. It takes more memory, and does not stay in L2, which is not counted here. Ours has {sweep.WORKSPACE} rows and
+columns: on an H200 backward of 16,384 rows and D = 768 took 2.4 ms, and 2.8 ms with half as many. "As fits" is the best
+of at most as many and at least half, in steps of {VENDOR_TILE}: a smaller block whose tiles fill the device.
 
 {workspace_table()}
 
@@ -896,7 +910,7 @@ reach less.
 {cases_table()}
 
 - y frozen: forward 2, the coefficients 2, one product 2. For 4, nothing may be computed twice. Up to
-  D = {TRITON.rows_features}, of the rows alone, forward does that, below; the weights of the columns are not known
+  D = {TRITON.attention_features}, of the rows alone, forward does that, below; the weights of the columns are not known
   before all rows are seen, and above, a program has no registers for the gradients of its rows.
 - Self-similarity: forward and the coefficients visit the tiles or blocks on and above the diagonal, 1 each; a block
   above it has two products, 2 in all. With many blocks that is 4; the whole blocks on the diagonal add a little.
@@ -908,7 +922,8 @@ reach less.
 
 Of the rows alone, with a y that needs no gradient (a memory bank, a momentum encoder's keys, a teacher), forward adds
 up the gradients of the log-sum-exps beside the sums, and shrinks both where a maximum grows, as attention does. It
-keeps them in float32, and backward multiplies them. The alternative computes the pairs again.
+keeps them in float32, and backward multiplies them. The alternative computes the pairs again, by rows or by blocks. On
+an H200 attention was ahead of it to D = {TRITON.attention_features}.
 
 {frozen_table()}
 

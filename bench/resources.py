@@ -234,7 +234,7 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
             (problem.x, problem.y, problem.x.float(), problem.vectors, *sizes, 0, 0, SIZE, SIZE, *strides, 0),
             RESTRICT=True,
         )  # fmt: skip
-    for features in (128, tilings.ROWS_FEATURES):
+    for features in sorted({tilings.ROWS_FEATURES, tilings.ATTENTION_FEATURES}):
         problem.features = features  # whatever those of x: the tiling has them all
         tiling = tilings.rows_tiling(problem)
         if tiling is not None:
@@ -401,15 +401,16 @@ Compiled by {compiler("cuda:80")} and {compiler("sm_80")} without a GPU; nothing
 `{COMMAND}` writes this page, and tests compile again and compare.
 
 - registers: of a thread, 255 at most; on gfx942 ordinary ones and accumulators, 512 at most.
-- spills: bytes of a thread's stack (gfx942: registers). Zero, or a test fails.
+- spills: bytes of a thread's stack (gfx942: registers). Zero, or a test fails; not on cuda:90, whose tilings are the
+  fastest of those measured on an H200.
 - shared: bytes of a program (of a block), within the limit of a program or a test fails.
 - matrix: instructions of the matrix unit in the code (HMMA, HGMMA, UTCHMMA, v_mfma).
 - programs: how many a multiprocessor holds at once, by registers, threads and memory: an upper bound.
 
 The sections cuda:80 to hip:gfx942 are Triton's kernels, for {SIZE} rows and columns, which no vector divides, and
-{FEATURES} features; where 16 does not divide the features, loads are slower, and registers may spill. Tile: rows x
-columns x features of one step; of what has a number per row, rows; of what is done row by row, rows, or sets of P
-vectors, x features.
+{FEATURES} features. These come by tensor descriptors in forward and block of pairs of cuda:90, elsewhere by pointers;
+where 16 does not divide them, loads are slower, and registers may spill. Tile: rows x columns x features of one step;
+of what has a number per row, rows; of what is done row by row, rows, or sets of P vectors, x features.
 
 The sections sm_80 to sm_100a are the CUDA kernels (csrc/cuda), each instance of them. Tile: rows x columns. Conflicts:
 wavefronts of shared memory that its asynchronous copies and matrix loads take beyond the least possible, counted as

@@ -42,7 +42,7 @@ TILINGS = {
         2: Tilings(
             forward=Tiling(128, 128, 32, 8, 4),
             forward_many=Tiling(128, 64, 64, 8, 3),
-            block=Tiling(128, 128, 64, 8, 3),
+            block=Tiling(128, 64, 64, 4, 3),
             block_many=Tiling(128, 64, 64, 8, 3),
             volume=Tiling(128, 64, 64, 8, 3),
             volume_many=Tiling(64, 32, 64, 8, 3),
@@ -95,7 +95,7 @@ TILINGS = {
             forward=Tiling(64, 64, 32, 8, 2),
             forward_many=Tiling(64, 64, 32, 8, 2),
             block=Tiling(64, 64, 32, 8, 2),
-            block_many=Tiling(64, 32, 32, 8, 2),
+            block_many=Tiling(64, 32, 32, 4, 2),
             volume=Tiling(64, 32, 32, 8, 2),
             volume_many=Tiling(64, 32, 32, 8, 2),
             product=Tiling(64, 32, 128, 8, 2),

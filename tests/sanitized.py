@@ -41,7 +41,7 @@ PACKAGE, SWEEP = "contrastive_ops.kernels", "contrastive_ops.backends.sweep"
 # N, M, D: tails of every tile, and N < M; of volumes N > M, where some rows name no column to leave out
 SHAPES = {"similarity_logsumexp": (130, 150, 20), "volume_logsumexp": (100, 60, 20)}
 PROGRAMS = 9  # 3 groups of rows and 3 strips of columns
-WORKSPACE = 96  # rows and columns; of tuples of four vectors 48, which have one tile of rows
+WORKSPACE = 96  # rows and columns, of every dtype; of tuples of four vectors 48, which have one tile of rows
 ONE_BLOCK = (70, 60, 20)  # N below WORKSPACE, and not a whole tile: the workspace ends where the block does
 EMPTY_ROWS = (70, 30, 20)  # ids that no column has; two strips
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,8 +57,9 @@ class Engine(NamedTuple):
 
 def shrink(engine: Engine) -> None:
     """Several tiles in a group and a strip, several of these, several blocks of the workspace, several steps of D."""
-    # PROGRAMS counts where the device doesn't say, and ttsem's device says
+    # PROGRAMS counts where the device doesn't say, and ttsem's device says; in backward its tensors are the CPU's
     small = (
+        (engine.tilings, "device_class", lambda _x: "sm_90"),
         (engine.sweep, "WORKSPACE", WORKSPACE),
         (engine.launch, "MERGE", 64),
         (engine.launch.TritonKernels, "programs", lambda _self, _x: PROGRAMS),
@@ -75,7 +76,8 @@ def shrink(engine: Engine) -> None:
 def _small(tilings: Any) -> Any:
     """Tiles of two widths: where they are square, nothing tells rows from columns."""
     sizes = {"block_m": 32, "block_n": 16, "block_d": 16}
-    return type(tilings)(*(None if tiling is None else tiling._replace(**sizes) for tiling in tilings))
+    of_kernels = {name: tiling for name, tiling in tilings._asdict().items() if isinstance(tiling, tuple)}
+    return tilings._replace(**{name: tiling._replace(**sizes) for name, tiling in of_kernels.items()})
 
 
 Load = Callable[..., Engine]
@@ -224,7 +226,8 @@ class Op(NamedTuple):
 
 OPS = {
     "similarity_logsumexp": Op(
-        ("rows", "cols", "both", "row_scale-0d", "col_bias-vector", "vectors", "exclude", "ids-restrict-sorted",
+        ("rows", "cols", "both", "row_scale-0d", "col_bias-vector", "vectors", "exclude", "exclude-diagonal",
+         "ids-exclude-sorted", "ids-restrict-sorted",
          "everything", "everything-restrict", "self", "self-row_scale-vector", "self-ids-restrict-sorted",
          "self-everything", "self-everything-restrict"),
         pair_problem, similarity_logsumexp, problems.naive,
@@ -248,10 +251,16 @@ CASES = [
 ]
 
 
+def of_dtype(engine: Engine, dtype: torch.dtype) -> Engine:
+    """With blocks of WORKSPACE rows: WORKSPACE of the engine counts 16-bit elements."""
+    engine.sweep.WORKSPACE = WORKSPACE * dtype.itemsize // 2
+    return engine
+
+
 def check(op: str, name: str, dtype: torch.dtype, engine: Engine, shape: tuple[int, ...] | None = None) -> None:
     _, problem, launched, naive = OPS[op]
     arguments, options = problem(name, *(shape or SHAPES[op]), dtype)
-    judge(launched, naive, arguments, options, fused_options={"engine": engine})
+    judge(launched, naive, arguments, options, fused_options={"engine": of_dtype(engine, dtype)})
 
 
 @pytest.mark.parametrize(("op", "name", "dtype"), CASES)
@@ -281,6 +290,25 @@ def test_blocks_of_16_bits(name, dtype, load, monkeypatch):
     check("similarity_logsumexp", name, dtype, engine)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "d", "by_descriptors"),
+    [(torch.float32, 20, True), (torch.float32, 21, False), (torch.bfloat16, 136, True), (torch.bfloat16, 140, False)],
+)
+def test_features_by_descriptors_and_by_pointers(dtype, d, by_descriptors, load, monkeypatch):
+    """Rows of whole 16 bytes have tensor descriptors; and of 16 bits more features than rows_kernel takes."""
+    engine, taken = load(), set()
+    features = engine.launch.features
+
+    def counted(*arguments):
+        x, y, described = features(*arguments)
+        taken.add(described)
+        return x, y, described
+
+    monkeypatch.setattr(engine.launch, "features", counted)
+    check("similarity_logsumexp", "everything", dtype, engine, (100, 70, d))
+    assert taken == {by_descriptors}
+
+
 def test_one_strip(load):
     """Ten tiles of rows fill the launch that has dX; dY has two tiles of rows, in several strips."""
     check("similarity_logsumexp", "everything", torch.float16, load(), (300, 40, 20))
@@ -304,7 +332,7 @@ def test_one_gradient(op, name, dtype, wanted, load):
     for key, value in {"argument0": arguments[0], "argument1": arguments[1], **options}.items():
         if isinstance(value, Tensor) and value.requires_grad:
             value.requires_grad_(key == wanted)
-    judge(launched, naive, arguments, options, fused_options={"engine": load()})
+    judge(launched, naive, arguments, options, fused_options={"engine": of_dtype(load(), dtype)})
 
 
 class Fault(NamedTuple):
@@ -328,34 +356,64 @@ VOLUME = "volume_logsumexp"
 FAULTS = {
     # one tile
     "load without its mask": Fault(
-        "tl.load(vector + index, mask=index < size, other=otherwise)",
-        "tl.load(vector + index)",
+        "tl.load(vectors.col_scale + cols, mask=cols < m, other=1.0)",
+        "tl.load(vectors.col_scale + cols)",
         "vectors", "oob_read of vectors",
     ),
     "load with half of its mask": Fault(
         "mask=(rows[:, None] < n) & inside",
         "mask=rows[:, None] < n",
-        "both", "oob_read of x",
+        "both", "oob_read of x", torch.bfloat16,
     ),
     "stride of another matrix": Fault(
         "x + rows.to(tl.int64)[:, None] * features",
         "x + rows.to(tl.int64)[:, None] * n",
-        "both", "oob_read of x",
+        "both", "oob_read of x", torch.bfloat16,
     ),
+    "rows of another tile by a descriptor": Fault("x.load([row, begin])", "x.load([col, begin])", "both", "value"),
+    "first features alone by a descriptor": Fault("y.load([col, begin])", "y.load([col, 0])", "both", "value"),
     "empty sets that are not told apart": Fault(
         'tl.where(maximum == -float("inf"), 0.0, maximum)',
         "maximum",
         "ids-restrict-sorted", "nan",
     ),
     "no scale of the columns": Fault(
-        "[:, None] * vector_or(vectors.col_scale, cols, m, 1.0)[None, :]",
-        "[:, None]",
+        "scaled_by_cols(scaled_by_rows(pairs, vectors, rows, n), vectors, cols, m)",
+        "scaled_by_rows(pairs, vectors, rows, n)",
         "vectors", "value",
     ),
-    "pairs left out that keep their gradient": Fault(
-        "gradient = own_gradients(gradient, vectors, incoming, rows, cols, n, m)",
-        "pass",
-        "exclude", "value", torch.float16,
+    "pairs left out without the gradient of their own logit": Fault(
+        "if has:  # those", "if False:  # those", "exclude", "value", torch.float16
+    ),
+    "tiles with a pair left out that are not masked": Fault("leaves_out = has |", "leaves_out =", "exclude", "value"),
+    "tiles with the last row that are not masked": Fault("| (row + BLOCK_M > n)", "", "cols", "value"),
+    "tiles with the last column that are not masked": Fault("| (col + BLOCK_N > m)", "", "rows", "value"),
+    "tiles with other ids that are not masked": Fault(
+        "leaves_out | RESTRICT | may_be_equal(of_rows, of_cols)", "leaves_out", "ids-restrict-sorted", "value"
+    ),
+    "tiles with equal ids that are not masked": Fault(
+        "| RESTRICT | may_be_equal(of_rows, of_cols)", "| RESTRICT", "ids-exclude-sorted", "value"
+    ),
+    "columns left out before those that a tile knows of": Fault(
+        "(of_rows.first_excluded < col + BLOCK_N)", "(of_rows.first_excluded < col)", "exclude-diagonal", "value"
+    ),
+    "columns left out after those that a tile knows of": Fault(
+        "(of_rows.last_excluded >= col)", "(of_rows.last_excluded >= col + BLOCK_N)", "exclude-diagonal", "value"
+    ),
+    "rows left out before those that a tile knows of": Fault(
+        "(of_cols.first_excluded < row + BLOCK_M)",
+        "(of_cols.first_excluded < row)",
+        "exclude-diagonal", "value", torch.float16,
+    ),
+    "rows left out after those that a tile knows of": Fault(
+        "(of_cols.last_excluded >= row)",
+        "(of_cols.last_excluded >= row + 16)",
+        "exclude-diagonal", "value", torch.float16,
+    ),
+    "columns left out without their mask": Fault(
+        "tl.load(exclude + index, mask=index < size, other=-1)",
+        "tl.load(exclude + index)",
+        "exclude", "oob_read of vectors",
     ),
     "the next row left out by a column": Fault(
         "[None, :] == rows[:, None]", "[None, :] + 1 == rows[:, None]", "self-everything", "value"
@@ -365,14 +423,15 @@ FAULTS = {
         "tl.load(vectors.col_ids + cols)",
         "everything", "oob_read of vectors",
     ),
-    # the ids lie in one tensor, those of the rows first: past their end are ids of columns, until the sides are swapped
-    "ids of a tile's rows without their mask": Fault(
-        "tl.load(vectors.row_ids + rows, mask=rows < n, other=large)",
-        "tl.load(vectors.row_ids + rows)",
+    "ids of a tile without their mask": Fault(
+        "tl.load(ids + index, mask=index < size, other=NONE)",
+        "tl.load(ids + index)",
         "everything-restrict", "oob_read of vectors", torch.float16,
     ),
     "tiles with one id in common that are left out": Fault(
-        "(row_low <= col_high)", "(row_low < col_high)", "ids-restrict-sorted", "value"
+        "(of_rows.first_id <= of_cols.last_id)",
+        "(of_rows.first_id < of_cols.last_id)",
+        "ids-restrict-sorted", "value",
     ),
     "products rounded to bfloat16": Fault(
         "dots, input_precision=PRECISION)",
@@ -392,15 +451,19 @@ FAULTS = {
         "cols", "race of col_part",
     ),
     "statistics beyond the last row": Fault(
-        "tl.store(part.sum + index, new_sum, mask=inside)",
-        "tl.store(part.sum + index, new_sum)",
+        "tl.store(part.sum + index, total, mask=inside)",
+        "tl.store(part.sum + index, total)",
         "rows", "oob_write of row_part",
     ),
     "statistics that start as they were": Fault(
-        'tl.store(part.maximum + index, tl.full((BLOCK,), -float("inf"), tl.float32), mask=inside)',
+        'store_part(col_part, cols, col_begin + m, nothing - float("inf"), nothing, nothing)',
         "pass",
-        "rows", "nan",
+        "cols", "nan",
     ),
+    "statistics of another column": Fault(
+        "tl.arange(0, BLOCK), 0)", "BLOCK - 1 - tl.arange(0, BLOCK), 0)", "cols", "value"
+    ),
+    "sums that stay relative to the shift of their tile": Fault("total * factor", "total", "both", "value"),
     "diagonal that counts twice": Fault(
         "tl.where(row + BLOCK_M <= col, tile_col",
         "tl.where(row <= col, tile_col",
@@ -469,19 +532,19 @@ FAULTS = {
         "both", "value",
     ),
     "no scale of the columns in the gradient": Fault(
-        "gradient * (a[:, None] * b[None, :])",
-        "gradient * a[:, None]",
+        "weighted = scaled_by_cols(gradient, vectors, cols, m)",
+        "weighted = gradient",
         "vectors", "value",
     ),
     # products of equal ids
     "product that takes tiles that nobody wrote": Fault(
-        "if is_needed(vectors, has, first_row + local_rows, first_col + local_cols, n, m, RESTRICT):",
-        "if True:",
+        "if is_needed(of_rows, of_cols, has, RESTRICT):\n            within",
+        "if True:\n            within",
         "ids-restrict-sorted", "nan",
     ),
     "product that leaves out tiles with an excluded pair": Fault(
-        "is_needed(vectors, has, first_row + local_rows",
-        "is_needed(vectors, False, first_row + local_rows",
+        "is_needed(of_rows, of_cols, has, RESTRICT):\n            within",
+        "is_needed(of_rows, of_cols, False, RESTRICT):\n            within",
         "everything-restrict", "value",
     ),
     "sides of the whole in the product of the columns": Fault(
@@ -493,8 +556,8 @@ FAULTS = {
         "tl.load(place, mask=inside, other=0.0) + added", "added", "ids-restrict-sorted", "value"
     ),
     "columns beyond the block in the product": Fault(
-        "(local_rows[:, None] < block_rows) & within[None, :], other",
-        "local_rows[:, None] < block_rows, other",
+        "(local_rows[:, None] < block_rows) & within[None, :]",
+        "local_rows[:, None] < block_rows",
         "ids-restrict-sorted", "nan",
     ),
     "features beyond the last in the product": Fault(
@@ -527,8 +590,8 @@ FAULTS = {
         "col_bias-vector", "race of sums", torch.bfloat16,
     ),
     "strips that go on into the next": Fault(
-        "for col in range(first_col, last_col, BLOCK_N):\n        cols = col + tl.arange(0, BLOCK_N)\n        has",
-        "for col in range(first_col, m, BLOCK_N):\n        cols = col + tl.arange(0, BLOCK_N)\n        has",
+        "for col in range(first_col, last_col, BLOCK_N):\n        cols = col + tl.arange(0, BLOCK_N)\n        of",
+        "for col in range(first_col, m, BLOCK_N):\n        cols = col + tl.arange(0, BLOCK_N)\n        of",
         "rows", "value", torch.bfloat16,
     ),
     "gradient that stays divided by its unit": Fault(
@@ -538,7 +601,7 @@ FAULTS = {
         "weighted = weighted / tl.load(unit)", "pass", "both", "value", torch.float16
     ),
     "no scale of the rows in the gradient": Fault(
-        "weighted *= a[:, None]",
+        "weighted = scaled_by_rows(weighted, vectors, rows, n)",
         "pass",
         "vectors", "value", torch.bfloat16,
     ),
@@ -621,7 +684,9 @@ FAULTS = {
         "2", "value", op=VOLUME,
     ),
     "totals that start as they were": Fault(
-        "tl.store(part.total + index, tl.zeros((BLOCK,), tl.float32), mask=inside)", "pass", "2", "nan", op=VOLUME
+        "nothing, nothing)",
+        "nothing, tl.load(col_part.total + cols, mask=cols < col_begin + m))",
+        "2", "nan", op=VOLUME,
     ),
     "totals of pairs that take no part": Fault(
         'tl.where(logits > -float("inf"), logits, 0.0)', "logits", "2", "value", op=VOLUME

@@ -98,7 +98,7 @@ def recorded(engine, monkeypatch):
 @pytest.mark.parametrize(
     ("case", "d"),
     [(case, 512) for _, case in cost.CASES if case.members <= 2]
-    + [(cost.CLIP, 128), (cost.FROZEN, 128), (cost.Case(groups=4), 512)],
+    + [(cost.CLIP, 128), (cost.FROZEN, 128), (cost.FROZEN, 256), (cost.Case(groups=4), 512)],
     ids=str,
 )
 def test_launches_are_those_of_the_code(case, d, device, engine, monkeypatch):
@@ -153,7 +153,7 @@ def test_launches_are_those_of_the_code(case, d, device, engine, monkeypatch):
 @pytest.mark.parametrize("device", cost.DEVICES, ids=lambda device: device.name)
 @pytest.mark.parametrize(
     ("case", "d", "products"),
-    [(cost.CLIP, 768, 8), (cost.CLIP, 128, 10), (cost.FROZEN, 128, 4), (cost.FROZEN, 768, 6)],
+    [(cost.CLIP, 768, 8), (cost.CLIP, 128, 10), (cost.FROZEN, 128, 4), (cost.FROZEN, 256, 4), (cost.FROZEN, 768, 6)],
 )
 def test_flops_of_ours(case, d, products, device, engine):
     assert cost.total(cost.ours(engine, d, device, case), "flops") == pytest.approx(products * cost.N**2 * d)

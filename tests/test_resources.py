@@ -13,18 +13,21 @@ WITHOUT_PRODUCTS = (
     "excluded", "merge", "scale", "scale_backward", "contrast", "contrast_backward", "incoming", "bound", "units",
     "units_backward", "factor", "volume_gradient", "tuple_gradient",
 )  # fmt: skip
+# Its tilings are the fastest of those measured on an H200, and some that spill are ahead of others that do not.
+MEASURED = "cuda:90"
 
 
 @pytest.mark.parametrize("target", resources.LIMITS)
 def test_kernels_compile_for(target):
-    """No spills, shared memory within bounds, the matrix unit in every product of 16 bits; else what was committed."""
+    """No spills where none was measured, shared memory within bounds, products of 16 bits on the matrix unit; and else
+    what was committed."""
     sentence = resources.why_not(target)
     if sentence is not None:
         pytest.skip(f"{target}: {sentence}")
     rows = resources.compile_for(target)
     limits = resources.LIMITS[target]
     for row in rows:
-        assert row.spills == 0, row
+        assert row.spills == 0 or target == MEASURED, row
         assert row.registers <= limits.registers, row
         assert row.shared <= limits.program_shared, row
         assert row.matrix > 0 or row.dtype == "float32" or row.kernel in WITHOUT_PRODUCTS, row

@@ -37,7 +37,7 @@ def test_products_of_equal_ids(name, dtype, d, monkeypatch):
     """Of every block one product for each side, by the engine and not the vendor."""
     blocks, products = (engine_tests.launched(monkeypatch, "triton", method) for method in ("block", "product"))
     monkeypatch.setattr(sweep, "_accumulate", None)
-    monkeypatch.setattr(sweep, "WORKSPACE", 128)
+    monkeypatch.setattr(sweep, "WORKSPACE", 128 * dtype.itemsize // 2)
     arguments, options = problem(name, 150, 170, d, dtype)
     judge(op_tests.fused, op_tests.naive, arguments, options, fused_options={"backend": "triton"}, roundings=1)
     # a block on the diagonal of self-similarity has both sides of its pairs
