@@ -201,9 +201,8 @@ def those_taking_part(
     leaves_out = has | (row + BLOCK_M > n) | (col + BLOCK_N > m)
     if vectors.row_ids is not None:
         leaves_out = leaves_out | RESTRICT | may_be_equal(of_rows, of_cols)
-    if vectors.row_scale is None:
-        if vectors.col_scale is None:  # Triton 3.6 can't compile rows_kernel if a product meets a condition as it is
-            leaves_out = True
+    if vectors.row_scale is None and vectors.col_scale is None:
+        leaves_out = True  # Triton 3.6 can't compile rows_kernel where a product meets a condition as it is
     if leaves_out:
         nothing = -float("inf")
         logits = tl.where((rows[:, None] < n) & (cols[None, :] < m), logits, nothing)
