@@ -198,7 +198,9 @@ def test_launches_on_the_device_of_the_tensors(mode, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
-    x = torch.empty(4, 8, device="cuda:1")
-    with sweep.launching(x):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    with sweep.launching(torch.empty(4, 8, device="cuda:1")):
         assert current == [0, 1]
     assert current == [0, 1, 0]
+    with sweep.launching(torch.empty(4, 8, device="cuda:0")):
+        assert current == [0, 1, 0]

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from contrastive_ops.backends import sweep, triton
 
@@ -24,11 +23,16 @@ def kernels(x: Tensor, backend: str) -> ModuleType | None:
     return triton.kernels("rowwise") if triton.why_not("", x) is None else None
 
 
+def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:
+    flat = (part for value in arguments for part in (value if isinstance(value, (list, tuple)) else (value,)))
+    return next(part for part in flat if isinstance(part, Tensor))
+
+
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> None:
     """An operator for a function of kernels/rowwise.py: what traces without torch.compile sees its results only."""
 
     def run(*arguments: Any) -> Any:
-        with sweep.launching(next(value for value in tree_leaves(arguments) if isinstance(value, Tensor))):
+        with sweep.launching(_first_tensor(arguments)):
             return getattr(triton.kernels("rowwise"), name)(*arguments)
 
     torch.library.define(f"contrastive_ops::{name}", schema)

@@ -557,7 +557,11 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, begins: bool) -> None:
 @contextmanager
 def launching(x: Tensor) -> Iterator[None]:
     """Launches are on the current device, which need not be that of the tensors; autocast would round operands."""
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) and (kind != "cuda" or x.device.index == torch.cuda.current_device()):
+        yield  # as it is nearly always: the contexts below take longer than a launch
+        return
+    with torch.autocast(kind, enabled=False), torch.cuda.device_of(x):
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,6 +43,7 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
+@cache
 def kernels(name: str) -> ModuleType:
     """A module of the kernels, contrastive_ops.kernels.<name>, imported at first use, as is Triton.
 
