@@ -125,7 +125,8 @@ def test_shapes(shape, name, engine, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", each(["both", "everything", "self-everything", "self-ids-restrict-sorted"], ["both"]))
 @pytest.mark.parametrize("shape", each([(5000, 4500, d) for d in (64, 128, 192, 768)], [(70, 130, 192)]))
-def test_large(shape, name, engine, dtype):
+def test_large(shape, name, engine, dtype, monkeypatch):
+    monkeypatch.setattr(sweep, "WORKSPACE", 4096)
     arguments, options = problem(name, *shape, dtype)
     judge(
         op_tests.fused,
