@@ -140,13 +140,14 @@ class Launched(torch.autograd.Function):
     def forward(ctx, engine, op, gradients, *arguments):
         run = getattr(engine.sweep, f"{op}_forward")
         kernels, needs = engine.launch.TritonKernels(), list(ctx.needs_input_grad[3 : 3 + gradients])
-        row_max, col_max, row_log_sum, col_log_sum, kept, *others = run(kernels, *arguments, needs)
+        *statistics, row_lse, col_lse = run(kernels, *arguments, needs)
+        row_max, col_max, row_log_sum, col_log_sum, kept, *others = statistics
         tensors = [argument for argument in arguments if not isinstance(argument, bool)]
         ctx.save_for_backward(row_max, col_max, row_log_sum, col_log_sum, kept, *tensors)
         ctx.run = functools.partial(getattr(engine.sweep, f"{op}_backward"), kernels)
         ctx.gradients, ctx.flags = gradients, arguments[len(tensors) :]
         ctx.mark_non_differentiable(row_max, col_max)
-        return (row_max + row_log_sum, col_max + col_log_sum, *others, row_max, col_max)
+        return (row_lse, col_lse, *others, row_max, col_max)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -527,10 +528,12 @@ FAULTS = {
     ),
     "columns of the first block in all blocks": Fault("first_col + local_cols", "local_cols", "both", "value"),
     "blocks that overwrite the gradient": Fault(
-        "kernels.product(problem, block, grad_x[rows], of_member, basis[cols, t])",
-        "grad_x[rows] = of_member @ basis[cols, t]",
-        "both", "value",
+        "coefficients, y, total.begins(part))", "coefficients, y, True)", "both", "value"
     ),
+    "gradient that starts as it was": Fault(
+        "coefficients, y, total.begins(part))", "coefficients, y, False)", "both", "nan"
+    ),
+    "sums of blocks that start as they were": Fault("if total.begins(part):", "if False:", "vectors", "nan"),
     "no scale of the columns in the gradient": Fault(
         "weighted = scaled_by_cols(gradient, vectors, cols, m)",
         "weighted = gradient",
@@ -553,7 +556,11 @@ FAULTS = {
         "ids-restrict-sorted", "nan",
     ),
     "product that overwrites the gradient": Fault(
-        "tl.load(place, mask=inside, other=0.0) + added", "added", "ids-restrict-sorted", "value"
+        "before + added, mask=inside)", "added, mask=inside)", "ids-restrict-sorted", "value"
+    ),
+    "product that starts from what was there": Fault("inside & (begins == 0)", "inside", "ids-restrict-sorted", "nan"),
+    "product that leaves rows without a tile as they were": Fault(
+        "if (tiles > 0) | (begins > 0):", "if tiles > 0:", "ids-restrict-sorted", "nan"
     ),
     "columns beyond the block in the product": Fault(
         "(local_rows[:, None] < block_rows) & within[None, :]",
@@ -671,7 +678,7 @@ FAULTS = {
         "1", "oob_write of coefficients", torch.float16, VOLUME, ONE_BLOCK,
     ),
     "moments of the first member for all": Fault(
-        "grad_y[t, cols]", "grad_y[0, cols]", "2", "value", op=VOLUME
+        "totals_y[t], cols", "totals_y[0], cols", "2", "nan", op=VOLUME
     ),
     "sums along the row that are divided by the unit": Fault(
         "tl.sum(q, 1), mask",

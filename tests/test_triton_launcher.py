@@ -95,8 +95,8 @@ def parameters(launch: Launch) -> list[dict[str, Any]]:
     for argument in launch["arguments"]:
         if "block" in argument:
             taken += parameters_of_descriptor(argument)
-        elif argument["type"] and argument["value"] != 1:
-            taken.append(argument | {"size": 4 if argument["type"] == "i32" else 8})
+        elif argument["type"] and (argument["type"] != "i32" or argument["value"] != 1):
+            taken.append(argument | {"size": 4 if argument["type"] in ("i32", "f32") else 8})
     return taken
 
 
@@ -125,6 +125,11 @@ def map_of(argument: dict[str, Any], swizzle: int) -> dict[str, int]:
     stride = argument["strides"][0] * argument["bytes"]
     values = (argument["value"], MAP_TYPES[argument["element"]], 0, width, rows, stride, box_width, box_rows, swizzle)
     return dict(zip(MAP_FIELDS, values, strict=True))
+
+
+def number(argument: dict[str, Any]) -> bytes:
+    value, size = argument["value"], argument["size"]
+    return struct.pack("<f", value) if isinstance(value, float) else value.to_bytes(size, "little")
 
 
 # memory of Triton's own, which no kernel here asks for
@@ -156,9 +161,10 @@ def wrong(launch: Launch) -> dict[str, str]:
             compared[f"box of {each['name']}"] = (box, each["block"])
             compared[each["name"]] = (tensor_map(value), map_of(each, swizzle))
         else:
-            compared[each["name"]] = (value, each["value"].to_bytes(each["size"], "little").hex())
+            compared[each["name"]] = (value, number(each).hex())
     for each, of_kernel in zip(given, takes["parameters"], strict=False):
-        compared[f"divisor of {each['name']}"] = (each["value"] % of_kernel["divisor"], 0)
+        if each["type"] != "f32":
+            compared[f"divisor of {each['name']}"] = (each["value"] % of_kernel["divisor"], 0)
     return {what: f"{is_!r}, not {should!r}" for what, (is_, should) in compared.items() if is_ != should}
 
 
