@@ -196,9 +196,12 @@ def volume_logsumexp(
 
 
 def pair_problem(name: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    kind, _, of_frozen = name.partition("-")
+    kind, _, other = name.partition("-")
     if kind == "frozen":
-        return problems.frozen(of_frozen, n, m, d, dtype)
+        return problems.frozen(other, n, m, d, dtype)
+    if kind == "scaled":  # without scales every tile is masked
+        arguments, options = problems.problem(other, n, m, d, dtype)
+        return arguments, options | {"row_scale": 1.25}
     return problems.problem(name, n, m, d, dtype)
 
 
@@ -244,6 +247,10 @@ CASES = [
         ("similarity_logsumexp", f"frozen-{name}", dtype)
         for name in ("rows", "ids-restrict-sorted", "ids-restrict-far", "everything")
         for dtype in DTYPES[1:]
+    ),
+    *(
+        ("similarity_logsumexp", f"scaled-{name}", torch.float32)
+        for name in ("rows", "cols", "exclude", "ids-exclude-sorted", "ids-restrict-sorted")
     ),
     ("volume_logsumexp", "3", torch.bfloat16),
     ("volume_logsumexp", "2-unscaled", torch.float32),
@@ -386,14 +393,16 @@ FAULTS = {
     "pairs left out without the gradient of their own logit": Fault(
         "if has:  # those", "if False:  # those", "exclude", "value", torch.float16
     ),
-    "tiles with a pair left out that are not masked": Fault("leaves_out = has |", "leaves_out =", "exclude", "value"),
-    "tiles with the last row that are not masked": Fault("| (row + BLOCK_M > n)", "", "cols", "value"),
-    "tiles with the last column that are not masked": Fault("| (col + BLOCK_N > m)", "", "rows", "value"),
+    "tiles with a pair left out that are not masked": Fault(
+        "leaves_out = has |", "leaves_out =", "scaled-exclude", "value"
+    ),
+    "tiles with the last row that are not masked": Fault("| (row + BLOCK_M > n)", "", "scaled-cols", "value"),
+    "tiles with the last column that are not masked": Fault("| (col + BLOCK_N > m)", "", "scaled-rows", "value"),
     "tiles with other ids that are not masked": Fault(
-        "leaves_out | RESTRICT | may_be_equal(of_rows, of_cols)", "leaves_out", "ids-restrict-sorted", "value"
+        "leaves_out | RESTRICT | may_be_equal(of_rows, of_cols)", "leaves_out", "scaled-ids-restrict-sorted", "value"
     ),
     "tiles with equal ids that are not masked": Fault(
-        "| RESTRICT | may_be_equal(of_rows, of_cols)", "| RESTRICT", "ids-exclude-sorted", "value"
+        "| RESTRICT | may_be_equal(of_rows, of_cols)", "| RESTRICT", "scaled-ids-exclude-sorted", "value"
     ),
     "columns left out before those that a tile knows of": Fault(
         "(of_rows.first_excluded < col + BLOCK_N)", "(of_rows.first_excluded < col)", "exclude-diagonal", "value"

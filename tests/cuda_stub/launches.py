@@ -29,7 +29,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import contrastive_ops as co
 from contrastive_ops import backends
+from contrastive_ops.ops import contrast_sum
+from contrastive_ops.ops.rowwise import unit_tuples, with_scale
 
 STREAM = 0x5EED  # not 0, the default stream
 FEW, ODD = 24, 21  # features: rows of whole 16 bytes, which tensor descriptors take, and others
@@ -100,6 +103,32 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "P = 1, rows", few_gradients(tuples(1, float32, cols=False))
     yield "P = 1, cols", scales_alone(tuples(1, float32, rows=False, totals=False))
     yield "P = 3", tuples(3, float16)
+    yield "P = 2, no scale", tuples(2, float32, col_scale=None)
+    yield from rowwise_calls()
+
+
+def rowwise_calls() -> Iterator[tuple[str, Call]]:
+    """What the losses do around a sweep."""
+    wide = torch.randn(100, 2 * FEW)[:, :FEW]  # rows further apart than they are long
+    x, y, t = (value.clone().requires_grad_() for value in (wide, wide, torch.tensor([0.07])))
+    strided = wide.detach().requires_grad_()
+    yield "scale", lambda: with_scale(strided, t, -0.5, "triton")
+    yield "scale alone", lambda: with_scale(strided, 0.07, -1.0, "triton")[1:]
+    yield "scale of frozen rows", lambda: with_scale(wide, t, 0.5, "triton")[1:]
+    yield "units", lambda: unit_tuples(x, wide, y, backend="triton")
+    yield "units side by side", lambda: unit_tuples(wide, y.half(), backend="triton")[:1]
+    yield "units apart", lambda: unit_tuples(x, y, backend="triton")[1:]
+    positive, *vectors = torch.randn(5, 100).requires_grad_().unbind()
+    lse, totals = vectors[:2], vectors[2:]
+    yield "contrast", lambda: (contrast_sum(positive, lse[:1], divisor=100.0, backend="triton"),)
+    yield (
+        "contrast of two directions",
+        lambda: (contrast_sum(positive, lse, totals, 0.09, 0.01, divisor=200.0, backend="triton"),),
+    )
+    summands, factors = [torch.rand(size) for size in (30, 40, 50, 60)], [torch.rand(size) for size in (70, 80)]
+    yield "bound", lambda: (backends.triton.kernels("rowwise").bound(summands, factors, 0.5),)
+    sets = torch.randn(50, 3, 20).requires_grad_()
+    yield "volumes", lambda: (co.gramian_volume(sets, backend="triton"),)
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
