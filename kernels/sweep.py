@@ -329,9 +329,8 @@ def rows_kernel(
             weighted = scaled_by_cols(gradient, vectors, cols, m)
             if sums.scale is not None:
                 scale_sum += tl.sum(weighted * pairs, 1)
-            weighted = scaled_by_rows(
-                weighted, vectors, rows, n
-            )  # before it is rounded: `unit` is a bound of the product
+            # before it is rounded: `unit` is a bound of the product
+            weighted = scaled_by_rows(weighted, vectors, rows, n)
             if sums.bias is not None:
                 bias_sum += tl.sum(gradient, 1)
             if grad is not None:
@@ -393,9 +392,8 @@ def attention_kernel(
             total = total * decay + tl.sum(terms, 1)
             weighted = scaled_by_cols(terms, vectors, cols, m)
             of_scale = of_scale * decay + tl.sum(weighted * pairs, 1)
-            weighted = scaled_by_rows(
-                weighted, vectors, rows, n
-            )  # before it is rounded: `unit` is a bound of the product
+            # before it is rounded: `unit` is a bound of the product
+            weighted = scaled_by_rows(weighted, vectors, rows, n)
             if unit is not None:
                 weighted *= per_unit
             of_x = tl.dot(weighted.to(y.dtype.element_ty), y_tile, of_x * decay[:, None], input_precision=PRECISION)

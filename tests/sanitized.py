@@ -140,13 +140,14 @@ class Launched(torch.autograd.Function):
     def forward(ctx, engine, op, gradients, *arguments):
         run = getattr(engine.sweep, f"{op}_forward")
         kernels, needs = engine.launch.TritonKernels(), list(ctx.needs_input_grad[3 : 3 + gradients])
-        row_max, col_max, row_log_sum, col_log_sum, kept, *others = run(kernels, *arguments, needs)
+        *statistics, row_lse, col_lse = run(kernels, *arguments, needs)
+        row_max, col_max, row_log_sum, col_log_sum, kept, *others = statistics
         tensors = [argument for argument in arguments if not isinstance(argument, bool)]
         ctx.save_for_backward(row_max, col_max, row_log_sum, col_log_sum, kept, *tensors)
         ctx.run = functools.partial(getattr(engine.sweep, f"{op}_backward"), kernels)
         ctx.gradients, ctx.flags = gradients, arguments[len(tensors) :]
         ctx.mark_non_differentiable(row_max, col_max)
-        return (row_max + row_log_sum, col_max + col_log_sum, *others, row_max, col_max)
+        return (row_lse, col_lse, *others, row_max, col_max)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -195,9 +196,12 @@ def volume_logsumexp(
 
 
 def pair_problem(name: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    kind, _, of_frozen = name.partition("-")
+    kind, _, other = name.partition("-")
     if kind == "frozen":
-        return problems.frozen(of_frozen, n, m, d, dtype)
+        return problems.frozen(other, n, m, d, dtype)
+    if kind == "scaled":  # without scales every tile is masked
+        arguments, options = problems.problem(other, n, m, d, dtype)
+        return arguments, options | {"row_scale": 1.25}
     return problems.problem(name, n, m, d, dtype)
 
 
@@ -243,6 +247,10 @@ CASES = [
         ("similarity_logsumexp", f"frozen-{name}", dtype)
         for name in ("rows", "ids-restrict-sorted", "ids-restrict-far", "everything")
         for dtype in DTYPES[1:]
+    ),
+    *(
+        ("similarity_logsumexp", f"scaled-{name}", torch.float32)
+        for name in ("rows", "cols", "exclude", "ids-exclude-sorted", "ids-restrict-sorted")
     ),
     ("volume_logsumexp", "3", torch.bfloat16),
     ("volume_logsumexp", "2-unscaled", torch.float32),
@@ -385,14 +393,16 @@ FAULTS = {
     "pairs left out without the gradient of their own logit": Fault(
         "if has:  # those", "if False:  # those", "exclude", "value", torch.float16
     ),
-    "tiles with a pair left out that are not masked": Fault("leaves_out = has |", "leaves_out =", "exclude", "value"),
-    "tiles with the last row that are not masked": Fault("| (row + BLOCK_M > n)", "", "cols", "value"),
-    "tiles with the last column that are not masked": Fault("| (col + BLOCK_N > m)", "", "rows", "value"),
+    "tiles with a pair left out that are not masked": Fault(
+        "leaves_out = has |", "leaves_out =", "scaled-exclude", "value"
+    ),
+    "tiles with the last row that are not masked": Fault("| (row + BLOCK_M > n)", "", "scaled-cols", "value"),
+    "tiles with the last column that are not masked": Fault("| (col + BLOCK_N > m)", "", "scaled-rows", "value"),
     "tiles with other ids that are not masked": Fault(
-        "leaves_out | RESTRICT | may_be_equal(of_rows, of_cols)", "leaves_out", "ids-restrict-sorted", "value"
+        "leaves_out | RESTRICT | may_be_equal(of_rows, of_cols)", "leaves_out", "scaled-ids-restrict-sorted", "value"
     ),
     "tiles with equal ids that are not masked": Fault(
-        "| RESTRICT | may_be_equal(of_rows, of_cols)", "| RESTRICT", "ids-exclude-sorted", "value"
+        "| RESTRICT | may_be_equal(of_rows, of_cols)", "| RESTRICT", "scaled-ids-exclude-sorted", "value"
     ),
     "columns left out before those that a tile knows of": Fault(
         "(of_rows.first_excluded < col + BLOCK_N)", "(of_rows.first_excluded < col)", "exclude-diagonal", "value"
@@ -527,10 +537,12 @@ FAULTS = {
     ),
     "columns of the first block in all blocks": Fault("first_col + local_cols", "local_cols", "both", "value"),
     "blocks that overwrite the gradient": Fault(
-        "kernels.product(problem, block, grad_x[rows], of_member, basis[cols, t])",
-        "grad_x[rows] = of_member @ basis[cols, t]",
-        "both", "value",
+        "coefficients, y, total.begins(part))", "coefficients, y, True)", "both", "value"
     ),
+    "gradient that starts as it was": Fault(
+        "coefficients, y, total.begins(part))", "coefficients, y, False)", "both", "nan"
+    ),
+    "sums of blocks that start as they were": Fault("if total.begins(part):", "if False:", "vectors", "nan"),
     "no scale of the columns in the gradient": Fault(
         "weighted = scaled_by_cols(gradient, vectors, cols, m)",
         "weighted = gradient",
@@ -553,7 +565,11 @@ FAULTS = {
         "ids-restrict-sorted", "nan",
     ),
     "product that overwrites the gradient": Fault(
-        "tl.load(place, mask=inside, other=0.0) + added", "added", "ids-restrict-sorted", "value"
+        "before + added, mask=inside)", "added, mask=inside)", "ids-restrict-sorted", "value"
+    ),
+    "product that starts from what was there": Fault("inside & (begins == 0)", "inside", "ids-restrict-sorted", "nan"),
+    "product that leaves rows without a tile as they were": Fault(
+        "if (tiles > 0) | (begins > 0):", "if tiles > 0:", "ids-restrict-sorted", "nan"
     ),
     "columns beyond the block in the product": Fault(
         "(local_rows[:, None] < block_rows) & within[None, :]",
@@ -671,7 +687,7 @@ FAULTS = {
         "1", "oob_write of coefficients", torch.float16, VOLUME, ONE_BLOCK,
     ),
     "moments of the first member for all": Fault(
-        "grad_y[t, cols]", "grad_y[0, cols]", "2", "value", op=VOLUME
+        "totals_y[t], cols", "totals_y[0], cols", "2", "nan", op=VOLUME
     ),
     "sums along the row that are divided by the unit": Fault(
         "tl.sum(q, 1), mask",

@@ -83,7 +83,7 @@ def test_shapes(shape, name, engine, dtype):
 @pytest.mark.parametrize("name", ["everything-restrict", "self-everything", "self-ids-restrict-sorted"])
 def test_many_tiles(name, d, engine, dtype, monkeypatch):
     monkeypatch.setattr(sweep, "PROGRAMS", 9)
-    monkeypatch.setattr(sweep, "WORKSPACE", 192)
+    monkeypatch.setattr(sweep, "WORKSPACE", 192 * dtype.itemsize // 2)  # blocks of 192 rows, of every dtype
     if engine == "triton":
         monkeypatch.setattr(backends.triton.kernels("launch"), "MERGE", 64)
     op_tests.test_shapes((500, 420, d), name, engine, dtype)

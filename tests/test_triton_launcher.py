@@ -95,8 +95,8 @@ def parameters(launch: Launch) -> list[dict[str, Any]]:
     for argument in launch["arguments"]:
         if "block" in argument:
             taken += parameters_of_descriptor(argument)
-        elif argument["type"] and argument["value"] != 1:
-            taken.append(argument | {"size": 4 if argument["type"] == "i32" else 8})
+        elif argument["type"] and (argument["type"] != "i32" or argument["value"] != 1):
+            taken.append(argument | {"size": 4 if argument["type"] in ("i32", "f32") else 8})
     return taken
 
 
@@ -125,6 +125,11 @@ def map_of(argument: dict[str, Any], swizzle: int) -> dict[str, int]:
     stride = argument["strides"][0] * argument["bytes"]
     values = (argument["value"], MAP_TYPES[argument["element"]], 0, width, rows, stride, box_width, box_rows, swizzle)
     return dict(zip(MAP_FIELDS, values, strict=True))
+
+
+def number(argument: dict[str, Any]) -> bytes:
+    value, size = argument["value"], argument["size"]
+    return struct.pack("<f", value) if isinstance(value, float) else value.to_bytes(size, "little")
 
 
 # memory of Triton's own, which no kernel here asks for
@@ -156,9 +161,10 @@ def wrong(launch: Launch) -> dict[str, str]:
             compared[f"box of {each['name']}"] = (box, each["block"])
             compared[each["name"]] = (tensor_map(value), map_of(each, swizzle))
         else:
-            compared[each["name"]] = (value, each["value"].to_bytes(each["size"], "little").hex())
+            compared[each["name"]] = (value, number(each).hex())
     for each, of_kernel in zip(given, takes["parameters"], strict=False):
-        compared[f"divisor of {each['name']}"] = (each["value"] % of_kernel["divisor"], 0)
+        if each["type"] != "f32":
+            compared[f"divisor of {each['name']}"] = (each["value"] % of_kernel["divisor"], 0)
     return {what: f"{is_!r}, not {should!r}" for what, (is_, should) in compared.items() if is_ != should}
 
 
@@ -172,10 +178,31 @@ NEVER = {
 ALWAYS = {
     "excluded_kernel": {"vectors.row_exclude"},
     "merge_kernel": {"part.maximum", "part.sum"},
-    "product_kernel": {"coefficients", "vectors.row_ids", "vectors.col_ids"},
+    "product_kernel": {"vectors.row_ids", "vectors.col_ids"},
     "attention_kernel": {"part.maximum", "part.sum", "slopes.x", "slopes.scale"},
+    "contrast_kernel": {"lse.0"},
+    "contrast_backward_kernel": {"lse.0"},
+    "bound_kernel": {"summands.0", "sizes.0"},
+    "units_kernel": {"vectors.0", "vectors.1"},
 }
-KERNELS = {f"{name}_kernel" for name in ("forward", "excluded", "merge", "block", "product", "rows", "attention")}
+# What may be None and is no field of a tuple.
+OPTIONAL = {
+    "block_kernel": {"unit", "coefficients"},
+    "rows_kernel": {"unit", "grad"},
+    "attention_kernel": {"unit"},
+    "scale_kernel": {"factor"},
+    "scale_backward_kernel": {"factor", "grad", "result", "grad_factor"},
+    "contrast_backward_kernel": {"grad_total"},
+    "incoming_kernel": {"values", "result"},
+    "factor_kernel": {"triangles", "weight", "col_scale", "basis", "anchor", "square"},
+    "units_backward_kernel": {"of_all", "of_first", "of_others"},
+}
+SWEEP = ("forward", "excluded", "merge", "block", "product", "rows", "attention")
+ROWWISE = (
+    "scale", "scale_backward", "contrast", "contrast_backward", "incoming", "bound", "factor", "volume_gradient",
+    "tuple_gradient", "units", "units_backward",
+)  # fmt: skip
+KERNELS = {f"{name}_kernel" for name in (*SWEEP, *ROWWISE)}
 DESCRIBED = {"forward_kernel", "block_kernel"}  # whose features come by tensor descriptors, or else by pointers
 # In self-similarity one tensor is both, and without it there is no second.
 TWINS = {("vectors.row_exclude", "vectors.col_exclude"), ("incoming.row_excluded", "incoming.col_excluded")}
@@ -198,14 +225,19 @@ def test_launches(tmp_path):
     for launch in launched:
         calls[launch["kernel"]].append({each["name"]: each["value"] for each in launch["arguments"]})
     for kernel, of_kernel in calls.items():
-        names = list(of_kernel[0])
-        optional = {name for name in names if "." in name or name in ("unit", "grad", "coefficients")}
-        given = {name: {call[name] is not None for call in of_kernel} for name in optional}
-        assert {name for name in optional if given[name] == {False}} == NEVER.get(kernel, set()), kernel
-        assert {name for name in optional if given[name] == {True}} == ALWAYS.get(kernel, set()), kernel
-        for one, other in itertools.combinations(names, 2):
-            both = [(call[one], call[other]) for call in of_kernel if None not in (call[one], call[other])]
-            assert not both or any(a != b for a, b in both) or (one, other) in TWINS, f"{kernel}: {one}, {other}"
+        names = {name for call in of_kernel for name in call}
+        tuples = {name.rpartition(".")[0] for name in names}  # None at times, or of several lengths
+        values = {name: [call.get(name) for call in of_kernel] for name in sorted(names - tuples)}
+        optional = {name for name in values if "." in name} | OPTIONAL.get(kernel, set())
+        absent = {name for name in values if None in values[name]}
+        assert absent <= optional, kernel
+        never = {name for name in absent if set(values[name]) == {None}}
+        assert never == NEVER.get(kernel, set()), kernel
+        assert optional - absent == ALWAYS.get(kernel, set()), kernel
+        for one, other in itertools.combinations(values, 2):
+            both = [pair for pair in zip(values[one], values[other], strict=True) if None not in pair]
+            same = (one, other) in TWINS or (other, one) in TWINS
+            assert not both or any(a != b for a, b in both) or same, f"{kernel}: {one}, {other}"
 
 
 def types_of_features(launch: Launch) -> set[str]:

@@ -4,7 +4,7 @@
 
 The driver is libcuda.c, compiled to FOLDER/libcuda.so.1. A process has one: tests/test_triton_launcher.py starts this
 one, and judges. Kernels are compiled for an H100 as there, and launched on tensors of the CPU; nothing runs, and what
-the engine computes from uninitialised results decides on no launch.
+the engine computes from uninitialised results decides on no launch. Indices alone are filled in.
 
 A name is that of one of the HALVES of the problems, or of a fault. With names of faults, forward_kernel is launched
 with each of these in its launcher instead: by tensor descriptors with DESCRIPTOR_FAULTS, by pointers with FAULTS.
@@ -29,12 +29,24 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import contrastive_ops as co
 from contrastive_ops import backends
+from contrastive_ops.ops import contrast_sum
+from contrastive_ops.ops.rowwise import unit_tuples, with_scale
 
 STREAM = 0x5EED  # not 0, the default stream
 FEW, ODD = 24, 21  # features: rows of whole 16 bytes, which tensor descriptors take, and others
 WORKSPACE = 128  # rows and columns: several blocks, so that the first row of one is not its first column
-ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int32: "i32"}
+ELEMENTS = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+NUMBERS = {int: "i32", float: "f32"}
 
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -91,18 +103,44 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "P = 1, rows", few_gradients(tuples(1, float32, cols=False))
     yield "P = 1, cols", scales_alone(tuples(1, float32, rows=False, totals=False))
     yield "P = 3", tuples(3, float16)
+    yield "P = 2, no scale", tuples(2, float32, col_scale=None)
+    yield from rowwise_calls()
+
+
+def rowwise_calls() -> Iterator[tuple[str, Call]]:
+    """What the losses do around a sweep."""
+    wide = torch.randn(100, 2 * FEW)[:, :FEW]  # rows further apart than they are long
+    x, y, t = (value.clone().requires_grad_() for value in (wide, wide, torch.tensor([0.07])))
+    strided = wide.detach().requires_grad_()
+    yield "scale", lambda: with_scale(strided, t, -0.5, "triton")
+    yield "scale alone", lambda: with_scale(strided, 0.07, -1.0, "triton")[1:]
+    yield "scale of frozen rows", lambda: with_scale(wide, t, 0.5, "triton")[1:]
+    yield "units", lambda: unit_tuples(x, wide, y, backend="triton")
+    yield "units side by side", lambda: unit_tuples(wide, y.half(), backend="triton")[:1]
+    yield "units apart", lambda: unit_tuples(x, y, backend="triton")[1:]
+    positive, *vectors = torch.randn(5, 100).requires_grad_().unbind()
+    lse, totals = vectors[:2], vectors[2:]
+    yield "contrast", lambda: (contrast_sum(positive, lse[:1], divisor=100.0, backend="triton"),)
+    yield (
+        "contrast of two directions",
+        lambda: (contrast_sum(positive, lse, totals, 0.09, 0.01, divisor=200.0, backend="triton"),),
+    )
+    summands, factors = [torch.rand(size) for size in (30, 40, 50, 60)], [torch.rand(size) for size in (70, 80)]
+    yield "bound", lambda: (backends.triton.kernels("rowwise").bound(summands, factors, 0.5),)
+    sets = torch.randn(50, 3, 20).requires_grad_()
+    yield "volumes", lambda: (co.gramian_volume(sets, backend="triton"),)
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Triton takes a tuple apart; a field is named as in the kernel, vectors.row_scale."""
+    """Triton takes a tuple apart; a field is named as in the kernel, vectors.row_scale, or by its place, lse.0."""
     if isinstance(value, tuple):
-        for field, of_field in zip(value._fields, value, strict=True):
+        for field, of_field in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
             yield from leaves(f"{name}.{field}", of_field)
     else:
         yield name, value
 
 
-def described(name: str, value: TensorDescriptor | Tensor | int | None) -> dict[str, Any]:
+def described(name: str, value: TensorDescriptor | Tensor | float | None) -> dict[str, Any]:
     if isinstance(value, TensorDescriptor):  # the shape and strides are those of the tensor, whatever it says
         x, block = value.base, value.block_shape
         element = ELEMENTS[x.dtype]
@@ -118,8 +156,8 @@ def described(name: str, value: TensorDescriptor | Tensor | int | None) -> dict[
         }
     if isinstance(value, Tensor):
         return {"name": name, "type": f"!tt.ptr<{ELEMENTS[value.dtype]}>", "value": value.data_ptr()}
-    assert value is None or type(value) is int, f"{name} is {value!r}"
-    return {"name": name, "type": None if value is None else "i32", "value": value}
+    assert value is None or type(value) in NUMBERS, f"{name} is {value!r}"
+    return {"name": name, "type": NUMBERS.get(type(value)), "value": value}
 
 
 def declared(kernel: Any) -> dict[str, Any]:
@@ -216,6 +254,8 @@ class Recorder:
             "launched": launched,
         }
         print(json.dumps(launch), flush=True)
+        if launch["kernel"] == "incoming_kernel" and given["result"] is not None:
+            given["result"].zero_()  # indices, by which the engine looks up
         return compiled
 
 
