@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import itertools
+import json
 import math
 import sys
 from collections import Counter
@@ -31,6 +32,7 @@ from contrastive_ops import build
 from contrastive_ops.backends import cuda, sweep, triton
 
 PAGE = Path(__file__).parents[1] / "bench" / "COST.md"
+REPORTS = PAGE.parent / "devices"
 COMMAND = "python -m bench.cost --write"
 N = 65536
 FEATURES = (128, 512, 768, 1024)
@@ -633,6 +635,24 @@ def schemes_table() -> str:
     return table(("D", "scheme", "TFLOP", "per N²D", "HBM", "workspace", *TIMES), rows, 2)
 
 
+def measured_table() -> str:
+    """What the reports of bench/devices have of the same loss, beside the estimate for the H100."""
+    schemes = {scheme.name: scheme for scheme in SCHEMES}
+    names = {"triton": "ours, Triton", "cuda": "ours, CUDA", "eager": "eager"}
+    rows = []
+    for path in sorted(REPORTS.glob("*/report.json")):
+        found = [row for outcome in json.loads(path.read_text()) for row in outcome["rows"]]
+        gpu = next(row["name"] for row in found if row.get("kind") == "gpu")
+        for row in found:
+            case = tuple(row.get(key) for key in ("loss", "n", "dtype"))
+            if case != ("clip_loss", N, "bfloat16") or row["contender"] not in names or not row.get("ms"):
+                continue
+            scheme = schemes[names[row["contender"]]]
+            modelled = estimate(scheme.phases(row["d"], H100), H100)
+            rows.append([str(row["d"]), scheme.name, gpu, ms(row["ms"] / 1e3), ms(modelled)])
+    return table(("D", "scheme", "GPU", "measured, ms", "H100 estimate, ms"), rows, 3)
+
+
 def by_engine(labels: Sequence[str], cells_of: Callable[[Engine], list[str]]) -> list[list[str]]:
     """A row for each engine, or one for both where they agree."""
     cells = {engine.name: cells_of(engine) for engine in ENGINES}
@@ -842,9 +862,9 @@ def page() -> str:
     )
     return f"""# What the loss would cost on a GPU
 
-Every figure on this page is modelled, counted from the algorithms. What was measured is in bench/devices; it decided
-what the kernels take, as told below. Two times that others published are named as such. `{COMMAND}`
-writes the page, and a test compares.
+The figures on this page are modelled, counted from the algorithms, where they are not said to be measured. The reports
+in bench/devices decided what the kernels take, as told below. Two times that others published are named as such.
+`{COMMAND}` writes the page, and a test compares.
 
 Symmetric InfoNCE (CLIP's loss) with a learned scale, forward + backward, N = {N:,} pairs of bfloat16 vectors.
 
@@ -869,6 +889,12 @@ peak. There the difference shows where the products are the limit, by rows; in f
 is L2, for both engines. That is in favour of CUDA's: mma.sync takes its operands through registers, with more to issue
 and to hide.
 Peers as their code was read: memeff 0.3.1, inf-cl 1.2.1, Liger-Kernel 0.8.5, and for eager open_clip of June 2026.
+
+## Measured beside it
+
+By the reports in bench/devices. An H200 has the multiprocessors of an H100, and faster memory.
+
+{measured_table()}
 
 ## Where ours spends it, modelled
 
