@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -268,4 +267,3 @@ def run(this: stage.Stage) -> None:
 
 if __name__ == "__main__":
     stage.main(run)
-    sys.stdout.flush()
