@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,15 @@ class Stage:
     """What a stage's process is told, and where its rows go."""
 
     rows: Path
-    seconds: float  # until the process is killed
+    until: float  # when the process is killed, in seconds since the epoch: what it takes to start counts, too
     rehearse: bool  # on the CPU, with stand-ins, as small as can be
-    start: float = field(default_factory=time.perf_counter)
 
     @property
     def place(self) -> str:
         return "cpu" if self.rehearse else "cuda"
 
     def left(self) -> float:
-        return self.seconds - (time.perf_counter() - self.start)
+        return self.until - time.time()
 
     def write(self, **row: Any) -> None:
         with self.rows.open("a") as file:
@@ -59,7 +58,7 @@ def main(run: Callable[[Stage], None]) -> None:
     """The process of a stage."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--until", type=float, required=True)
     parser.add_argument("--rehearse", action="store_true")
     run(Stage(**vars(parser.parse_args())))
 
@@ -69,7 +68,8 @@ def start(name: str, folder: Path, seconds: float, rehearse: bool, module: str |
     rows, log = folder / f".{name}.jsonl", folder / f".{name}.log"
     for path in (rows, log):
         path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", module or f"bench.device.{name}", "--rows", str(rows), "--seconds", str(seconds)]
+    until = str(time.time() + seconds)
+    command = [sys.executable, "-m", module or f"bench.device.{name}", "--rows", str(rows), "--until", until]
     begin = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import contenders, measure
 from bench.cases import Case
-from bench.device import stage
+from bench.device import machine, stage
 from contrastive_ops import catalogue
 
 ENGINES = ("triton", "cuda", "tiled")
@@ -203,22 +203,7 @@ def product_ms(case: Case, place: str) -> float:
         for slab in x.split(8192):
             torch.mm(slab, y.T, out=out[: len(slab)])
 
-    times = []
-    for i in range(5):
-        if place == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            all_slabs()
-            end.record()
-            end.synchronize()
-            elapsed = begin.elapsed_time(end)
-        else:
-            start = time.perf_counter()
-            all_slabs()
-            elapsed = 1e3 * (time.perf_counter() - start)
-        if i:
-            times.append(elapsed)
-    return statistics.median(times)
+    return machine.milliseconds(all_slabs, place, 4)
 
 
 def profile(case: Case, engine: str, this: stage.Stage) -> None:
