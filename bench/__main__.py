@@ -30,7 +30,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        default=contenders.BUILT_IN,
+        default=contenders.DEFAULT,
         metavar="NAME",
         help=f"of {', '.join(contenders.BUILT_IN)}, or paths of .py files like those in bench/contenders",
     )

@@ -231,7 +231,7 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
         strides = (1, stride) if problem.mirrored else (stride, 1)  # as for the rows, and as for the columns
         yield build(
             "product", tilings.product_tiling(problem),
-            (problem.x, problem.y, problem.x.float(), problem.vectors, *sizes, 0, 0, SIZE, SIZE, *strides, 0),
+            (problem.x, problem.y, problem.x.float(), problem.vectors, *sizes, 0, 0, SIZE, SIZE, *strides, 0, 1.0),
             RESTRICT=True,
         )  # fmt: skip
     for features in sorted({tilings.ROWS_FEATURES, tilings.ATTENTION_FEATURES}):

@@ -303,6 +303,68 @@ void combination(const Tensor& weights, at::TensorList vectors, const Tensor& re
   combine_rows(weights, vectors, result);
 }
 
+void check_rows(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must have shape (N, D), got ", x.sizes());
+  TORCH_CHECK_TYPE(x.is_floating_point(), "x must be floating-point, got ", x.scalar_type());
+}
+
+void check_factor(const OptionalTensor& factor) {
+  TORCH_CHECK_VALUE(!factor.has_value() || factor->numel() == 1, "factor must have one element");
+}
+
+std::tuple<Tensor, Tensor> scale_rows(const Tensor& x, const OptionalTensor& factor, double multiplier, double power) {
+  check_rows(x);
+  check_factor(factor);
+  return scale(x, factor, multiplier, power);
+}
+
+std::tuple<Tensor, Tensor> scale_rows_backward(
+    const Tensor& x,
+    const Tensor& inverse,
+    const OptionalTensor& grad,
+    const Tensor& grad_scale,
+    const OptionalTensor& factor,
+    double multiplier,
+    double power,
+    std::array<bool, 2> needs) {
+  check_rows(x);
+  check_factor(factor);
+  check_vector("inverse", inverse, x.size(0), false);
+  check_vector("grad_scale", grad_scale, x.size(0), false);
+  TORCH_CHECK_TYPE(
+      inverse.scalar_type() == at::kDouble && inverse.is_contiguous(), "inverse must be what `scale` gave");
+  TORCH_CHECK_VALUE(!grad.has_value() || grad->sizes() == x.sizes(), "grad must have the shape of x");
+  return scale_backward(x, inverse, grad, grad_scale, factor, multiplier, power, needs[0], needs[1]);
+}
+
+void check_directions(const Tensor& positive, at::TensorList lse, at::TensorList totals) {
+  TORCH_CHECK_VALUE(positive.dim() == 1, "positive must have shape (N,), got ", positive.sizes());
+  for (const at::TensorList vectors : {lse, totals}) {
+    for (const Tensor& vector : vectors) {
+      check_vector("lse and totals", vector, positive.size(0), false);
+    }
+  }
+}
+
+Tensor contrast_of(
+    const Tensor& positive, at::TensorList lse, at::TensorList totals, double factor, double slope, double share) {
+  check_directions(positive, lse, totals);
+  return contrast(positive, lse, totals, factor, slope, share);
+}
+
+std::tuple<Tensor, Tensor, Tensor> contrast_of_backward(
+    const Tensor& grad,
+    const Tensor& positive,
+    at::TensorList lse,
+    bool totals,
+    double factor,
+    double slope,
+    double share) {
+  check_directions(positive, lse, {});
+  TORCH_CHECK_VALUE(grad.numel() == 1, "grad must have one element, got ", grad.sizes());
+  return contrast_backward(grad, positive, lse, totals, factor, slope, share);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names{DEFAULT::float_kernels.instruction_set};
 #ifdef CONTRASTIVE_OPS_X86
@@ -338,6 +400,15 @@ TORCH_LIBRARY(contrastive_ops_cpu, library) {
   library.def(volume_backward_schema.c_str());
   library.def("row_products(Tensor a, Tensor b) -> Tensor");
   library.def("combine_rows(Tensor weights, Tensor[] vectors, Tensor(a!) result) -> ()");
+  library.def("scale(Tensor x, Tensor? factor, float multiplier, float power) -> (Tensor scale, Tensor inverse)");
+  library.def(
+      "scale_backward(Tensor x, Tensor inverse, Tensor? grad, Tensor grad_scale, Tensor? factor, float multiplier, "
+      "float power, bool[2] needs) -> (Tensor x, Tensor factor)");
+  library.def(
+      "contrast(Tensor positive, Tensor[] lse, Tensor[] totals, float factor, float slope, float share) -> Tensor");
+  library.def(
+      "contrast_backward(Tensor grad, Tensor positive, Tensor[] lse, bool totals, float factor, float slope, "
+      "float share) -> (Tensor positive, Tensor lse, Tensor total)");
 }
 
 TORCH_LIBRARY_IMPL(contrastive_ops_cpu, CPU, library) {
@@ -347,6 +418,10 @@ TORCH_LIBRARY_IMPL(contrastive_ops_cpu, CPU, library) {
   library.impl("volume_logsumexp_backward", volume_backward);
   library.impl("row_products", products);
   library.impl("combine_rows", combination);
+  library.impl("scale", scale_rows);
+  library.impl("scale_backward", scale_rows_backward);
+  library.impl("contrast", contrast_of);
+  library.impl("contrast_backward", contrast_of_backward);
 }
 
 }  // namespace

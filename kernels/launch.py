@@ -109,11 +109,11 @@ class TritonKernels(Kernels):
             return
         product_kernel[(cdiv(block.rows, tile[0]), cdiv(problem.features, tile[1]))](
             coefficients, y, total, problem.vectors, problem.n, problem.m, problem.features, *block[:4],
-            *coefficients.stride(), int(begins), **options(problem, tilings.product_tiling(problem)),
+            *coefficients.stride(), int(begins), 1.0, **options(problem, tilings.product_tiling(problem)),
         )  # fmt: skip
 
     def product_tiling(self, problem: Problem) -> tuple[int, int] | None:
-        tiling = tilings.product_tiling(problem) if problem.restrict else None
+        tiling = tilings.product_tiling(problem)
         return None if tiling is None else (tiling.block_m, tiling.block_d)
 
     def rows(

@@ -258,13 +258,13 @@ def block_kernel(
 @triton.jit
 def product_kernel(
     coefficients, y, total, vectors, n, m, features,
-    first_row, first_col, block_rows, block_cols, row_stride, col_stride, begins,
+    first_row, first_col, block_rows, block_cols, row_stride, col_stride, begins, one,
     RESTRICT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """total += coefficients @ y of a block, [block_rows, D], without the tiles that are not needed.
 
-    Where the total begins with this block, what is there is not read.
+    Where the total begins with this block, what is there is not read. `one` is 1.0, which the compiler does not know.
 
     These tiles divide those of block_kernel, whichever side the rows are: what is needed of them, it has written.
     """
@@ -286,7 +286,12 @@ def product_kernel(
             weights = tl.load(coefficients + place, mask=weights_inside, other=0.0)
             y_place = local_cols.to(tl.int64)[:, None] * features + feature[None, :]
             y_tile = tl.load(y + y_place, mask=within[:, None] & (feature[None, :] < features), other=0.0)
-            added = tl.dot(weights, y_tile, added, input_precision=PRECISION)
+            if PRECISION == "tf32x3":
+                # matrix units cut sums off, by a bias that grows with every step of thousands: each step has a sum of
+                # its own, which the compiler would make part of the whole if it were simply added
+                added = tl.fma(tl.dot(weights, y_tile, input_precision=PRECISION), one, added)
+            else:
+                added = tl.dot(weights, y_tile, added, input_precision=PRECISION)
             tiles += 1
     if (tiles > 0) | (begins > 0):
         place = total + local_rows.to(tl.int64)[:, None] * features + feature[None, :]

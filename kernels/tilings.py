@@ -30,8 +30,9 @@ class Tilings(NamedTuple):
     block_many: Tiling
     volume: Tiling  # forward and block, P = 1 and 2
     volume_many: Tiling  # P = 3 and 4
-    product: Tiling  # at most, see `product_tiling`
+    product: Tiling  # where only equal ids take part; at most, see `product_tiling`
     rows: Tiling | None  # rows and attention, its block_d is all features; None where they are not used
+    product_of_all: Tiling | None = None  # of pairs; None for the vendor's product
     precision: str = "ieee"  # of float32 products; "tf32x3" is three products of parts, with the error of float32
 
 
@@ -77,6 +78,7 @@ TILINGS = {
             volume_many=Tiling(64, 32, 16, 8, 3),
             product=Tiling(64, 32, 64, 8, 2),
             rows=None,
+            product_of_all=Tiling(128, 32, 128, 8, 3),
             precision="tf32x3",
         ),
     },
@@ -164,8 +166,13 @@ def block_tiling(problem: Problem) -> Tiling:
     return tilings.block_many if _many(problem) or problem.mirrored else tilings.block
 
 
-def product_tiling(problem: Problem) -> Tiling:
-    """Tiles divide those of block_kernel, whichever side the rows are."""
+def product_tiling(problem: Problem) -> Tiling | None:
+    """None for the vendor's product.
+
+    Where only equal ids take part, tiles divide those of block_kernel, whichever side the rows are.
+    """
+    if not problem.restrict:
+        return None if problem.members or problem.tf32 else _of(problem).product_of_all
     tiling, side = _of(problem).product, min(block_tiling(problem)[:2])
     return tiling._replace(
         block_m=min(tiling.block_m, side),

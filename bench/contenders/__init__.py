@@ -16,7 +16,9 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-BUILT_IN = ("ours", "eager", "compiled", "linear_cross_entropy")
+DEFAULT = ("ours", "eager", "compiled", "linear_cross_entropy")
+PEERS = ("memeff", "inf_cl")  # packages for GPUs, which may not be there
+BUILT_IN = (*DEFAULT, *PEERS)
 
 
 class Contender(Protocol):

@@ -22,6 +22,7 @@ from contrastive_ops import catalogue
 
 ENGINES = ("triton", "cuda", "tiled")
 LARGEST_EAGER = {"bfloat16": 65536, "float32": 16384}  # the dense forms take several matrices of N x N
+SCALE = 1.0 / 0.07
 LARGEST_TILED = 4096  # some hundred times slower than a kernel
 # in the order of worth
 CASES = (
@@ -29,6 +30,7 @@ CASES = (
     Case("clip_loss", 4096, 512, "bfloat16"),
     Case("clip_loss", 65536, 768, "bfloat16"),
     Case("clip_loss", 1024, 512, "bfloat16"),
+    Case("clip_loss", 16384, 768, "bfloat16", "a scale that is a number"),
     Case("nt_xent", 65536, 256, "bfloat16"),
     Case("info_nce", 65536, 256, "bfloat16", "frozen keys"),
     Case("gram_loss", 16384, 512, "bfloat16"),
@@ -62,6 +64,8 @@ def inputs_of(case: Case, place: str, n: int | None = None) -> tuple[Any, ...]:
     moved = [x.detach().to(place).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in drawn]
     if case.setup == "frozen keys":
         moved[1] = moved[1].detach()
+    if case.setup == "a scale that is a number":
+        moved[2] = SCALE
     return tuple(moved)
 
 
@@ -91,8 +95,9 @@ def functions_of(case: Case, this: stage.Stage) -> dict[str, Callable[..., Tenso
         found["eager"] = contenders.load("eager").function(case.loss, "")
         if (case.n, case.d) in COMPILED and case.dtype == "bfloat16":
             found["compiled"] = contenders.load("compiled").function(case.loss, "")
-    for path in os.environ.get("CONTRASTIVE_OPS_CONTENDERS", "").split(os.pathsep):
-        if path and contenders.load(path).why_not(case.loss) is None:
+    files = filter(None, os.environ.get("CONTRASTIVE_OPS_CONTENDERS", "").split(os.pathsep))
+    for path in () if this.rehearse else (*contenders.PEERS, *files):
+        if contenders.load(path).why_not(case.loss) is None:
             found[contenders.label(path)] = contenders.load(path).function(case.loss, "")
     return found
 

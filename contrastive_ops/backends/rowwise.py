@@ -1,18 +1,21 @@
 """Who does what is O(N D) and O(N) around a sweep: Triton's row kernels on a GPU, where it can be imported.
 
+Their operators are in torch.ops.contrastive_ops; some have a twin of the C++ engine, in torch.ops.contrastive_ops_cpu.
+
 On a GPU each step of PyTorch is a launch, and launches cost more than products at thousands of rows. Where `kernels`
 says None, plain PyTorch does the same in more steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from contrastive_ops import build
 from contrastive_ops.backends import sweep, triton
 
 
@@ -28,8 +31,11 @@ def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:
     return next(part for part in flat if isinstance(part, Tensor))
 
 
-def _define(name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """An operator for a function of kernels/rowwise.py: what traces without torch.compile sees its results only."""
+def _define(name: str, schema: str, fake: Callable[..., Any], twin: Callable[..., Any] | None = None) -> None:
+    """An operator for a function of kernels/rowwise.py: what traces without torch.compile sees its results only.
+
+    `twin` stands for the C++ engine's operator in the same way.
+    """
 
     def run(*arguments: Any) -> Any:
         with sweep.launching(_first_tensor(arguments)):
@@ -38,22 +44,40 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> None:
     torch.library.define(f"contrastive_ops::{name}", schema)
     torch.library.impl(f"contrastive_ops::{name}", "CompositeExplicitAutograd", run)
     torch.library.register_fake(f"contrastive_ops::{name}", fake)
+    if twin is not None and build.missing is None:
+        torch.library.register_fake(f"contrastive_ops_cpu::{name}", twin)
 
 
 def _vector(x: Tensor, size: int) -> Tensor:
     return x.new_empty(size, dtype=torch.float32)
 
 
+def _scale_backward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_x, need_factor = rest[-1]
+    return x.new_empty(x.shape if need_x else 0), _vector(x, int(need_factor))
+
+
+def _contrast(positive: Tensor, *_: Any) -> Tensor:
+    return positive.new_empty(())
+
+
+def _contrast_backward(_: Tensor, positive: Tensor, lse: Sequence[Tensor], totals: bool, *__: Any) -> Sequence[Tensor]:
+    n = len(positive)
+    return positive.new_empty(n), positive.new_empty(len(lse), n), positive.new_empty(n if totals else 0)
+
+
 _define(
     "scale",
     "(Tensor x, Tensor? factor, float multiplier, float power) -> (Tensor scale, Tensor inverse)",
     lambda x, *_: (_vector(x, len(x)), _vector(x, len(x))),
+    lambda x, *_: (_vector(x, len(x)), x.new_empty(len(x), dtype=torch.float64)),
 )
 _define(
     "scale_backward",
     "(Tensor x, Tensor inverse, Tensor? grad, Tensor grad_scale, Tensor? factor, float multiplier, float power, "
     "bool[2] needs) -> (Tensor x, Tensor factor)",
-    lambda x, *rest: (x.new_empty(x.shape if rest[-1][0] else 0), _vector(x, int(rest[-1][1]))),
+    _scale_backward,
+    _scale_backward,
 )
 _define(
     "units",
@@ -90,15 +114,13 @@ _define(
 _define(
     "contrast",
     "(Tensor positive, Tensor[] lse, Tensor[] totals, float factor, float slope, float share) -> Tensor",
-    lambda positive, *_: positive.new_empty(()),
+    _contrast,
+    _contrast,
 )
 _define(
     "contrast_backward",
     "(Tensor grad, Tensor positive, Tensor[] lse, bool totals, float factor, float slope, float share) -> "
     "(Tensor positive, Tensor lse, Tensor total)",
-    lambda grad, positive, lse, totals, *_: (
-        positive.new_empty(len(positive)),
-        positive.new_empty(len(lse), len(positive)),
-        positive.new_empty(len(positive) if totals else 0),
-    ),
+    _contrast_backward,
+    _contrast_backward,
 )

@@ -69,14 +69,13 @@ def call(name: str, gradients: int, arguments: tuple[Any, ...], backend: str) ->
     enabled = torch.is_grad_enabled()
     needs = [enabled and tensor is not None and tensor.requires_grad for tensor in tensors]
     transformed = torch._C._are_functorch_transforms_active()
+    if not (any(needs) or transformed):  # no node; and Dynamo gives forward a ctx, though there is a setup_context
+        return _Differentiable.forward(name, gradients, *arguments, needs, backend)[:-3]
     if torch.compiler.is_compiling():
         arguments = _aliased(arguments)
-        # where nothing requires a gradient, Dynamo gives forward a ctx, though there is a setup_context
-        run = _Differentiable.apply if any(needs) or transformed else _Differentiable.forward
-    else:
-        run = _Differentiable.apply if transformed else _DifferentiableEager.apply
-    *outputs, row_max, col_max, _row_log_sum, _col_log_sum, _kept = run(name, gradients, *arguments, needs, backend)
-    return (*outputs, row_max, col_max)
+    elif not transformed:
+        return _DifferentiableEager.apply(name, gradients, *arguments, needs, backend)
+    return _Differentiable.apply(name, gradients, *arguments, needs, backend)[:-3]
 
 
 def wants_steps(*grads: Tensor | None) -> bool:
@@ -154,13 +153,19 @@ class _Differentiable(torch.autograd.Function):
 
 
 class _DifferentiableEager(torch.autograd.Function):
-    """The same, without torch.func: PyTorch inspects a signature at every call of a Function with a setup_context."""
+    """The same, without torch.func and for less of the host's time.
+
+    PyTorch inspects a signature at every call of a Function with a setup_context, and makes a node of each output: what
+    backward alone needs is saved, and not returned.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):
         output = _Differentiable.forward(*inputs)
         _Differentiable.setup_context(ctx, inputs, output)
-        return output
+        outputs, (row_max, col_max, *_) = output[:-5], output[-5:]
+        ctx.mark_non_differentiable(row_max, col_max)
+        return (*outputs, row_max, col_max)
 
     backward = _Differentiable.backward
 

@@ -40,19 +40,20 @@ def contrast_sum(
     divisor: float,
     backend: str = "auto",
 ) -> Tensor:
-    """The sum of `contrast` over the rows, divided; by Triton in one launch each way."""
-    if rowwise.in_kernels(backend, positive, *lse, *totals):
-        return _Contrast.apply(positive, 1.0 / divisor, slope, share, len(lse), *lse, *totals)
-    return contrast(positive, lse, totals, slope, share).sum() / divisor
+    """The sum of `contrast` over the rows, divided; by the C++ engine and by Triton in one step each way."""
+    fused = rowwise.operators(backend, positive, *lse, *totals)
+    if fused is None:
+        return contrast(positive, lse, totals, slope, share).sum() / divisor
+    return _Contrast.apply(fused, positive, 1.0 / divisor, slope, share, len(lse), *lse, *totals)
 
 
 class _Contrast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, positive, factor, slope, share, directions, *vectors):
+    def forward(ctx, fused, positive, factor, slope, share, directions, *vectors):
         lse, totals = vectors[:directions], vectors[directions:]
         ctx.save_for_backward(positive, *vectors)
-        ctx.numbers, ctx.directions = (factor, slope, share), directions
-        return torch.ops.contrastive_ops.contrast(positive, lse, totals, *ctx.numbers)
+        ctx.fused, ctx.numbers, ctx.directions = fused, (factor, slope, share), directions
+        return fused.contrast(positive, lse, totals, *ctx.numbers)
 
     @staticmethod
     def backward(ctx, grad):
@@ -65,10 +66,10 @@ class _Contrast(torch.autograd.Function):
                 lse, totals = vectors[: ctx.directions], vectors[ctx.directions :]
                 return (factor * contrast(positive, lse, totals, slope, share).sum(),)
 
-            needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
+            needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[6:])
             grad_positive, *others = autograd.by_steps(steps, (positive, *vectors), needs, (grad,))
-            return grad_positive, None, None, None, None, *others
-        grad_positive, grad_lse, grad_total = torch.ops.contrastive_ops.contrast_backward(
+            return None, grad_positive, None, None, None, None, *others
+        grad_positive, grad_lse, grad_total = ctx.fused.contrast_backward(
             grad, positive, lse, bool(totals), *ctx.numbers
         )
-        return grad_positive, None, None, None, None, *grad_lse, *[grad_total] * len(totals)
+        return None, grad_positive, None, None, None, None, *grad_lse, *[grad_total] * len(totals)

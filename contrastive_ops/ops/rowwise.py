@@ -9,6 +9,7 @@ torch.func, forward mode, and gradients that are differentiated again.
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +32,12 @@ def inverse_norm(x: Tensor, backend: str = "auto") -> Tensor:
 
 def with_inverse_norm(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """x [..., D] itself, and `inverse_norm` of it."""
-    if in_kernels(backend, x):
-        rows, inverse = _Scale.apply(x.reshape(-1, x.shape[-1]), None, 1.0, 1.0)
-        return rows.view(x.shape), inverse.view(x.shape[:-1])
-    if not _in_one_pass(backend, x):
+    fused = operators(backend, x)
+    if fused is None:
         return x, _inverse_norm(x)
-    rows, inverse, _ = _Views.apply(x.reshape(-1, 1, x.shape[-1]))
+    if x.dim() == 2:
+        return _Scale.apply(fused, x, None, 1.0, 1.0)
+    rows, inverse = _Scale.apply(fused, x.reshape(-1, x.shape[-1]), None, 1.0, 1.0)
     return rows.view(x.shape), inverse.view(x.shape[:-1])
 
 
@@ -46,9 +47,10 @@ def with_scale(x: Tensor, factor: float | Tensor, power: float, backend: str = "
     The factor is a number, or a tensor with one or with one for each row.
     """
     learned = (factor,) if isinstance(factor, Tensor) else ()
-    if in_kernels(backend, x, *learned) and all(value.numel() == 1 for value in learned):
-        return _Scale.apply(x, *((factor, 1.0, power) if learned else (None, factor**power, 1.0)))
-    return _with_scale(*with_inverse_norm(x, backend), factor, power)
+    fused = operators(backend, x, *learned)
+    if fused is None or any(value.numel() != 1 for value in learned):
+        return _with_scale(*with_inverse_norm(x, backend), factor, power)
+    return _Scale.apply(fused, x, *((factor, 1.0, power) if learned else (None, factor**power, 1.0)))
 
 
 def _with_scale(x: Tensor, inverse: Tensor, factor: float | Tensor, power: float) -> tuple[Tensor, Tensor]:
@@ -85,6 +87,13 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
     dtype = statistics_dtype(x)
     with torch.autocast(x.device.type, enabled=False):  # it would round the products
         return torch.linalg.vecdot(x.to(dtype), y.to(dtype))
+
+
+def operators(backend: str, *tensors: Tensor) -> Any | None:
+    """Whose `scale`, `contrast` and gradients of these run: the C++ engine's or Triton's; None for PyTorch's steps."""
+    if _in_one_pass(backend, *tensors):
+        return torch.ops.contrastive_ops_cpu
+    return torch.ops.contrastive_ops if in_kernels(backend, *tensors) else None
 
 
 def _in_one_pass(backend: str, *tensors: Tensor) -> bool:
@@ -142,13 +151,13 @@ class _Scale(torch.autograd.Function):
     """x, and c t^p / |x_i|; its gradient -a_i / |x_i|^2 x_i is added to that of x as it is written."""
 
     @staticmethod
-    def forward(ctx, x, factor, multiplier, power):
+    def forward(ctx, fused, x, factor, multiplier, power):
         ctx.set_materialize_grads(False)
-        scale, inverse = torch.ops.contrastive_ops.scale(x, factor, multiplier, power)
+        scale, inverse = fused.scale(x, factor, multiplier, power)
         ctx.save_for_backward(x, inverse, *(() if factor is None else (factor,)))
-        ctx.numbers = multiplier, power
+        ctx.fused, ctx.numbers = fused, (multiplier, power)
         rows = x.view_as(x)
-        if not ctx.needs_input_grad[0]:  # a frozen side stays so, though what scales it is learned
+        if not ctx.needs_input_grad[1]:  # a frozen side stays so, though what scales it is learned
             ctx.mark_non_differentiable(rows)
         return rows, scale
 
@@ -156,20 +165,20 @@ class _Scale(torch.autograd.Function):
     def backward(ctx, grad, grad_scale):
         x, inverse, *factor = ctx.saved_tensors
         multiplier, power = ctx.numbers
-        needs = ctx.needs_input_grad[:2]
+        needs = ctx.needs_input_grad[1:3]
         if grad_scale is None:
-            return grad, None, None, None
+            return None, grad, None, None, None
         if autograd.wants_steps(grad, grad_scale):
 
             def steps(x, factor=1.0):
                 return _with_scale(x, multiplier * _inverse_norm(x), factor, power)
 
             grads = autograd.by_steps(steps, (x, *factor), needs[: 1 + len(factor)], (grad, grad_scale))
-            return *grads, *[None] * (4 - len(grads))
-        grad_x, grad_factor = torch.ops.contrastive_ops.scale_backward(
+            return None, *grads, *[None] * (4 - len(grads))
+        grad_x, grad_factor = ctx.fused.scale_backward(
             x, inverse, grad, grad_scale, factor[0] if factor else None, multiplier, power, needs
         )
-        return grad_x if needs[0] else None, grad_factor if needs[1] else None, None, None
+        return None, grad_x if needs[0] else None, grad_factor if needs[1] else None, None, None
 
 
 class _Views(torch.autograd.Function):

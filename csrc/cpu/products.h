@@ -136,7 +136,7 @@ class BFloat16Products {
     const Source* values = source.const_data_ptr<Source>();
     const int64_t ld = source.stride(0);
     Operand* target = static_cast<Operand*>(packed.mutable_data_ptr());
-    for_each_task((n + kTile - 1) / kTile, [&](int64_t task) {
+    for_each_task((n + kTile - 1) / kTile, kMoveCost * n * features, [&](int64_t task) {
       const int64_t first = task * kTile;
       matrix_unit::pack_rows(
           std::min(kTile, n - first), features, values + first * ld, ld, width, target + first * width);

@@ -4,9 +4,12 @@
 #include "tile.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <c10/util/irange.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 namespace contrastive_ops {
@@ -31,10 +34,10 @@ void append_vectors(const Tensor& tensor, T* begin, int64_t n, std::vector<Point
   }
 }
 
-// work(n, state) for the rows [0, count), in parallel.
+// work(n, state) for the rows [0, count), in parallel; `numbers` are those of a row that are read.
 template <typename State, typename Work>
-void for_each_row(int64_t count, const Work& work) {
-  for_each_task((count + kRows - 1) / kRows, [&](int64_t task) {
+void for_each_row(int64_t count, int64_t numbers, const Work& work) {
+  for_each_task((count + kRows - 1) / kRows, kMoveCost * count * numbers, [&](int64_t task) {
     State state;
     for (int64_t n = task * kRows; n < std::min(count, (task + 1) * kRows); ++n) {
       work(n, state);
@@ -54,7 +57,8 @@ void products_of(const Tensor& a, const Tensor& b, const Tensor& products) {
   const T* left_begin = left.template const_data_ptr<T>();
   const T* right_begin = right.template const_data_ptr<T>();
   double* target = products.mutable_data_ptr<double>();
-  for_each_row<State>(left.size(0), [&](int64_t n, State& state) {
+  const int64_t numbers = (left.size(1) + (same ? 0 : right.size(1))) * left.size(2);
+  for_each_row<State>(left.size(0), numbers, [&](int64_t n, State& state) {
     state.a.clear();
     state.b.clear();
     append_vectors(left, left_begin, n, state.a);
@@ -87,7 +91,7 @@ void combine(const Tensor& weights, const std::vector<Tensor>& vectors, const Te
       direct ? result : at::empty(result.sizes(), result.options().dtype(c10::CppTypeToScalarType<T>::value));
   T* target_begin = target.template mutable_data_ptr<T>();
   const double* factors = weights.const_data_ptr<double>();
-  for_each_row<State>(result.size(0), [&](int64_t n, State& state) {
+  for_each_row<State>(result.size(0), weights.size(2) * result.size(2), [&](int64_t n, State& state) {
     state.vectors.clear();
     state.result.clear();
     for (const auto i : c10::irange(sources.size())) {
@@ -126,7 +130,146 @@ void for_each_piece(int64_t n, bool copied, const Work& work) {
   }
 }
 
+// c t^p and its derivative.
+std::tuple<double, double> power_of(const std::optional<Tensor>& factor, double multiplier, double power) {
+  if (!factor.has_value()) {
+    return {multiplier, 0.0};
+  }
+  const double t = factor->to(at::kDouble).item<double>();
+  return {multiplier * std::pow(t, power), multiplier * power * std::pow(t, power - 1.0)};
+}
+
+// f(zero) with a zero of the dtype of a statistic.
+template <typename F>
+auto with_statistic(const Tensor& statistic, const F& f) {
+  return statistic.scalar_type() == at::kDouble ? f(double()) : f(float());
+}
+
+template <typename T>
+std::vector<const T*> pointers_to(at::TensorList vectors, std::vector<Tensor>& kept) {
+  std::vector<const T*> pointers;
+  for (const Tensor& vector : vectors) {
+    kept.push_back(vector.to(c10::CppTypeToScalarType<T>::value).contiguous());
+    pointers.push_back(kept.back().const_data_ptr<T>());
+  }
+  return pointers;
+}
+
 }  // namespace
+
+std::tuple<Tensor, Tensor> scale(
+    const Tensor& x, const std::optional<Tensor>& factor, double multiplier, double power) {
+  const Tensor rows = x.unsqueeze(1);
+  const Tensor inverse = row_products(rows, rows).view({x.size(0)});
+  const double value = std::get<0>(power_of(factor, multiplier, power));
+  const Tensor result = at::empty({x.size(0)}, x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  double* length = inverse.mutable_data_ptr<double>();
+  with_statistic(result, [&](auto zero) {
+    using T = decltype(zero);
+    T* scales = result.mutable_data_ptr<T>();
+    for (const auto i : c10::irange(x.size(0))) {
+      // 0 where 1 / |x| is no number of the dtype, as of a zero row
+      const double reciprocal = 1.0 / std::sqrt(length[i]);
+      length[i] = reciprocal > static_cast<double>(std::numeric_limits<T>::max()) ? 0.0 : reciprocal;
+      scales[i] = static_cast<T>(value * length[i]);
+    }
+  });
+  return {result, inverse};
+}
+
+std::tuple<Tensor, Tensor> scale_backward(
+    const Tensor& x,
+    const Tensor& inverse,
+    const std::optional<Tensor>& grad,
+    const Tensor& grad_scale,
+    const std::optional<Tensor>& factor,
+    double multiplier,
+    double power,
+    bool need_x,
+    bool need_factor) {
+  const int64_t n = x.size(0);
+  const auto [value, derivative] = power_of(factor, multiplier, power);
+  const Tensor weights = at::empty({n, 1, grad.has_value() ? 2 : 1}, at::kDouble);
+  const Tensor incoming = grad_scale.to(at::kDouble).contiguous();
+  const double* length = inverse.const_data_ptr<double>();
+  const double* of_scale = incoming.const_data_ptr<double>();
+  double* weight = weights.mutable_data_ptr<double>();
+  double total = 0.0;
+  for (const auto i : c10::irange(n)) {
+    total += of_scale[i] * length[i];
+    if (grad.has_value()) {
+      *weight++ = 1.0;
+    }
+    *weight++ = -value * of_scale[i] * length[i] * length[i] * length[i];
+  }
+  const Tensor grad_x = at::empty(need_x ? x.sizes() : at::IntArrayRef({0}), x.options());
+  if (need_x) {
+    std::vector<Tensor> vectors;
+    if (grad.has_value()) {
+      vectors.push_back(grad->unsqueeze(1));
+    }
+    vectors.push_back(x.unsqueeze(1));
+    combine_rows(weights, vectors, grad_x.unsqueeze(1));
+  }
+  return {grad_x, at::full({need_factor ? 1 : 0}, total * derivative, grad_scale.options())};
+}
+
+Tensor contrast(
+    const Tensor& positive, at::TensorList lse, at::TensorList totals, double factor, double slope, double share) {
+  const Tensor result = at::empty({}, positive.options());
+  with_statistic(positive, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Tensor> kept;
+    const T* s = pointers_to<T>(positive, kept).front();
+    const std::vector<const T*> negatives = pointers_to<T>(lse, kept);
+    const std::vector<const T*> all = pointers_to<T>(totals, kept);
+    double sum = 0.0;
+    for (const auto i : c10::irange(positive.size(0))) {
+      for (const T* of_direction : negatives) {
+        const T z = of_direction[i] - s[i];
+        sum += std::max(z, T(0)) + std::log1p(std::exp(-std::abs(z)));
+      }
+      for (const T* of_direction : all) {
+        sum += slope * s[i] - share * of_direction[i];
+      }
+    }
+    *result.mutable_data_ptr<T>() = static_cast<T>(factor * sum);
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> contrast_backward(
+    const Tensor& grad,
+    const Tensor& positive,
+    at::TensorList lse,
+    bool totals,
+    double factor,
+    double slope,
+    double share) {
+  const int64_t n = positive.size(0);
+  const auto directions = static_cast<int64_t>(lse.size());
+  const double unit = grad.to(at::kDouble).item<double>() * factor;
+  const Tensor grad_positive = at::empty({n}, positive.options());
+  const Tensor grad_lse = at::empty({directions, n}, positive.options());
+  with_statistic(positive, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Tensor> kept;
+    const T* s = pointers_to<T>(positive, kept).front();
+    const std::vector<const T*> negatives = pointers_to<T>(lse, kept);
+    T* of_positive = grad_positive.mutable_data_ptr<T>();
+    T* of_lse = grad_lse.mutable_data_ptr<T>();
+    for (const auto i : c10::irange(n)) {
+      double own = totals ? static_cast<double>(directions) * slope * unit : 0.0;
+      for (const auto d : c10::irange(directions)) {
+        const double slope_of_softplus = unit / (T(1) + std::exp(s[i] - negatives[d][i]));
+        of_lse[d * n + i] = static_cast<T>(slope_of_softplus);
+        own -= slope_of_softplus;
+      }
+      of_positive[i] = static_cast<T>(own);
+    }
+  });
+  return {grad_positive, grad_lse, at::full({totals ? n : 0}, -share * unit, positive.options())};
+}
 
 Tensor row_products(const Tensor& a, const Tensor& b) {
   const bool same = a.is_same(b);

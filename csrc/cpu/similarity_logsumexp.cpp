@@ -1,6 +1,6 @@
 // similarity_logsumexp on the CPU: row and column log-sum-exps of s_ij = a_i b_j <x_i, y_j> + c_i + d_j, and gradients.
 //
-//   for each block of the plane, 1024 x 1024, with tuples 512 x 512:
+//   for each block of the plane, 1024 x 1024, with tuples 512 x 512, or longer where the plane is thin:
 //     pack the rows of x and y                                              (bounded, whatever N and M are)
 //     for each tile of the block, 128 x 128, in parallel:
 //       dots = X Y^T;  s = logits of dots, -inf where a pair does not take part
@@ -171,7 +171,8 @@ class Engine {
         features_(x_.size(1)),
         depth_(products_.depth(features_)),
         members_(options.span.has_value() ? y_.size(1) : 1),
-        block_(options.span.has_value() ? kSpanBlock : kBlock),
+        row_block_(block_size(options, m_)),
+        col_block_(block_size(options, n_)),
         totals_(options.totals),
         row_scale_(options.row_scale, n_, T(1), T(0)),
         col_scale_(mirrored_ ? row_scale_ : Vector<T>(options.col_scale, m_, T(1), T(0))),
@@ -197,6 +198,13 @@ class Engine {
 
  private:
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+  // The side of a block. Where the other side of the plane is short it is longer, for as many pairs: between blocks all
+  // threads wait for each other.
+  static int64_t block_size(const SimilarityOptions& options, int64_t other) {
+    const int64_t block = options.span.has_value() ? kSpanBlock : kBlock;
+    return block * block / round_up(std::clamp<int64_t>(other, 1, block), kTile);
+  }
 
   // The gradients of one direction with its statistics, padded. An empty set gives nothing: e^(-inf - inf) = 0.
   class DirectionGradient {
@@ -262,7 +270,8 @@ class Engine {
     Tensor strip;
   };
   auto new_strip_scratch() const {
-    return [this] { return StripScratch(round_up(std::min(block_, std::max(n_, m_)), kTile)); };
+    return
+        [this] { return StripScratch(round_up(std::max(std::min(row_block_, n_), std::min(col_block_, m_)), kTile)); };
   }
 
   // A tile of coefficients, or its transpose, of a strip; null where there is none.
@@ -324,7 +333,8 @@ class Engine {
     packed.feature_panels = operands(feature_count * feature_depth * panel);
     Operand* by_depth = operands_of(packed.depth_panels);
     Operand* by_feature = operands_of(packed.feature_panels);
-    for_each_task(depth_count + feature_count, [&](int64_t task) {
+    const int64_t sides = int64_t(depth_panels) + int64_t(feature_panels);
+    for_each_task(depth_count + feature_count, kMoveCost * sides * range.size() * features_, [&](int64_t task) {
       if (task < depth_count) {
         const int64_t cols = std::clamp<int64_t>(range.size() - task * panel, 0, panel);
         products_.pack_depth_panel(cols, features_, values + task * panel * ld, ld, by_depth + task * depth_ * panel);
@@ -336,6 +346,11 @@ class Engine {
       }
     });
     return packed;
+  }
+
+  // Of the dots of a block and what is made of them, in multiply-adds; an exponential and its sums are some 32.
+  int64_t work_of(Range rows, Range cols) const {
+    return rows.size() * cols.size() * (members_ * depth_ + 32);
   }
 
   bool ids_disjoint(Range rows, Range cols) const {
@@ -531,8 +546,8 @@ class Engine {
 
   int64_t visited_tiles() {
     int64_t visited = 0;
-    for (const Range rows : blocks_of(n_, block_)) {
-      for (const Range cols : blocks_of(m_, block_)) {
+    for (const Range rows : blocks_of(n_, row_block_)) {
+      for (const Range cols : blocks_of(m_, col_block_)) {
         if (!mirrored_ || cols.begin >= rows.begin) {
           plan_of(rows, cols, visited);
         }
@@ -548,10 +563,10 @@ class Engine {
   void for_each_block(bool x_panels, bool y_panels, int64_t dots_kept, const Visit& visit) {
     int64_t visited = 0;
     const bool dots_needed = dots_kept == 0 || dots_kept < members_ * kTileSize * visited_tiles();
-    const std::vector<Range> col_blocks = blocks_of(m_, block_);
+    const std::vector<Range> col_blocks = blocks_of(m_, col_block_);
     const int64_t bytes = (1 + y_panels) * members_ * m_ * depth_ * static_cast<int64_t>(sizeof(Operand));
     std::vector<std::vector<Packed>> kept(bytes <= kKeptPanelBytes ? col_blocks.size() : 0);
-    for (const Range rows : blocks_of(n_, block_)) {
+    for (const Range rows : blocks_of(n_, row_block_)) {
       // in self-similarity the columns have the same panels, and those of the diagonal come first
       const bool shared = mirrored_ && !kept.empty();
       Packed x = pack(x_, rows, dots_needed, false, x_panels && !shared);
@@ -591,7 +606,8 @@ class Engine {
   int64_t features_;
   int64_t depth_;
   int64_t members_;  // vectors of a tuple; 1 for dot products
-  int64_t block_;
+  int64_t row_block_;
+  int64_t col_block_;
   bool totals_;
   Vector<T> row_scale_;
   Vector<T> col_scale_;
@@ -642,7 +658,7 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
         };
         Vector<T> nothing;
 
-        for_each_task(tiles, new_scratch(), [&](int64_t tile, const Scratch& scratch) {
+        for_each_task(tiles, work_of(block_rows, block_cols), new_scratch(), [&](int64_t tile, const Scratch& scratch) {
           const Range rows = block_rows.tile(tile / tile_cols);
           const Range cols = block_cols.tile(tile % tile_cols);
           if (part[tile] == Part::nothing) {
@@ -724,7 +740,7 @@ SimilarityGradients Engine<Products>::backward(
 
   // the coefficients of a block, rows of tiles: of the dot products, or with tuples of the products for x with each
   // vector and then of those for y
-  const int64_t workspace = round_up(std::min(block_, n_), kTile) * round_up(std::min(block_, m_), kTile);
+  const int64_t workspace = round_up(std::min(row_block_, n_), kTile) * round_up(std::min(col_block_, m_), kTile);
   const Tensor coefficients = empty_for_reuse({(span ? 2 * members_ : 1) * workspace}, dtype());
 
   const auto visit =
@@ -748,7 +764,7 @@ SimilarityGradients Engine<Products>::backward(
         const auto of_x = [](int64_t t) { return t; };
         const auto of_y = [&](int64_t t) { return span ? members_ + t : t; };
 
-        for_each_task(tiles, new_scratch(), [&](int64_t tile, const Scratch& scratch) {
+        for_each_task(tiles, work_of(block_rows, block_cols), new_scratch(), [&](int64_t tile, const Scratch& scratch) {
           const int64_t r = tile / tile_cols;
           const int64_t c = tile % tile_cols;
           const Range rows = block_rows.tile(r);
@@ -841,7 +857,8 @@ SimilarityGradients Engine<Products>::backward(
         const bool y_started = block_rows.begin > 0;
         const int64_t x_tasks = to_x ? tile_rows : 0;
         const int64_t y_tasks = to_y && !diagonal ? tile_cols * members_ : 0;
-        for_each_task(x_tasks + y_tasks, new_strip_scratch(), [&](int64_t task, const StripScratch& scratch) {
+        const int64_t work = 2 * work_of(block_rows, block_cols);
+        for_each_task(x_tasks + y_tasks, work, new_strip_scratch(), [&](int64_t task, const StripScratch& scratch) {
           if (task < x_tasks) {
             for (const auto t : c10::irange(members_)) {
               multiply_strip(
@@ -914,12 +931,13 @@ double Engine<Products>::product_rate(double seconds) {
   const auto start = std::chrono::steady_clock::now();
   double flops = 0.0;
   double elapsed = 0.0;
-  const Range block_rows = blocks_of(n_, block_).front();
-  const Range block_cols = blocks_of(m_, block_).front();
+  const Range block_rows = blocks_of(n_, row_block_).front();
+  const Range block_cols = blocks_of(m_, col_block_).front();
   const Packed x = pack(x_, block_rows, true, false, false);
   const std::vector<Packed> y = pack_cols(block_cols, true, false);
   while (elapsed < seconds) {
-    for_each_task(block_rows.tiles() * block_cols.tiles(), new_scratch(), [&](int64_t tile, const Scratch& scratch) {
+    const int64_t tiles = block_rows.tiles() * block_cols.tiles();
+    for_each_task(tiles, work_of(block_rows, block_cols), new_scratch(), [&](int64_t tile, const Scratch& scratch) {
       const Range rows = block_rows.tile(tile / block_cols.tiles());
       const Range cols = block_cols.tile(tile % block_cols.tiles());
       multiply_dots(rows, cols, block_rows, block_cols, x, y, scratch.dots());
@@ -939,7 +957,7 @@ bool splits(const Tensor& embedding) {
   const int64_t depth = embedding.size(1);
   const int64_t piece = std::max<int64_t>(1, kValues / depth);
   std::atomic<bool> result{true};
-  for_each_task((n + piece - 1) / piece, [&](int64_t task) {
+  for_each_task((n + piece - 1) / piece, kMoveCost * n * depth, [&](int64_t task) {
     const int64_t begin = task * piece;
     const Tensor rows = with_dense_vectors<float>(embedding.narrow(0, begin, std::min(piece, n - begin)));
     if (!matrix_unit::splits(rows.size(0), depth, rows.const_data_ptr<float>(), rows.stride(0))) {
