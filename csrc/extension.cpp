@@ -84,7 +84,7 @@ SimilarityOptions options_of(
   return options;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x,
     const OptionalTensor& y,
     const OptionalTensor& row_scale,
@@ -102,7 +102,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       options_of(
           x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
       keep);
-  return {result.row_max, result.col_max, result.row_log_sum, result.col_log_sum, result.dots, result.excluded};
+  return {
+      result.row_max,
+      result.col_max,
+      result.row_log_sum,
+      result.col_log_sum,
+      result.dots,
+      result.excluded,
+      result.row_lse,
+      result.col_lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -139,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const SimilarityGradients grad = similarity_logsumexp_backward(
       options_of(
           x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
-      {row_max, col_max, row_log_sum, col_log_sum, {}, {}, {}, dots},
+      {row_max, col_max, row_log_sum, col_log_sum, {}, {}, {}, dots, {}, {}},
       {grad_row_lse, grad_col_lse, grad_excluded, {}, {}},
       {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5]});
   return {grad.x, grad.y, grad.row_scale, grad.col_scale, grad.row_bias, grad.col_bias};
@@ -187,7 +195,7 @@ SimilarityOptions volume_options_of(
   return options;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> volume_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> volume_forward(
     const Tensor& anchor,
     const Tensor& tuples,
     const Tensor& basis,
@@ -208,7 +216,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> volume_forwar
       result.col_log_sum,
       result.dots,
       result.row_total,
-      result.col_total};
+      result.col_total,
+      result.row_lse,
+      result.col_lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> volume_backward(
@@ -247,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> volume_backward(
   const Tensor grad_excluded = at::zeros({exclude.has_value() ? anchor.size(0) : 0}, row_max.options());
   const SimilarityGradients grad = similarity_logsumexp_backward(
       options,
-      {row_max, col_max, row_log_sum, col_log_sum, {}, {}, {}, dots},
+      {row_max, col_max, row_log_sum, col_log_sum, {}, {}, {}, dots, {}, {}},
       {grad_row_lse, grad_col_lse, grad_excluded, grad_row_total, grad_col_total},
       {needs[0], needs[1], needs[2], needs[3], false, false});
   return {grad.x, grad.y, grad.row_scale, grad.col_scale};
@@ -378,8 +388,8 @@ TORCH_LIBRARY(contrastive_ops_cpu, library) {
   const std::string options =
       "Tensor x, Tensor? y, Tensor? row_scale, Tensor? col_scale, Tensor? row_bias, Tensor? col_bias, "
       "Tensor? exclude, Tensor? row_ids, Tensor? col_ids, bool restrict, bool rows, bool cols";
-  const std::string forward_schema =
-      "similarity_logsumexp(" + options + ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+  const std::string forward_schema = "similarity_logsumexp(" + options +
+                                     ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   const std::string backward_schema =
       "similarity_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_excluded, Tensor row_max, "
       "Tensor col_max, "
@@ -391,7 +401,8 @@ TORCH_LIBRARY(contrastive_ops_cpu, library) {
       "Tensor anchor, Tensor tuples, Tensor basis, Tensor anchor_square, Tensor? row_scale, Tensor? col_scale, "
       "Tensor? exclude, bool rows, bool cols, bool totals";
   const std::string volume_forward_schema =
-      "volume_logsumexp(" + volume_options + ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+      "volume_logsumexp(" + volume_options +
+      ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
   const std::string volume_backward_schema =
       "volume_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_total, "
       "Tensor grad_col_total, Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor dots, " +

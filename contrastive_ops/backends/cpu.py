@@ -39,12 +39,7 @@ def kept(x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> int:
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, needs = arguments
-    return _with_lse(torch.ops.contrastive_ops_cpu.similarity_logsumexp(*inputs, any(needs)))
-
-
-def _with_lse(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    row_max, col_max, row_log_sum, col_log_sum, *_ = results
-    return (*results, row_max + row_log_sum, col_max + col_log_sum)
+    return torch.ops.contrastive_ops_cpu.similarity_logsumexp(*inputs, any(needs))
 
 
 def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -101,11 +96,10 @@ def volume_logsumexp_forward(
 ) -> tuple[Tensor, ...]:
     *flags, needs = arguments
     basis = factor(tuples)
-    results = torch.ops.contrastive_ops_cpu.volume_logsumexp(
+    return torch.ops.contrastive_ops_cpu.volume_logsumexp(
         anchor, tuples, *_span(basis, anchor), row_scale, tuple_basis.column_weight(basis, col_scale, anchor), exclude,
         *flags, any(needs),
     )  # fmt: skip
-    return _with_lse(results)
 
 
 def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -31,6 +31,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -698,7 +699,21 @@ SimilarityStatistics Engine<Products>::forward(bool keep) {
         }
       };
   for_each_block(false, false, 0, visit);
-  return {row_max, col_max, row_sum.log(), col_sum.log(), excluded, row_total, col_total, kept};
+  // the logs go where the sums were
+  const auto log_sum_exp = [](const Tensor& max, const Tensor& sum) {
+    const Tensor lse = at::empty({max.size(0)}, dtype());
+    const T* of_max = max.const_data_ptr<T>();
+    T* of_sum = sum.mutable_data_ptr<T>();
+    T* of_lse = lse.mutable_data_ptr<T>();
+    for (const auto i : c10::irange(max.size(0))) {
+      of_sum[i] = std::log(of_sum[i]);
+      of_lse[i] = of_max[i] + of_sum[i];
+    }
+    return lse;
+  };
+  const Tensor row_lse = log_sum_exp(row_max, row_sum);
+  const Tensor col_lse = log_sum_exp(col_max, col_sum);
+  return {row_max, col_max, row_sum, col_sum, excluded, row_total, col_total, kept, row_lse, col_lse};
 }
 
 template <typename Products>

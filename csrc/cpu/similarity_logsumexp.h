@@ -42,6 +42,8 @@ struct SimilarityStatistics {
   at::Tensor row_total;    // [N] sums of the logits that take part
   at::Tensor col_total;    // [M]
   at::Tensor dots;         // what forward keeps for backward
+  at::Tensor row_lse;      // [N] the maximum and the log, added: for losses, where backward takes them apart
+  at::Tensor col_lse;      // [M]
 };
 
 // dL/d of what forward gave, in its shapes.
