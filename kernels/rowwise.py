@@ -304,13 +304,14 @@ def class_sums_kernel(
     x, scale, grad, group, others, sums, n, features, stride,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a_b x_b over the classes that begin in a tile, at their first row; with g of g_b / others_b a_b x_b.
+    """The sums of a_b x_b over the classes that begin in a tile, by their numbers; with g of g_b / others_b a_b x_b.
 
     However long a class is, one program goes through it, always in the same order.
     """
     firsts = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     feature = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-    begins = tl.load(group + firsts, mask=firsts < n, other=-1) == firsts
+    number = tl.load(group + firsts, mask=firsts < n, other=-1)
+    begins = number != tl.load(group + firsts - 1, mask=(firsts > 0) & (firsts < n), other=-1)
     length = 1 + tl.load(others + firsts, mask=firsts < n, other=0.0).to(tl.int32)
     end = tl.max(tl.where(begins, firsts + length, 0), 0)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -321,10 +322,10 @@ def class_sums_kernel(
             weight *= per_other(tl.load(grad + rows, mask=rows < end, other=0.0), others, rows, end)
         inside = (rows[:, None] < end) & (feature < features)
         tile = tl.load(x + rows.to(tl.int64)[:, None] * stride + feature, mask=inside, other=0.0).to(tl.float32)
-        own = firsts[:, None] == tl.load(group + rows, mask=rows < end, other=-1)[None, :]
+        own = number[:, None] == tl.load(group + rows, mask=rows < end, other=-1)[None, :]
         total += tl.dot(own.to(tl.float32), weight[:, None] * tile, input_precision="ieee")
     tl.store(
-        sums + firsts.to(tl.int64)[:, None] * features + feature, total, mask=begins[:, None] & (feature < features)
+        sums + number.to(tl.int64)[:, None] * features + feature, total, mask=begins[:, None] & (feature < features)
     )
 
 
@@ -335,14 +336,14 @@ def class_mean_kernel(
     """a_i <x_i, S - a_i x_i> / others_i."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = rows.to(tl.int64)[:, None]
-    first = tl.load(group + rows, mask=rows < n, other=0).to(tl.int64)[:, None]
+    number = tl.load(group + rows, mask=rows < n, other=0).to(tl.int64)[:, None]
     length = tl.load(scale + rows, mask=rows < n, other=0.0)[:, None]
     products = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for begin in range(0, features, BLOCK_D):
         feature = begin + tl.arange(0, BLOCK_D)[None, :]
         inside = (rows[:, None] < n) & (feature < features)
         tile = length * tl.load(x + place * stride + feature, mask=inside, other=0.0).to(tl.float32)
-        products += tile * (tl.load(sums + first * features + feature, mask=inside, other=0.0) - tile)
+        products += tile * (tl.load(sums + number * features + feature, mask=inside, other=0.0) - tile)
     tl.store(mean + rows, per_other(tl.sum(products, 1), others, rows, n), mask=rows < n)
 
 
@@ -354,7 +355,7 @@ def class_mean_backward_kernel(
     """dX and da of a tile of rows, with those added that they have from elsewhere."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = rows.to(tl.int64)[:, None]
-    first = tl.load(group + rows, mask=rows < n, other=0).to(tl.int64)[:, None]
+    number = tl.load(group + rows, mask=rows < n, other=0).to(tl.int64)[:, None]
     length = tl.load(scale + rows, mask=rows < n, other=0.0)[:, None]
     share = per_other(tl.load(grad + rows, mask=rows < n, other=0.0), others, rows, n)[:, None]
     products = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -362,8 +363,8 @@ def class_mean_backward_kernel(
         feature = begin + tl.arange(0, BLOCK_D)[None, :]
         inside = (rows[:, None] < n) & (feature < features)
         tile = tl.load(x + place * stride + feature, mask=inside, other=0.0).to(tl.float32)
-        own = tl.load(sums + first * features + feature, mask=inside, other=0.0) - length * tile
-        of_others = tl.load(weighted + first * features + feature, mask=inside, other=0.0) - share * length * tile
+        own = tl.load(sums + number * features + feature, mask=inside, other=0.0) - length * tile
+        of_others = tl.load(weighted + number * features + feature, mask=inside, other=0.0) - share * length * tile
         slope = share * own + of_others
         products += tile * slope
         if grad_x is not None:
@@ -381,7 +382,7 @@ def class_mean_backward_kernel(
 
 
 def _class_sums(x: Tensor, scale: Tensor, grad: Tensor | None, group: Tensor, others: Tensor) -> Tensor:
-    """See `class_sums_kernel`; the rows that are not the first of a class are not filled."""
+    """See `class_sums_kernel`; rows that are the number of no class are not filled."""
     n, features = x.shape
     sums = x.new_empty((n, features), dtype=torch.float32)
     if n:
