@@ -161,6 +161,21 @@ def row_builds() -> Iterator[Build]:
     forward = ((vector,) * 4, (SIZE,) * 4, pair, (SIZE,) * 2, 1.0, number)
     yield build("bound", "float32", "", elements, forward, SUMMANDS=4, FACTORS=2, BLOCK=rowwise.VECTOR, grid=(1,))
     yield build("incoming", "float32", "x, y", elements, incoming, BLOCK=rowwise.VECTOR, grid=(1,))
+    forward = (index, index, index, index.int(), index.int(), vector, SIZE, 10)
+    yield build("classes", "int64", "", elements, forward, BLOCK=rowwise.VECTOR, grid=(1,))
+    rows = (index.int(), vector, x.float())  # of a class: its number, how many others, sums
+    forward = (x, vector, vector, *rows, SIZE, FEATURES, FEATURES)
+    flags = {"BLOCK_M": rowwise.ROWS, "BLOCK": rowwise.LONG, "BLOCK_D": rowwise.NARROW, "grid": (1, 1)}
+    yield build("class_sums", "bfloat16", "weighted", f"{rowwise.LONG} x {rowwise.NARROW}", forward, **flags)
+    forward = (x, vector, *rows, vector, SIZE, FEATURES, FEATURES)
+    yield build("class_mean", "bfloat16", "", tile, forward, **of_row)
+    backward = (x, vector, vector, *rows, x.float(), (x, x), pair, x, vector, SIZE, FEATURES, FEATURES)
+    yield build("class_mean_backward", "bfloat16", "two sweeps", tile, backward, GRADS=2, GRAD_SCALES=2, **of_row)
+    flags = {"INSIDE": False, "BLOCK": rowwise.VECTOR, "grid": (1,)}
+    forward = (vector, vector, vector, vector, number, number, SIZE, 1.0)
+    yield build("class_contrast", "float32", "", elements, forward, DROP=True, **flags)
+    backward = (number, number, vector, vector, vector, vector, vector, vector, SIZE)
+    yield build("class_contrast_backward", "float32", "", elements, backward, **flags)
     double, vectors = torch.zeros(SIZE, dtype=torch.float64), (x, x, x)
     forward = (vectors, x.float(), x.float(), x.float(), double, SIZE, FEATURES)
     yield build("units", "bfloat16", "K = 3", tile, forward, K=3, **of_row)

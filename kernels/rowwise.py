@@ -10,6 +10,16 @@ incoming, one program per step of rows:
     dL/dlse e^-log_sum and the maximum, of rows and of columns; indices in 32 bits
 bound, one program:
     for each vector: its largest element
+classes, one program per step of rows, which are sorted by class:
+    where the class of a row begins, by bisection, and how many other rows it has
+class_sums, one program per tile of rows and of features:
+    for each step of rows, for the classes that begin in the tile: S += sum_b w_b a_b x_b
+class_mean, one program per tile of rows:
+    a_i <x_i, S - a_i x_i> / others_i
+    backward, with w_b = g_b / others_b of which the class sum is W: v_i = w_i (S - a_i x_i) + W - w_i a_i x_i,
+    dX_i += a_i v_i and da_i += <x_i, v_i>
+class_contrast, one program, and backward one program per step of rows, as contrast:
+    for each step of rows: total += softplus(lse_Ni - lse_Pi) + lse_Pi - mean_i, or + log(others_i) inside
 units, one program per tile of rows:
     for each of K tensors: its rows at length 1; backward: (g - u <u, g>) / |x|
 factor, volume_gradient, tuple_gradient, one program per tile of sets of P vectors:
@@ -32,6 +42,7 @@ from torch import Tensor
 from contrastive_ops.backends.tuples import INSIDE
 
 ROWS, FEATURES = 16, 128  # of a program's step
+LONG, NARROW = 128, 32  # of a step through a class, which one program takes alone for all of its rows
 VECTOR = 1024  # elements of a step of what has one number per row
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -246,6 +257,253 @@ def contrast_backward(
 
 def _contiguous(vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(vector.contiguous() for vector in vectors)
+
+
+@triton.jit
+def classes_kernel(labels, order, inverse, group, place, others, n, steps, BLOCK: tl.constexpr):
+    """Of sorted labels the first row of the class of each row, the row itself, and how many others the class has."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < n
+    label = tl.load(labels + rows, mask=inside, other=0)
+    first, last = tl.zeros((BLOCK,), tl.int32), rows  # the first is among these
+    after, end = rows + 1, tl.full((BLOCK,), 0, tl.int32) + n  # and the first of the next class
+    for _ in range(steps):
+        middle = (first + last) // 2
+        below = tl.load(labels + middle, mask=inside, other=0) < label
+        first, last = tl.where(below, middle + 1, first), tl.where(below, last, middle)
+        middle = (after + end) // 2
+        above = (middle >= n) | (tl.load(labels + middle, mask=middle < n, other=0) > label)
+        after, end = tl.where(above, after, middle + 1), tl.where(above, middle, end)
+    tl.store(inverse + tl.load(order + rows, mask=inside, other=0), rows.to(tl.int64), mask=inside)
+    tl.store(group + rows, first, mask=inside)
+    tl.store(place + rows, rows, mask=inside)
+    tl.store(others + rows, (end - first - 1).to(tl.float32), mask=inside)
+
+
+def classes(labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `classes_kernel`; before these the inverse of the order that has sorted the labels."""
+    n = len(labels)
+    inverse, others = torch.empty_like(order), labels.new_empty(n, dtype=torch.float32)
+    group, place = (labels.new_empty(n, dtype=torch.int32) for _ in range(2))
+    if n:
+        classes_kernel[(triton.cdiv(n, VECTOR),)](
+            labels, order, inverse, group, place, others, n, n.bit_length(), BLOCK=VECTOR
+        )
+    return inverse, group, place, others
+
+
+@triton.jit
+def per_other(values, others, rows, n):
+    """v_i / others_i; 0 for a row that is alone in its class."""
+    count = tl.load(others + rows, mask=rows < n, other=0.0)
+    return tl.where(count == 0.0, 0.0, tl.div_rn(values, tl.maximum(count, 1.0)))
+
+
+@triton.jit
+def class_sums_kernel(
+    x, scale, grad, group, others, sums, n, features, stride,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sums of a_b x_b over the classes that begin in a tile, by their numbers; with g of g_b / others_b a_b x_b.
+
+    However long a class is, one program goes through it, always in the same order.
+    """
+    firsts = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    feature = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    number = tl.load(group + firsts, mask=firsts < n, other=-1)
+    begins = number != tl.load(group + firsts - 1, mask=(firsts > 0) & (firsts < n), other=-1)
+    length = 1 + tl.load(others + firsts, mask=firsts < n, other=0.0).to(tl.int32)
+    end = tl.max(tl.where(begins, firsts + length, 0), 0)
+    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for begin in range(tl.min(tl.where(begins, firsts, end), 0), end, BLOCK):
+        rows = begin + tl.arange(0, BLOCK)
+        weight = tl.load(scale + rows, mask=rows < end, other=0.0)
+        if grad is not None:
+            weight *= per_other(tl.load(grad + rows, mask=rows < end, other=0.0), others, rows, end)
+        inside = (rows[:, None] < end) & (feature < features)
+        tile = tl.load(x + rows.to(tl.int64)[:, None] * stride + feature, mask=inside, other=0.0).to(tl.float32)
+        own = number[:, None] == tl.load(group + rows, mask=rows < end, other=-1)[None, :]
+        total += tl.dot(own.to(tl.float32), weight[:, None] * tile, input_precision="ieee")
+    tl.store(
+        sums + number.to(tl.int64)[:, None] * features + feature, total, mask=begins[:, None] & (feature < features)
+    )
+
+
+@triton.jit
+def class_mean_kernel(
+    x, scale, group, others, sums, mean, n, features, stride, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """a_i <x_i, S - a_i x_i> / others_i."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = rows.to(tl.int64)[:, None]
+    number = tl.load(group + rows, mask=rows < n, other=0).to(tl.int64)[:, None]
+    length = tl.load(scale + rows, mask=rows < n, other=0.0)[:, None]
+    products = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for begin in range(0, features, BLOCK_D):
+        feature = begin + tl.arange(0, BLOCK_D)[None, :]
+        inside = (rows[:, None] < n) & (feature < features)
+        tile = length * tl.load(x + place * stride + feature, mask=inside, other=0.0).to(tl.float32)
+        products += tile * (tl.load(sums + number * features + feature, mask=inside, other=0.0) - tile)
+    tl.store(mean + rows, per_other(tl.sum(products, 1), others, rows, n), mask=rows < n)
+
+
+@triton.jit
+def class_mean_backward_kernel(
+    x, scale, grad, group, others, sums, weighted, grads, grad_scales, grad_x, grad_scale, n, features, stride,
+    GRADS: tl.constexpr, GRAD_SCALES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dX and da of a tile of rows, with those added that they have from elsewhere."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = rows.to(tl.int64)[:, None]
+    number = tl.load(group + rows, mask=rows < n, other=0).to(tl.int64)[:, None]
+    length = tl.load(scale + rows, mask=rows < n, other=0.0)[:, None]
+    share = per_other(tl.load(grad + rows, mask=rows < n, other=0.0), others, rows, n)[:, None]
+    products = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for begin in range(0, features, BLOCK_D):
+        feature = begin + tl.arange(0, BLOCK_D)[None, :]
+        inside = (rows[:, None] < n) & (feature < features)
+        tile = tl.load(x + place * stride + feature, mask=inside, other=0.0).to(tl.float32)
+        own = tl.load(sums + number * features + feature, mask=inside, other=0.0) - length * tile
+        of_others = tl.load(weighted + number * features + feature, mask=inside, other=0.0) - share * length * tile
+        slope = share * own + of_others
+        products += tile * slope
+        if grad_x is not None:
+            slope *= length
+            if grads is not None:
+                for k in tl.static_range(GRADS):
+                    slope += tl.load(grads[k] + place * features + feature, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_x + place * features + feature, slope.to(grad_x.dtype.element_ty), mask=inside)
+    if grad_scale is not None:
+        total = tl.sum(products, 1)
+        if grad_scales is not None:
+            for k in tl.static_range(GRAD_SCALES):
+                total += tl.load(grad_scales[k] + rows, mask=rows < n, other=0.0)
+        tl.store(grad_scale + rows, total, mask=rows < n)
+
+
+def _class_sums(x: Tensor, scale: Tensor, grad: Tensor | None, group: Tensor, others: Tensor) -> Tensor:
+    """See `class_sums_kernel`; rows that are the number of no class are not filled."""
+    n, features = x.shape
+    sums = x.new_empty((n, features), dtype=torch.float32)
+    if n:
+        class_sums_kernel[(triton.cdiv(n, ROWS), triton.cdiv(features, NARROW))](
+            x, scale, grad, group, others, sums, n, features, x.stride(0), BLOCK_M=ROWS, BLOCK=LONG, BLOCK_D=NARROW
+        )
+    return sums
+
+
+def class_mean(x: Tensor, scale: Tensor, group: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean product of each row of x [N, D] with the others of its class, and the sums of the classes."""
+    n, features = x.shape
+    x, scale = _dense(x), scale.contiguous()
+    mean, sums = scale.new_empty(n), _class_sums(x, scale, None, group, others)
+    if n:
+        class_mean_kernel[(triton.cdiv(n, ROWS),)](
+            x, scale, group, others, sums, mean, n, features, x.stride(0), BLOCK_M=ROWS, BLOCK_D=FEATURES
+        )
+    return mean, sums
+
+
+def class_mean_backward(
+    x: Tensor,
+    scale: Tensor,
+    grad: Tensor,
+    group: Tensor,
+    others: Tensor,
+    sums: Tensor,
+    grads: Sequence[Tensor],
+    grad_scales: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of its scale, with `grads` and `grad_scales` added; empty where they are not needed."""
+    n, features = x.shape
+    x, scale, grad = _dense(x), scale.contiguous(), grad.contiguous()
+    grad_x = x.new_empty(x.shape if needs[0] else 0)
+    grad_scale = scale.new_empty(n if needs[1] else 0)
+    if n:
+        weighted = _class_sums(x, scale, grad, group, others)
+        class_mean_backward_kernel[(triton.cdiv(n, ROWS),)](
+            x, scale, grad, group, others, sums, weighted,
+            _contiguous(grads) if grads else None, _contiguous(grad_scales) if grad_scales else None,
+            grad_x if needs[0] else None, grad_scale if needs[1] else None, n, features, x.stride(0),
+            GRADS=len(grads), GRAD_SCALES=len(grad_scales), BLOCK_M=ROWS, BLOCK_D=FEATURES,
+        )  # fmt: skip
+    return grad_x, grad_scale
+
+
+@triton.jit
+def class_contrast_kernel(
+    negatives, positives, mean, others, result, unit, n, factor, INSIDE: tl.constexpr, DROP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of what `ops.classes.contrast` has per row, times the factor, or over the rows that have a loss."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    losses = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, n, BLOCK):
+        rows = begin + tl.arange(0, BLOCK)
+        of_negatives = tl.load(negatives + rows, mask=rows < n, other=-float("inf"))
+        of_positives = tl.load(positives + rows, mask=rows < n, other=-float("inf"))
+        count = tl.load(others + rows, mask=rows < n, other=0.0)
+        valid = (of_negatives != -float("inf")) & (of_positives != -float("inf"))
+        of_positives = tl.where(valid, of_positives, 0.0)
+        of_row = log1p_exp(of_negatives - of_positives)
+        if INSIDE:
+            of_row += tl.log(tl.maximum(count, 1.0))
+        else:
+            of_row += tl.where(count <= 1.0, 0.0, of_positives - tl.load(mean + rows, mask=rows < n, other=0.0))
+        total += tl.where(valid, of_row, 0.0)
+        losses += tl.where(valid, 1.0, 0.0)
+    if DROP:
+        factor = tl.div_rn(1.0, tl.maximum(tl.sum(losses, 0), 1.0))
+    tl.store(unit, factor)
+    tl.store(result, tl.sum(total, 0) * factor)
+
+
+@triton.jit
+def class_contrast_backward_kernel(
+    grad, unit, negatives, positives, others, grad_negatives, grad_positives, grad_mean, n,
+    INSIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    of_negatives = tl.load(negatives + rows, mask=rows < n, other=-float("inf"))
+    of_positives = tl.load(positives + rows, mask=rows < n, other=-float("inf"))
+    valid = (of_negatives != -float("inf")) & (of_positives != -float("inf"))
+    slope = tl.where(valid, tl.load(grad).to(tl.float32) * tl.load(unit), 0.0)
+    margin = tl.where(valid, of_negatives, 0.0) - tl.where(valid, of_positives, 0.0)
+    tl.store(grad_negatives + rows, slope * sigmoid(margin), mask=rows < n)
+    if INSIDE:
+        tl.store(grad_positives + rows, -slope * sigmoid(margin), mask=rows < n)
+    else:
+        several = tl.load(others + rows, mask=rows < n, other=0.0) > 1.0
+        of_positive = tl.where(several, sigmoid(-margin), -sigmoid(margin))
+        tl.store(grad_positives + rows, slope * of_positive, mask=rows < n)
+        tl.store(grad_mean + rows, tl.where(several, -slope, 0.0), mask=rows < n)
+
+
+def class_contrast(
+    negatives: Tensor, positives: Tensor, mean: Tensor, others: Tensor, inside: bool, factor: float | None
+) -> tuple[Tensor, Tensor]:
+    """See `class_contrast_kernel`; and by what each row was multiplied."""
+    result, unit = (negatives.new_empty(()) for _ in range(2))
+    class_contrast_kernel[(1,)](
+        negatives.contiguous(), positives.contiguous(), None if inside else mean.contiguous(), others, result, unit,
+        len(negatives), 1.0 if factor is None else factor, INSIDE=inside, DROP=factor is None, BLOCK=VECTOR,
+    )  # fmt: skip
+    return result, unit
+
+
+def class_contrast_backward(
+    grad: Tensor, unit: Tensor, negatives: Tensor, positives: Tensor, others: Tensor, inside: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of both log-sum-exps, and without `inside` of the mean."""
+    n = len(negatives)
+    of_negatives, of_positives, of_mean = (negatives.new_empty(size) for size in (n, n, 0 if inside else n))
+    if n:
+        class_contrast_backward_kernel[(triton.cdiv(n, VECTOR),)](
+            grad, unit, negatives.contiguous(), positives.contiguous(), others, of_negatives, of_positives,
+            None if inside else of_mean, n, INSIDE=inside, BLOCK=VECTOR,
+        )  # fmt: skip
+    return of_negatives, of_positives, of_mean
 
 
 @triton.jit

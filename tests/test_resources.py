@@ -11,7 +11,8 @@ from bench import resources
 
 WITHOUT_PRODUCTS = (
     "excluded", "merge", "scale", "scale_backward", "contrast", "contrast_backward", "incoming", "bound", "units",
-    "units_backward", "factor", "volume_gradient", "tuple_gradient",
+    "units_backward", "factor", "volume_gradient", "tuple_gradient", "classes", "class_sums", "class_mean",
+    "class_mean_backward", "class_contrast", "class_contrast_backward",
 )  # fmt: skip
 # Its tilings are the fastest of those measured on an H200, and some that spill are ahead of others that do not.
 MEASURED = "cuda:90"

@@ -17,6 +17,7 @@ from contrastive_ops import backends
 from contrastive_ops.backends import cpu, cuda, sweep, tuples
 from contrastive_ops.catalogue import LOSSES
 from contrastive_ops.ops import rowwise
+from contrastive_ops.ops.classes import by_class, class_contrast_sum, with_class_mean
 from contrastive_ops.ops.cross_entropy import contrast_sum
 
 V, N, D = 3, 131, 37  # no multiple of a vector's length, more than two tasks of rows
@@ -426,6 +427,12 @@ LAUNCHED = {
     "scale": lambda x, t: rowwise.with_scale(x, t, -0.5, "triton"),
     "units": lambda x, t: rowwise.unit_tuples(x, t * x.roll(1, 0), backend="triton"),
     "contrast": lambda x, t: (contrast_sum(t * x[0], x[1:3], x[3:5], 0.3, 0.2, divisor=2.0, backend="triton"),),
+    "classes": lambda x, t: (lambda one, other, mean: (*one, *other, mean))(
+        *with_class_mean(x, t.expand(5), by_class(torch.tensor([1, 2, 1, 1, 0]), x, "triton"), "triton")
+    ),
+    "class contrast": lambda x, t: (
+        class_contrast_sum(t * x[0], x[1], x[2], torch.arange(6.0), False, divisor=2.0, backend="triton"),
+    ),
 }
 
 
@@ -478,6 +485,7 @@ def test_kernels_of_no_rows_and_one_row(n):
     for loss in (
         co.clip_loss(x, y, t, backend="triton"),
         co.nt_xent(x, y, temperature=t, backend="triton"),
+        co.supcon(torch.stack([x, y], 1), torch.arange(n), temperature=t, backend="triton"),
         co.gram_loss(x, y, temperature=t, backend="triton"),
     ):
         assert loss.item() == 0.0 or (n == 1 and loss.item() < 1.0)

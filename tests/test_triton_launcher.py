@@ -193,6 +193,10 @@ OPTIONAL = {
     "scale_kernel": {"factor"},
     "scale_backward_kernel": {"factor", "grad", "result", "grad_factor"},
     "contrast_backward_kernel": {"grad_total"},
+    "class_sums_kernel": {"grad"},
+    "class_mean_backward_kernel": {"grad_x", "grad_scale"},
+    "class_contrast_kernel": {"mean"},
+    "class_contrast_backward_kernel": {"grad_mean"},
     "incoming_kernel": {"values", "result"},
     "factor_kernel": {"triangles", "weight", "col_scale", "basis", "anchor", "square"},
     "units_backward_kernel": {"of_all", "of_first", "of_others"},
@@ -200,7 +204,8 @@ OPTIONAL = {
 SWEEP = ("forward", "excluded", "merge", "block", "product", "rows", "attention")
 ROWWISE = (
     "scale", "scale_backward", "contrast", "contrast_backward", "incoming", "bound", "factor", "volume_gradient",
-    "tuple_gradient", "units", "units_backward",
+    "tuple_gradient", "units", "units_backward", "classes", "class_sums", "class_mean", "class_mean_backward",
+    "class_contrast", "class_contrast_backward",
 )  # fmt: skip
 KERNELS = {f"{name}_kernel" for name in (*SWEEP, *ROWWISE)}
 DESCRIBED = {"forward_kernel", "block_kernel"}  # whose features come by tensor descriptors, or else by pointers

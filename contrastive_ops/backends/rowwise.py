@@ -124,3 +124,37 @@ _define(
     _contrast_backward,
     _contrast_backward,
 )
+_define(
+    "classes",
+    "(Tensor labels, Tensor order) -> (Tensor inverse, Tensor group, Tensor place, Tensor others)",
+    lambda labels, order: (
+        torch.empty_like(order),
+        *(labels.new_empty(len(labels), dtype=dtype) for dtype in (torch.int32, torch.int32, torch.float32)),
+    ),
+)
+_define(
+    "class_mean",
+    "(Tensor x, Tensor scale, Tensor group, Tensor others) -> (Tensor mean, Tensor sums)",
+    lambda x, *_: (_vector(x, len(x)), x.new_empty(x.shape, dtype=torch.float32)),
+)
+_define(
+    "class_mean_backward",
+    "(Tensor x, Tensor scale, Tensor grad, Tensor group, Tensor others, Tensor sums, Tensor[] grads, "
+    "Tensor[] grad_scales, bool[2] needs) -> (Tensor x, Tensor scale)",
+    lambda x, *rest: (x.new_empty(x.shape if rest[-1][0] else 0), _vector(x, len(x) if rest[-1][1] else 0)),
+)
+_define(
+    "class_contrast",
+    "(Tensor negatives, Tensor positives, Tensor mean, Tensor others, bool inside, float? factor) -> "
+    "(Tensor sum, Tensor unit)",
+    lambda negatives, *_: (negatives.new_empty(()), negatives.new_empty(())),
+)
+_define(
+    "class_contrast_backward",
+    "(Tensor grad, Tensor unit, Tensor negatives, Tensor positives, Tensor others, bool inside) -> "
+    "(Tensor negatives, Tensor positives, Tensor mean)",
+    lambda grad, unit, negatives, positives, others, inside: (
+        *(negatives.new_empty(len(negatives)) for _ in range(2)),
+        negatives.new_empty(0 if inside else len(negatives)),
+    ),
+)

@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
-from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import similarity_logsumexp, softplus
+from contrastive_ops.ops import (
+    by_class,
+    class_contrast,
+    class_contrast_sum,
+    in_order,
+    similarity_logsumexp,
+    with_class_mean,
+)
 
 
 def supcon(
@@ -92,63 +98,38 @@ def supcon(
 
     shape = features.shape[:-1]
     label = labels if features.dim() == 2 else labels[:, None].expand(shape).flatten()
-    label, order = label.sort(stable=True)
-    z = features.reshape(-1, features.shape[-1])[order]
-    n = z.shape[0]
+    x = features.reshape(-1, features.shape[-1])
+    classes = by_class(label, x, backend)
+    z = in_order(x, classes)
 
     temperature = terms.flat(temperature, z)
     # both sides of the symmetric product carry the root of the logit scale
     z, row_scale = terms.with_logit_scale(z, temperature, -0.5, normalize, backend)
-    group = terms.starts_of_groups(label).cumsum(0, dtype=torch.int32) - 1
+    (z, row_scale), (other_z, other_scale), mean = with_class_mean(z, row_scale, classes, backend)
     positives = similarity_logsumexp(
         z,
         row_scale=row_scale,
-        row_ids=group,
+        row_ids=classes.group,
         ids="restrict",
-        exclude=torch.arange(n, device=z.device, dtype=torch.int32),
+        exclude=classes.place,
         backend=backend,
     )
-    negatives = similarity_logsumexp(z, row_scale=row_scale, row_ids=group, backend=backend)
+    negatives = similarity_logsumexp(other_z, row_scale=other_scale, row_ids=classes.group, backend=backend)
 
-    positive, count = _mean_positive(z, row_scale, group)
-    invalid = (positives.row_lse == -torch.inf) | (negatives.row_lse == -torch.inf)
-    positive_lse = positives.row_lse.masked_fill(invalid, 0.0)
-    per_row = softplus(negatives.row_lse - positive_lse)
-    if variant == "in":
-        per_row = per_row + count.clamp(min=1.0).log()
-    else:
-        # of a single positive the log-sum-exp is the mean: exactly 0, where the difference of two roundings is not
-        spread = positive_lse - positive
-        per_row = per_row + spread.masked_fill(count <= 1.0, 0.0)
-    per_row = per_row.masked_fill(invalid, 0.0)
-
-    def in_order(values: Tensor) -> Tensor:
-        inverse_order = torch.empty_like(order).scatter(0, order, torch.arange(n, device=z.device))
-        return values[inverse_order].reshape(shape)
-
+    vectors = (negatives.row_lse, positives.row_lse, mean, classes.others, variant == "in")
     if reduction == "none":
-        loss = in_order(per_row)
-    elif empty == "drop" and reduction == "mean":
-        loss = per_row.sum() / (~invalid).sum().clamp(min=1)
+        loss = class_contrast(*vectors)[0][classes.inverse].reshape(shape)
     else:
-        loss = terms.reduce(per_row, reduction)
+        divisor = 1 if reduction == "sum" else None if empty == "drop" else max(len(z), 1)
+        loss = class_contrast_sum(*vectors, divisor=divisor, backend=backend)
     if not return_stats:
         return loss
-    lse = torch.logaddexp(positives.row_lse, negatives.row_lse).detach()
+
+    def in_given_order(values: Tensor) -> Tensor:
+        return values.detach()[classes.inverse].reshape(shape)
+
     return loss, LossStats(
-        lse=in_order(lse),
-        positive_similarity=in_order((positive * temperature).detach()),
+        lse=in_given_order(torch.logaddexp(positives.row_lse, negatives.row_lse)),
+        positive_similarity=in_given_order(mean * temperature),
         accuracy=terms.accuracy(positives.row_max, negatives.row_max),
     )
-
-
-def _mean_positive(z: Tensor, scale: float | Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean logit of each row with the others of its class, and how many they are.
-
-    A sum of dot products is the dot product with the class sum: no sweep. A row alone in its class has 0 and 0.
-    """
-    scaled = (scale[:, None] if isinstance(scale, Tensor) else scale) * z.to(statistics_dtype(z))
-    sums = torch.zeros_like(scaled).index_add(0, group, scaled)[group]
-    sizes = scaled.new_zeros(len(z)).index_add(0, group, scaled.new_ones(len(z)))[group]
-    count = sizes - 1.0
-    return (scaled * (sums - scaled)).sum(-1) / count.clamp(min=1.0), count

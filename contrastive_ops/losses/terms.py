@@ -10,7 +10,15 @@ from torch import Tensor
 
 from contrastive_ops import checks
 from contrastive_ops.dtypes import statistics_dtype
-from contrastive_ops.ops import contrast, contrast_sum, row_dot, with_inverse_norm, with_scale
+from contrastive_ops.ops import (
+    contrast,
+    contrast_sum,
+    row_dot,
+    starts_of_groups,
+    sums_of_groups,
+    with_inverse_norm,
+    with_scale,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -88,8 +96,7 @@ def uniform_similarity(
     if x_ids is None or y_ids is None:
         return total / max(m, 1)
     group, x_group = _groups(y_ids, x_ids)
-    sums = torch.zeros_like(cols).index_add(0, group, cols)
-    sizes = cols.new_zeros(m).index_add(0, group, cols.new_ones(m))
+    sums, sizes = sums_of_groups(cols, group), sums_of_groups(cols.new_ones(m), group)
     known = x_group >= 0
     x_group = x_group.clamp(min=0)
     same = scaled(x_scale, row_dot(x, sums[x_group])) * known
@@ -105,11 +112,6 @@ def _groups(ids: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     group = torch.empty_like(number).scatter(0, order, number)
     place = torch.searchsorted(ordered, queries.contiguous()).clamp(max=max(ids.shape[0] - 1, 0))
     return group, torch.where(ordered[place] == queries, number[place], -1)
-
-
-def starts_of_groups(ordered: Tensor) -> Tensor:
-    """True where a value of a sorted vector differs from the one before it; the first starts a group."""
-    return torch.cat([ordered.new_ones(ordered[:1].shape, dtype=torch.bool), ordered[1:] != ordered[:-1]])
 
 
 def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:

@@ -1,5 +1,14 @@
 """Differentiable ops that read embeddings and return vectors: the streaming reductions, and what is done row by row."""
 
+from contrastive_ops.ops.classes import (
+    by_class,
+    class_contrast,
+    class_contrast_sum,
+    in_order,
+    starts_of_groups,
+    sums_of_groups,
+    with_class_mean,
+)
 from contrastive_ops.ops.cross_entropy import contrast, contrast_sum, softplus
 from contrastive_ops.ops.gramian_volume import gramian_volume, orthogonalised
 from contrastive_ops.ops.rowwise import (
@@ -17,17 +26,24 @@ from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 __all__ = [
     "SimilarityLSE",
     "VolumeLSE",
+    "by_class",
+    "class_contrast",
+    "class_contrast_sum",
     "contrast",
     "contrast_sum",
     "gramian_volume",
+    "in_order",
     "inverse_norm",
     "orthogonalised",
     "row_dot",
     "similarity_logsumexp",
     "softplus",
+    "starts_of_groups",
+    "sums_of_groups",
     "unit",
     "unit_tuples",
     "volume_logsumexp",
+    "with_class_mean",
     "with_inverse_norm",
     "with_pair_products",
     "with_scale",

@@ -100,18 +100,18 @@ def _in_one_pass(backend: str, *tensors: Tensor) -> bool:
     """Whether the C++ engine runs what is of these tensors."""
     if tensors[0].dtype == torch.float64 or backends.requested(backend) not in ("auto", "cpu"):
         return False
-    return cpu.why_not("", tensors[0]) is None and not _steps_are_asked_for(*tensors)
+    return cpu.why_not("", tensors[0]) is None and not steps_are_asked_for(*tensors)
 
 
 def in_kernels(backend: str, *tensors: Tensor) -> bool:
     """Whether Triton's row kernels do; for "auto" where Triton's engine is the one that is taken."""
-    if _steps_are_asked_for(*tensors) or kernels.kernels(tensors[0], backends.requested(backend)) is None:
+    if steps_are_asked_for(*tensors) or kernels.kernels(tensors[0], backends.requested(backend)) is None:
         return False
     taken = backends.choose("similarity_logsumexp", tensors[0], backend)
     return taken == "triton" or backends.requested(backend) == taken
 
 
-def _steps_are_asked_for(*tensors: Tensor) -> bool:
+def steps_are_asked_for(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     # neither can be saved for backward: what has a tangent would lose it, and what was made in inference mode must not

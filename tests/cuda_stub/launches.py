@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import contrastive_ops as co
 from contrastive_ops import backends
-from contrastive_ops.ops import contrast_sum
+from contrastive_ops.ops import by_class, class_contrast_sum, contrast_sum, with_class_mean
 from contrastive_ops.ops.rowwise import unit_tuples, with_scale
 
 STREAM = 0x5EED  # not 0, the default stream
@@ -125,6 +125,22 @@ def rowwise_calls() -> Iterator[tuple[str, Call]]:
         "contrast of two directions",
         lambda: (contrast_sum(positive, lse, totals, 0.09, 0.01, divisor=200.0, backend="triton"),),
     )
+    scale, labels = torch.rand(100).requires_grad_(), torch.arange(100) // 3
+
+    def class_mean(x: Tensor, scale: float | Tensor) -> tuple[Tensor, ...]:
+        one, other, mean = with_class_mean(x, scale, by_class(labels, x, "triton"), "triton")
+        return *one, *other, mean
+
+    yield "class mean", lambda: class_mean(strided, scale)
+    yield "class mean alone", lambda: class_mean(strided, 1.5)[-1:]
+    yield "class mean of frozen rows", lambda: class_mean(wide, scale)[-1:]
+    for inside, divisor in ((False, 100.0), (True, None)):
+        yield (
+            f"class contrast, {divisor}",
+            lambda inside=inside, divisor=divisor: (
+                class_contrast_sum(*vectors[:2], positive, totals[0], inside, divisor=divisor, backend="triton"),
+            ),
+        )
     summands, factors = [torch.rand(size) for size in (30, 40, 50, 60)], [torch.rand(size) for size in (70, 80)]
     yield "bound", lambda: (backends.triton.kernels("rowwise").bound(summands, factors, 0.5),)
     sets = torch.randn(50, 3, 20).requires_grad_()
