@@ -35,6 +35,7 @@ CASES = (
     Case("info_nce", 65536, 256, "bfloat16", "frozen keys"),
     Case("gram_loss", 16384, 512, "bfloat16"),
     Case("clip_loss", 16384, 768, "float32"),
+    Case("supcon", 16384, 256, "bfloat16"),
     Case("clip_loss", 4096, 512, "float32"),
     Case("clip_loss", 65536, 512, "bfloat16"),
     Case("clip_loss", 65536, 1024, "bfloat16"),
