@@ -32,7 +32,6 @@ class Tilings(NamedTuple):
     volume_many: Tiling  # P = 3 and 4
     product: Tiling  # where only equal ids take part; at most, see `product_tiling`
     rows: Tiling | None  # rows and attention, its block_d is all features; None where they are not used
-    product_of_all: Tiling | None = None  # of pairs; None for the vendor's product
     precision: str = "ieee"  # of float32 products; "tf32x3" is three products of parts, with the error of float32
 
 
@@ -78,7 +77,6 @@ TILINGS = {
             volume_many=Tiling(64, 32, 16, 8, 3),
             product=Tiling(64, 32, 64, 8, 2),
             rows=None,
-            product_of_all=Tiling(128, 32, 128, 8, 3),
             precision="tf32x3",
         ),
     },
@@ -167,12 +165,13 @@ def block_tiling(problem: Problem) -> Tiling:
 
 
 def product_tiling(problem: Problem) -> Tiling | None:
-    """None for the vendor's product.
+    """Where only equal ids take part: tiles divide those of block_kernel, whichever side the rows are.
 
-    Where only equal ids take part, tiles divide those of block_kernel, whichever side the rows are.
+    None for the vendor's product. On an H200 that is ahead for all pairs, also where it has no matrix unit for float32:
+    0.53 ms for 4,096 x 4,096 by 768, three products of TF32 parts 0.62 by the best of seven tiles.
     """
     if not problem.restrict:
-        return None if problem.members or problem.tf32 else _of(problem).product_of_all
+        return None
     tiling, side = _of(problem).product, min(block_tiling(problem)[:2])
     return tiling._replace(
         block_m=min(tiling.block_m, side),

@@ -165,7 +165,11 @@ def naive(
     for name in VECTORS:
         value = options.get(name)
         if value is not None:
-            value = torch.as_tensor(value, dtype=statistics_dtype(x)) if isinstance(value, float) else value
+            value = (
+                torch.as_tensor(value, dtype=statistics_dtype(x), device=x.device)
+                if isinstance(value, float)
+                else value
+            )
             options[name] = value.reshape(-1).expand(sizes[name[:3]])
     logits = similarity_logits(x, y, restrict=ids == "restrict", **options)
     exclude = options.get("exclude")

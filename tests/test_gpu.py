@@ -133,7 +133,7 @@ def real_device(device: None) -> None:
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", each(list(ALL_OPTIONS), ["everything-restrict"]))
+@pytest.mark.parametrize("name", each(list(ALL_OPTIONS), ["everything-restrict", "row_scale-float"]))
 def test_options(name, backend, dtype):
     op_tests.test_options(name, backend, dtype)
 
