@@ -305,6 +305,92 @@ def test_autocast_accepts_the_features_it_produces(backend):
     assert (layer.weight.grad != 0).any()
 
 
+# what of several features: a call, as many as it takes, and the dtype that they meet in under autocast
+MEETING = {
+    "info_nce": (co.info_nce, 2, torch.bfloat16),
+    "clip_loss": (lambda x, y: co.clip_loss(x, y, 5.0), 2, torch.bfloat16),
+    "nt_xent": (co.nt_xent, 2, torch.bfloat16),
+    "dcl": (co.dcl, 2, torch.bfloat16),
+    "dclw": (co.dclw, 2, torch.bfloat16),
+    "dhel": (co.dhel, 2, torch.bfloat16),
+    "uniformity": (co.uniformity, 2, torch.float32),
+    "alignment": (co.alignment, 2, torch.float32),
+    "gram_loss": (co.gram_loss, 3, torch.bfloat16),
+    "triangle_loss": (co.triangle_loss, 3, torch.float32),
+    "gram_retrieve": (lambda x, y: co.gram_retrieve(x, y[:, None], 2)[0], 2, torch.bfloat16),
+    "sample_gram_negatives": (
+        lambda x, y: co.sample_gram_negatives(x, y, generator=torch.Generator().manual_seed(0))[0], 2, torch.bfloat16,
+    ),
+    "similarity_logsumexp": (lambda x, y: co.similarity_logsumexp(x, y).row_lse.sum(), 2, torch.bfloat16),
+    "volume_logsumexp": (lambda x, y: co.volume_logsumexp(x, y[:, None]).row_lse.sum(), 2, torch.bfloat16),
+}  # fmt: skip
+
+
+MIXTURES = ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+            (torch.float16, torch.bfloat16))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", MIXTURES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
+@pytest.mark.parametrize("name", MEETING)
+def test_autocast_promotes_features_of_two_dtypes(name, dtypes):
+    """Factors of products take autocast's dtype, features whose distance is taken float32, as torch.cdist has them."""
+    call, count, dtype = MEETING[name]
+    features = [torch.randn(9, 6).to(dtypes[k % 2]).requires_grad_() for k in range(count)]
+    expected = call(*(x.to(dtype) for x in features))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = call(*features)
+    assert torch.equal(value, expected)
+    if value.requires_grad:
+        for got, wanted in zip(*(torch.autograd.grad(of, features) for of in (value, expected)), strict=True):
+            assert torch.equal(got, wanted)
+    with pytest.raises(TypeError, match="must have the dtype of"):
+        call(*features)
+
+
+def test_autocast_promotes_as_the_dense_loss_does(backend):
+    """One tower under autocast, one without: logits of bfloat16 factors, rounded to 8 bits in the dense loss alone."""
+    layer, x, y = torch.nn.Linear(6, 5), torch.randn(10, 6), torch.randn(10, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image = layer(x)
+        logits = image @ y.T
+        dense = torch.nn.functional.cross_entropy(logits.float(), torch.arange(10))
+        ours = co.info_nce(image, y, temperature=1.0, normalize=False, backend=backend)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, dense, rtol=1e-2, atol=0.0)
+    ours.backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_float64_alone(dtype):
+    """So does torch.matmul, which refuses the pair."""
+    x, y = torch.randn(2, 9, 6)
+    sentence = f"key must have the dtype of query, float64, got {str(dtype).removeprefix('torch.')}"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=sentence):
+        co.info_nce(x.double(), y.to(dtype))
+
+
+def test_autocast_of_another_device_promotes_nothing():
+    x, y = torch.randn(2, 9, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="key must have the dtype of"):
+        co.info_nce(x.to("meta"), y.to("meta", torch.bfloat16))
+
+
+@TRACED
+def test_compiled_loss_promotes_under_autocast(backend):
+    def call(x, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return co.clip_loss(x, y, 5.0, backend=backend)
+
+    arguments = torch.randn(9, 6).requires_grad_(), torch.randn(9, 6).bfloat16().requires_grad_()
+    got, wanted = compiled(call)(*arguments), call(*arguments)
+    torch.testing.assert_close(got, wanted)
+    for ours, expected, x in zip(*(torch.autograd.grad(of, arguments) for of in (got, wanted)), arguments, strict=True):
+        assert ours.dtype == x.dtype
+        largest = expected.abs().max().item()  # gradients of bfloat16, rounded at other places
+        torch.testing.assert_close(ours, expected, rtol=0.0, atol=1e-2 * largest)
+
+
 @pytest.mark.parametrize("loss", [pytest.param(row, id=row.name) for row in LOSSES if row.op is not None])
 def test_differentiating_twice_is_refused(loss, backend):
     arguments = loss.inputs(8, 4, torch.float64, torch.Generator().manual_seed(0))

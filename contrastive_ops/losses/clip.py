@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.ops import similarity_logsumexp
@@ -83,6 +84,7 @@ def clip_loss(
     terms.check_options(reduction, normalize)
     checks.features("image_features", image_features)
     checks.features("text_features", text_features)
+    image_features, text_features = promoted(image_features, text_features)
     checks.same_kind("text_features", text_features, "image_features", image_features)
     checks.same_shape("text_features", text_features, "image_features", image_features)
     n, device = image_features.shape[0], image_features.device

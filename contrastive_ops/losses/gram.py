@@ -105,7 +105,7 @@ def gram_loss(
     tensor(0.5514)
     """
     terms.check_options(reduction, normalize)
-    volume.check_modalities(anchor, others)
+    anchor, others = volume.checked(anchor, others)
     n, device = anchor.shape[0], anchor.device
     checks.temperature("temperature", temperature, device)
     checks.fraction("label_smoothing", label_smoothing)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import promoted, statistics_dtype
 from contrastive_ops.losses import terms, volume
 from contrastive_ops.ops import gramian_volume, volume_logsumexp
 
@@ -56,6 +56,7 @@ def gram_retrieve(anchor: Tensor, tuples: Tensor, k: int, *, normalize: bool = T
     """
     checks.features("anchor", anchor)
     checks.features("tuples", tuples, expected="(M, P, D)")
+    anchor, tuples = promoted(anchor, tuples)
     checks.same_kind("tuples", tuples, "anchor", anchor)
     checks.choice("normalize", normalize, (True, False))
     (n, d), (m, p, _) = anchor.shape, tuples.shape
@@ -143,7 +144,7 @@ def sample_gram_negatives(
     >>> sample_gram_negatives(torch.eye(2), torch.eye(2))
     (tensor([1, 0]), tensor([1, 0]))
     """
-    volume.check_modalities(anchor, others)
+    anchor, others = volume.checked(anchor, others)
     checks.temperature("temperature", temperature, anchor.device)
     checks.choice("normalize", normalize, (True, False))
     n, device = anchor.shape[0], anchor.device

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.ops import similarity_logsumexp
@@ -88,6 +89,7 @@ def info_nce(
     terms.check_options(reduction, normalize)
     checks.features("query", query)
     checks.features("key", key)
+    query, key = promoted(query, key)
     checks.same_kind("key", key, "query", query)
     n, m = query.shape[0], key.shape[0]
     checks.temperature("temperature", temperature, query.device, rows=n, rows_of="query")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted, without_autocast
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.info_nce import info_nce
 from contrastive_ops.losses.two_views import dcl, nt_xent
@@ -219,9 +220,10 @@ def dhel(
     """
     checks.features("z1", z1)
     checks.features("z2", z2)
+    z1, z2 = promoted(z1, z2)
     checks.same_kind("z2", z2, "z1", z1)
     checks.same_shape("z2", z2, "z1", z1)
-    with torch.autocast(z1.device.type, enabled=False):  # its rule for stack fails on float16 tensors on CPU
+    with without_autocast(z1):  # its rule for stack fails on float16 tensors on CPU
         views = torch.stack([z1, z2])
     return mv_dhel(views, temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 

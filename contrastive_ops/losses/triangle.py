@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from contrastive_ops import checks
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import statistics_dtype, without_autocast
 from contrastive_ops.losses import terms, volume
 from contrastive_ops.losses.gram import Directions, symmetric
 from contrastive_ops.losses.terms import LossStats
@@ -90,7 +90,7 @@ def triangle_loss(
     tensor(0.6181)
     """
     terms.check_options(reduction, normalize)
-    volume.check_modalities(anchor, (x, y), ("x", "y"))
+    anchor, (x, y) = volume.checked(anchor, (x, y), ("x", "y"), to=torch.float32)  # distances, as in torch.cdist
     n, device, dtype = anchor.shape[0], anchor.device, statistics_dtype(anchor)
     checks.temperature("temperature", temperature, device)
     checks.fraction("label_smoothing", label_smoothing)
@@ -191,7 +191,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, enabled=False):
+        with without_autocast(a):
             return a @ b
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted, without_autocast
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.ops import similarity_logsumexp
@@ -37,11 +38,12 @@ def _anchors(
     terms.check_options(reduction, normalize)
     checks.features("z1", z1)
     checks.features("z2", z2)
+    z1, z2 = promoted(z1, z2)
     checks.same_kind("z2", z2, "z1", z1)
     checks.same_shape("z2", z2, "z1", z1)
     checks.temperature("temperature", temperature, z1.device)
     temperature = terms.flat(temperature, z1)
-    with torch.autocast(z1.device.type, enabled=False):  # its rule for cat fails on float16 tensors on CPU
+    with without_autocast(z1):  # its rule for cat fails on float16 tensors on CPU
         z = torch.cat([z1, z2])
     # both sides of the symmetric product carry the root of the logit scale
     z, row_scale = terms.with_logit_scale(z, temperature, -0.5, normalize, backend)

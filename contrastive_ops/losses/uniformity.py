@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted
 from contrastive_ops.losses import terms
 from contrastive_ops.ops import inverse_norm, row_dot, similarity_logsumexp, softplus, with_inverse_norm
 
@@ -65,6 +66,7 @@ def uniformity(
     checks.features("x", x)
     if y is not None:
         checks.features("y", y)
+        x, y = promoted(x, y, to=torch.float32)  # as in torch.cdist
         checks.same_kind("y", y, "x", x)
         checks.same_shape("y", y, "x", x)
     n = x.shape[0]
@@ -186,6 +188,7 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = Tru
     checks.positive("alpha", alpha)
     checks.features("x", x)
     checks.features("y", y)
+    x, y = promoted(x, y, to=torch.float32)
     checks.same_kind("y", y, "x", x)
     checks.same_shape("y", y, "x", x)
     dtype = terms.statistics_dtype(x)

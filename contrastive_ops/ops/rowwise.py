@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from contrastive_ops import backends
 from contrastive_ops.backends import cpu
 from contrastive_ops.backends import rowwise as kernels
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import statistics_dtype, without_autocast
 from contrastive_ops.ops import autograd
 
 # Some return their input, too: what goes on with that one, and not with the input, has its gradient added in the same
@@ -83,7 +83,7 @@ def unit_tuples(anchor: Tensor, *others: Tensor, backend: str = "auto") -> tuple
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i> in the dtype of the statistics."""
     dtype = statistics_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):  # it would round the products
+    with without_autocast(x):  # it would round the products
         return torch.linalg.vecdot(x.to(dtype), y.to(dtype))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from contrastive_ops import backends, checks
 from contrastive_ops.backends import reference
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import promoted, statistics_dtype
 from contrastive_ops.ops import autograd
 from contrastive_ops.ops.arguments import integers, per_row
 
@@ -107,6 +107,7 @@ def volume_logsumexp(
     """
     checks.features("anchor", anchor)
     checks.features("tuples", tuples, expected="(M, P, D)")
+    anchor, tuples = promoted(anchor, tuples)
     checks.same_kind("tuples", tuples, "anchor", anchor)
     n, (m, members, _) = anchor.shape[0], tuples.shape
     if not 1 <= members <= MOST_VECTORS:
