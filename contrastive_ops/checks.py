@@ -7,7 +7,7 @@ devices: they cost no synchronisation and hold under `torch.compile`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,18 +91,26 @@ def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         )
 
 
-def integer_vector(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
-    """Labels, ids or indices: one integer per row."""
+def integers(name: str, value: Any) -> None:
     tensor(name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {names([value.dtype])}; call {name}.long().")
+
+
+def integer_vector(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+    """Labels, ids or indices: one integer per row."""
+    integers(name, value)
     vector(name, value, size, device, rows_of=rows_of)
 
 
-def weights(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+def floating(name: str, value: Any) -> None:
     tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {names([value.dtype])}; call {name}.float().")
+
+
+def weights(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+    floating(name, value)
     vector(name, value, size, device, rows_of=rows_of)
 
 
@@ -114,34 +122,47 @@ def vector(name: str, value: Tensor, size: int, device: torch.device, *, rows_of
         raise ValueError(f"{name} must be on {device}, got {value.device}; call {name}.to({rows_of}.device).")
 
 
-def scale(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
-    """A scale or bias of the logits: float, one-element tensor, or one value per row."""
+def number(name: str, value: Any) -> None:
+    """A scale or bias of the logits, whatever its size: float or floating-point tensor."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {names([value.dtype])}; call {name}.float().")
-        if value.numel() != 1:
-            vector(name, value, size, device, rows_of=rows_of)
-        elif value.device != device:
-            raise ValueError(f'{name} must be on {device}, got {value.device}; call {name}.to("{device}").')
+        floating(name, value)
     elif not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}; call float({name}).")
     elif not -math.inf < value < math.inf:  # math.isfinite would break the graph of torch.compile
         raise ValueError(f"{name} must be finite, got {value}.")
 
 
-def temperature(name: str, value: Any, device: torch.device, *, rows: int | None = None, rows_of: str = "") -> None:
-    """A temperature or a logit scale: positive; a float, a one-element tensor, or (where `rows` is given) a vector.
+def scale(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+    """A scale or bias of the logits: float, one-element tensor, or one value per row."""
+    number(name, value)
+    if isinstance(value, Tensor):
+        one_or_each(name, value, size, device, rows_of=rows_of)
+
+
+def one_or_each(name: str, value: Tensor, size: int, device: torch.device, *, rows_of: str) -> None:
+    if value.numel() != 1:
+        vector(name, value, size, device, rows_of=rows_of)
+    elif value.device != device:
+        raise ValueError(f'{name} must be on {device}, got {value.device}; call {name}.to("{device}").')
+
+
+def positive_number(name: str, value: Any) -> None:
+    """A temperature or a logit scale, whatever its size.
 
     The sign of a tensor is not read, that would synchronise the device.
     """
+    number(name, value)
+    if not isinstance(value, Tensor) and value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}; pass a value such as 0.07 (or 1 / 0.07 for a scale).")
+
+
+def temperature(name: str, value: Any, device: torch.device, *, rows: int | None = None, rows_of: str = "") -> None:
+    """A temperature or a logit scale: positive; a float, a one-element tensor, or (where `rows` is given) a vector."""
+    positive_number(name, value)
     if isinstance(value, Tensor):
         if rows is None and value.numel() != 1:
             raise ValueError(f"{name} must be a float or a tensor of one element, got shape {shape(value)}.")
-        scale(name, value, 1 if rows is None else rows, device, rows_of=rows_of)
-        return
-    scale(name, value, 1, device, rows_of=rows_of)
-    if value <= 0:
-        raise ValueError(f"{name} must be positive, got {value}; pass a value such as 0.07 (or 1 / 0.07 for a scale).")
+        one_or_each(name, value, 1 if rows is None else rows, device, rows_of=rows_of)
 
 
 def fraction(name: str, value: Any) -> None:
@@ -153,6 +174,12 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"{name} must be one of {options}, got {value!r}.")
+
+
+def known_options(owner: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"{owner} has no option {name}, got {name}={value!r}; its options are {', '.join(known)}.")
 
 
 def both_or_neither(name: str, value: Any, other_name: str, other: Any) -> None:

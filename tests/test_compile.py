@@ -220,6 +220,27 @@ def test_compiled_module_with_a_learnable_scale(backend):
     assert head.scale.logit_scale.grad.shape == (1,)
 
 
+@pytest.mark.parametrize("scale", [False, True], ids=["parameter", "LogitScale"])
+@TRACED
+def test_compiled_module_with_a_learnable_temperature(scale, backend):
+    initial = torch.tensor(0.3)
+    temperature = co.nn.LogitScale(initial=1 / 0.3) if scale else torch.nn.Parameter(initial)
+    module, x, y = co.nn.InfoNCE(temperature=temperature, backend=backend), torch.randn(12, 5), torch.randn(12, 5)
+    (parameter,) = module.parameters()
+    expected = module(x, y)
+    (grad,) = torch.autograd.grad(expected, parameter)
+    torch.compiler.reset()
+    both = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    loss = both(x, y)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(parameter.grad, grad)
+    with torch.no_grad():
+        parameter.add_(0.1)
+    torch.testing.assert_close(both(x, y), module(x, y))
+    assert not torch.equal(both(x, y), expected)
+
+
 @TRACED
 def test_compiled_op_takes_one_tensor_in_several_places(backend):
     """y = x, one vector of ids for both sides, one of scales: Dynamo minds where an autograd.Function gets it."""

@@ -424,8 +424,26 @@ REFUSALS = {
         'Pass backend="auto".'),
     # modules
     "module-options": (
-        lambda: co.nn.SupCon(variant="both")(X, IDS), ValueError,
+        lambda: co.nn.SupCon(variant="both"), ValueError,
         "variant must be one of 'out', 'in', got 'both'."),
+    "module-unknown": (
+        lambda: co.nn.NTXent(tau=1.0), TypeError,
+        "NTXent has no option tau, got tau=1.0; its options are z2, temperature, normalize, reduction, return_stats, "
+        "backend."),
+    "module-unknown-pairwise": (
+        lambda: co.nn.PairwiseViews(loss="dcl", tau=1.0), TypeError,
+        "PairwiseViews has no option tau, got tau=1.0; its options are loss, temperature, normalize, reduction, "
+        "return_stats, backend."),
+    "module-pairwise-loss": (
+        lambda: co.nn.PairwiseViews(loss="dhel"), ValueError,
+        "loss must be one of 'nt_xent', 'info_nce', 'dcl', got 'dhel'."),
+    "module-pairwise-stats": (
+        lambda: co.nn.PairwiseViews(return_stats=True), ValueError,
+        "return_stats must be False, got True: every pair of views has its own statistics; "
+        "call nt_xent(views[0], views[1], return_stats=True)."),
+    "module-backend": (
+        lambda: co.nn.InfoNCE(backend="gpu"), ValueError,
+        "backend must be one of {names}, got 'gpu'."),
     "scale_module-shape": (
         lambda: co.nn.LogitScale(shape=(2,)), ValueError,
         "shape must be () or (1,), got (2,)."),
@@ -458,6 +476,26 @@ def test_every_loss_checks_the_common_options(option, loss):
     arguments = (VIEWS,) if loss in OF_VIEWS else arguments
     with pytest.raises(ValueError, match=rf"^{option} must be one of .*, got 'wrong'\.$"):
         loss(*arguments, **{option: "wrong"})
+
+
+WRONG = {
+    "reduction": "avg", "normalize": "yes", "backend": "gpu", "variant": "both", "empty": "keep", "aggregate": "mean",
+    "include_same_view": 1.5, "detach_others": "no", "squared": 2, "temperature": 0.0, "logit_scale": torch.tensor(1),
+    "sigma": -1.0, "t": 0.0, "alpha": float("nan"), "label_smoothing": 1.0, "sample_weight": IDS, "target": IDS.float(),
+    "ids": [0], "query_ids": X, "key_ids": IDS > 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(co.nn._Loss.__subclasses__(), key=str), ids=lambda kind: kind.__name__)
+def test_modules_refuse_options_where_they_are_given(kind):
+    """Names that no loss has, and values that need no features to be wrong."""
+    known = kind._known({})
+    with pytest.raises(TypeError, match=f"^{kind.__name__} has no option tau, got tau=1.0; its options are "):
+        kind(tau=1.0)
+    assert set(known) - set(WRONG) <= {"z2", "key", "labels", "text_features", "x", "y", "loss", "return_stats"}
+    for name in set(known) & set(WRONG):
+        with pytest.raises((ValueError, TypeError), match=rf"^{name} must be "):
+            kind(**{name: WRONG[name]})
 
 
 def test_every_refusal_of_checks_is_above():

@@ -81,7 +81,7 @@ def clip_loss(
     >>> clip_loss(torch.eye(3), torch.eye(3), 1.0)
     tensor(0.5514)
     """
-    terms.check_options(reduction, normalize)
+    terms.check_options(reduction=reduction, normalize=normalize, label_smoothing=label_smoothing)
     checks.features("image_features", image_features)
     checks.features("text_features", text_features)
     image_features, text_features = promoted(image_features, text_features)
@@ -89,7 +89,6 @@ def clip_loss(
     checks.same_shape("text_features", text_features, "image_features", image_features)
     n, device = image_features.shape[0], image_features.device
     checks.temperature("logit_scale", logit_scale, device)
-    checks.fraction("label_smoothing", label_smoothing)
     if ids is not None:
         checks.integer_vector("ids", ids, n, device, rows_of="image_features")
     if sample_weight is not None:

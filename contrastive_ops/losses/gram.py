@@ -104,12 +104,12 @@ def gram_loss(
     >>> gram_loss(torch.eye(3), torch.eye(3), temperature=1.0, label_smoothing=0.0)
     tensor(0.5514)
     """
-    terms.check_options(reduction, normalize)
+    terms.check_options(
+        reduction=reduction, normalize=normalize, label_smoothing=label_smoothing, detach_others=detach_others
+    )
     anchor, others = volume.checked(anchor, others)
     n, device = anchor.shape[0], anchor.device
     checks.temperature("temperature", temperature, device)
-    checks.fraction("label_smoothing", label_smoothing)
-    checks.choice("detach_others", detach_others, (True, False))
     if sample_weight is not None:
         checks.weights("sample_weight", sample_weight, n, device, rows_of="anchor")
 

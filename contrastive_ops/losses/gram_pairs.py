@@ -58,7 +58,7 @@ def gram_retrieve(anchor: Tensor, tuples: Tensor, k: int, *, normalize: bool = T
     checks.features("tuples", tuples, expected="(M, P, D)")
     anchor, tuples = promoted(anchor, tuples)
     checks.same_kind("tuples", tuples, "anchor", anchor)
-    checks.choice("normalize", normalize, (True, False))
+    terms.check_options(normalize=normalize)
     (n, d), (m, p, _) = anchor.shape, tuples.shape
     checks.neighbours("k", k, m, of="tuples")
     rows = anchor.to(statistics_dtype(anchor))
@@ -146,7 +146,7 @@ def sample_gram_negatives(
     """
     anchor, others = volume.checked(anchor, others)
     checks.temperature("temperature", temperature, anchor.device)
-    checks.choice("normalize", normalize, (True, False))
+    terms.check_options(normalize=normalize)
     n, device = anchor.shape[0], anchor.device
     checks.enough_to_draw("anchor", n)
     logit_scale = terms.inverse(temperature, anchor)

@@ -86,14 +86,13 @@ def info_nce(
     >>> info_nce(torch.eye(3), torch.eye(3), temperature=1.0)
     tensor(0.5514)
     """
-    terms.check_options(reduction, normalize)
+    terms.check_options(reduction=reduction, normalize=normalize, label_smoothing=label_smoothing)
     checks.features("query", query)
     checks.features("key", key)
     query, key = promoted(query, key)
     checks.same_kind("key", key, "query", query)
     n, m = query.shape[0], key.shape[0]
     checks.temperature("temperature", temperature, query.device, rows=n, rows_of="query")
-    checks.fraction("label_smoothing", label_smoothing)
     checks.both_or_neither("query_ids", query_ids, "key_ids", key_ids)
     if query_ids is not None and key_ids is not None:
         checks.integer_vector("query_ids", query_ids, n, query.device, rows_of="query")

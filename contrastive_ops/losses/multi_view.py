@@ -83,7 +83,7 @@ def mv_infonce(
     >>> mv_infonce(torch.eye(3).expand(2, 3, 3), temperature=1.0)
     tensor(0.9048)
     """
-    checks.choice("include_same_view", include_same_view, (True, False))
+    terms.check_options(include_same_view=include_same_view)
     views, scale, positive = _prepared(views, temperature, reduction, normalize, backend)
     if include_same_view:
         negative = _other_instances(views, scale, backend)
@@ -284,7 +284,7 @@ def pvc(
     >>> pvc(torch.eye(3).expand(3, 3, 3), temperature=1.0)
     tensor(1.1654)
     """
-    checks.choice("aggregate", aggregate, ("geometric", "arithmetic"))
+    terms.check_options(aggregate=aggregate)
     views, scale, pairs = _prepared(views, temperature, reduction, normalize, backend)
     negative = _other_instances(views, scale, backend).unbind()
     v = len(negative)
@@ -337,14 +337,20 @@ def pairwise_views(views: Tensor, loss: str = "nt_xent", **options: Any) -> Tens
     tensor(0.9048)
     """
     checks.views("views", views)
+    of_pair = pair_loss(loss, **options)
+    per_pair = [of_pair(x, y, **options) for x, y in combinations(_each(views), 2)]
+    return torch.stack(per_pair).mean(0)
+
+
+def pair_loss(loss: str, *, return_stats: bool = False, **_options: Any) -> Callable[..., Any]:
+    """The loss of that name, for pairs of views."""
     checks.choice("loss", loss, tuple(PAIR_LOSSES))
-    if options.get("return_stats", False) is not False:
+    if return_stats is not False:
         raise ValueError(
-            f"return_stats must be False, got {options['return_stats']!r}: every pair of views has its own statistics; "
+            f"return_stats must be False, got {return_stats!r}: every pair of views has its own statistics; "
             f"call {loss}(views[0], views[1], return_stats=True)."
         )
-    per_pair = [PAIR_LOSSES[loss](x, y, **options) for x, y in combinations(_each(views), 2)]
-    return torch.stack(per_pair).mean(0)
+    return PAIR_LOSSES[loss]
 
 
 def _prepared(
@@ -355,7 +361,7 @@ def _prepared(
     Both sides of a product carry the scale, and with it the root of the logit scale. The logits [V (V - 1) / 2, N] are
     of the views l < m of each instance, in the order of `combinations`.
     """
-    terms.check_options(reduction, normalize)
+    terms.check_options(reduction=reduction, normalize=normalize)
     checks.views("views", views)
     checks.temperature("temperature", temperature, views.device)
     views, norm_scale, products = with_pair_products(views, backend)

@@ -82,9 +82,7 @@ def supcon(
     >>> supcon(torch.eye(4), torch.tensor([0, 0, 1, 1]), temperature=1.0)
     tensor(1.0986)
     """
-    terms.check_options(reduction, normalize)
-    checks.choice("variant", variant, ("out", "in"))
-    checks.choice("empty", empty, ("zero", "drop"))
+    terms.check_options(reduction=reduction, normalize=normalize, variant=variant, empty=empty)
     checks.tensor("features", features)
     checks.features("features", features, expected="(N, D)" if features.dim() < 3 else "(N, V, D)")
     checks.integer_vector("labels", labels, features.shape[0], features.device, rows_of="features")

@@ -89,12 +89,10 @@ def triangle_loss(
     >>> triangle_loss(torch.eye(3), torch.eye(3), -torch.eye(3), temperature=1.0)
     tensor(0.6181)
     """
-    terms.check_options(reduction, normalize)
+    terms.check_options(reduction=reduction, normalize=normalize, label_smoothing=label_smoothing, squared=squared)
     anchor, (x, y) = volume.checked(anchor, (x, y), ("x", "y"), to=torch.float32)  # distances, as in torch.cdist
     n, device, dtype = anchor.shape[0], anchor.device, statistics_dtype(anchor)
     checks.temperature("temperature", temperature, device)
-    checks.fraction("label_smoothing", label_smoothing)
-    checks.choice("squared", squared, (True, False))
     checks.choice("backend", backend, BACKENDS)
     if sample_weight is not None:
         checks.weights("sample_weight", sample_weight, n, device, rows_of="anchor")

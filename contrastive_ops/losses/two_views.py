@@ -35,7 +35,7 @@ class Anchors(NamedTuple):
 def _anchors(
     z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: str, normalize: bool, backend: str
 ) -> Anchors:
-    terms.check_options(reduction, normalize)
+    terms.check_options(reduction=reduction, normalize=normalize)
     checks.features("z1", z1)
     checks.features("z2", z2)
     z1, z2 = promoted(z1, z2)
@@ -249,7 +249,7 @@ def dclw(
     >>> dclw(torch.eye(3), torch.eye(3), temperature=1.0)
     tensor(0.3863)
     """
-    checks.positive("sigma", sigma)
+    terms.check_options(sigma=sigma)
     anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
     n = z1.shape[0]
     weight = 2.0 - n * (anchors.similarity[:n].detach() / sigma).softmax(0)

@@ -61,8 +61,7 @@ def uniformity(
     >>> uniformity(torch.eye(3))
     tensor(-4.)
     """
-    checks.choice("normalize", normalize, (True, False))
-    checks.positive("t", t)
+    terms.check_options(normalize=normalize, t=t)
     checks.features("x", x)
     if y is not None:
         checks.features("y", y)
@@ -134,8 +133,7 @@ def joint_entropy(
     >>> joint_entropy(torch.eye(2))
     tensor(-0.5662)
     """
-    terms.check_options(reduction, normalize)
-    checks.positive("t", t)
+    terms.check_options(reduction=reduction, normalize=normalize, t=t)
     checks.features("x", x)
     n = x.shape[0]
     x, row_scale, row_bias = _gaussian(x, t, normalize, backend)
@@ -184,8 +182,7 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = Tru
     >>> alignment(torch.eye(3), torch.eye(3).roll(1, 0))
     tensor(2.)
     """
-    terms.check_options(reduction, normalize)
-    checks.positive("alpha", alpha)
+    terms.check_options(reduction=reduction, normalize=normalize, alpha=alpha)
     checks.features("x", x)
     checks.features("y", y)
     x, y = promoted(x, y, to=torch.float32)

@@ -1,5 +1,6 @@
 """Differentiable ops that read embeddings and return vectors: the streaming reductions, and what is done row by row."""
 
+from contrastive_ops.backends import NAMES as BACKENDS
 from contrastive_ops.ops.cross_entropy import contrast, contrast_sum, softplus
 from contrastive_ops.ops.gramian_volume import gramian_volume, orthogonalised
 from contrastive_ops.ops.rowwise import (
@@ -15,6 +16,7 @@ from contrastive_ops.ops.similarity_logsumexp import SimilarityLSE, similarity_l
 from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 
 __all__ = [
+    "BACKENDS",
     "SimilarityLSE",
     "VolumeLSE",
     "contrast",
