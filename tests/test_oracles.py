@@ -118,8 +118,11 @@ def test_clip_loss_is_that_of_open_clip(logit_bias, backend, pair):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
-def dcl_of_lightly(z1, z2, tau, sigma=None):
-    """Half the sum over the directions of -w_i s_ii + lse(other samples in both views)."""
+def dcl_of_lightly(z1, z2, tau, sigma=None, *, apart=False):
+    """Half the sum over the directions of -w_i s_ii + lse(other samples in both views), as from 1.5.21 on.
+
+    Before, the views were `apart`: + lse(other samples in the own view) + lse(other samples in the other view).
+    """
     z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
     eye = torch.eye(len(z1), dtype=torch.bool)
     total = 0.0
@@ -131,8 +134,10 @@ def dcl_of_lightly(z1, z2, tau, sigma=None):
         if sigma is not None:
             cosine = (own.detach() * other.detach()).sum(dim=1)
             weight = 2 - len(own) * torch.softmax(cosine / sigma, dim=0)
-        negatives = torch.cat([same_view, cross_view[~eye].view(len(own), -1)], dim=1)
-        total = total + (negatives.logsumexp(dim=1) - weight * positive).mean()
+        negatives = [same_view, cross_view[~eye].view(len(own), -1)]
+        if not apart:
+            negatives = [torch.cat(negatives, dim=1)]
+        total = total + (sum(part.logsumexp(dim=1) for part in negatives) - weight * positive).mean()
     return total / 2
 
 
@@ -146,6 +151,14 @@ def test_dcl_is_that_of_lightly(temperature, backend, pair):
 def test_dclw_is_that_of_lightly(sigma, backend, pair):
     ours = co.dclw(*pair, temperature=0.1, sigma=sigma, backend=backend)
     assert_same(ours, dcl_of_lightly(*pair, 0.1, sigma), *pair)
+
+
+@pytest.mark.parametrize(("loss", "sigma"), [(co.dcl, None), (co.dclw, 0.5)], ids=["dcl", "dclw"])
+def test_dcl_says_whose_version_it_is(loss, sigma, pair):
+    """lightly 1.5.20 has another formula under the same name."""
+    assert "of lightly from 1.5.21 on; earlier ones" in " ".join(loss.__doc__.split())
+    earlier = dcl_of_lightly(*pair, 0.1, sigma, apart=True)
+    assert abs(loss(*pair, temperature=0.1) - earlier) > 1.0
 
 
 def test_nt_xent_is_that_of_simclr(backend, pair):

@@ -145,7 +145,8 @@ def dcl(
         \ell_a = \log \sum_{b \in N(a)} e^{\langle z_a, z_b \rangle / \tau} - \langle z_a, z_{a^+} \rangle / \tau
 
     :math:`N(a)` are both views of all other samples, :math:`a^+` the other view of the same sample. It may be
-    negative. This is lightly's ``DCLLoss``.
+    negative. This is the ``DCLLoss`` of lightly from 1.5.21 on; earlier ones add up two log-sum-exps, of the negatives
+    of each view.
 
     Parameters
     ----------
@@ -207,7 +208,8 @@ def dclw(
                  - w_a \langle z_a, z_{a^+} \rangle / \tau, \qquad
         w_i = 2 - N \, \mathrm{softmax}_i(\langle z_i, z_{i^+} \rangle / \sigma)
 
-    The weights are detached; their mean is 1. This is lightly's ``DCLWLoss``.
+    The weights are detached; their mean is 1. This is the ``DCLWLoss`` of lightly from 1.5.21 on; earlier ones differ
+    as those of `dcl` do.
 
     Parameters
     ----------
