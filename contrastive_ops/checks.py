@@ -225,6 +225,14 @@ def no_forward_mode(op: str, *tensors: Tensor | None) -> None:
             )
 
 
+def no_jit_trace(op: str) -> None:
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{op} can't be recorded by torch.jit.trace, got a call under it; "
+            'use torch.export or torch.compile, or backend="reference".'
+        )
+
+
 def vectors(name: str, value: Any) -> None:
     """Sets of vectors of any batch shape: (..., K, D) with K >= 1 and D >= 1."""
     tensor(name, value)

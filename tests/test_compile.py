@@ -281,6 +281,64 @@ def test_inductor():
     assert_close(evaluate(compiled(call, "inductor"), arguments, {}), evaluate(call, arguments, {}))
 
 
+@pytest.mark.parametrize(("loss", "variant"), VARIANTS)
+def test_meta_tensors_have_the_shapes_of_real_ones(loss, variant):
+    real = loss.inputs(9, 6, torch.bfloat16, torch.Generator().manual_seed(0))
+    meta = tuple(x.detach().to("meta").requires_grad_(x.requires_grad) for x in real)
+    value, expected = loss.fused(*meta, **variant), loss.fused(*real, **variant)
+    assert (value.device.type, value.shape, value.dtype) == ("meta", expected.shape, expected.dtype)
+    value.backward()
+    for x in meta:
+        assert not x.requires_grad or (x.grad.device.type, x.grad.shape, x.grad.dtype) == ("meta", x.shape, x.dtype)
+
+
+class Call(torch.nn.Module):
+    """A loss with tensor options after its tensors: torch.export takes modules."""
+
+    def __init__(self, loss, names, options):
+        super().__init__()
+        self.loss, self.names, self.options = loss, names, options
+
+    def forward(self, *tensors):
+        place = len(tensors) - len(self.names)
+        return self.loss(*tensors[:place], **dict(zip(self.names, tensors[place:], strict=True)), **self.options)
+
+
+def exported(loss, n, options):
+    """The module, and its arguments for n samples: of the options the tensors, cut to size."""
+    names = [name for name, value in options.items() if isinstance(value, torch.Tensor)]
+    inputs = loss.inputs(n, 6, torch.float32, torch.Generator().manual_seed(n))
+    rest = {name: value for name, value in options.items() if name not in names}
+    return Call(loss.fused, names, rest), tuple(x.detach() for x in inputs) + tuple(options[name][:n] for name in names)
+
+
+ROWS_OF_IDS = {"query_ids": torch.arange(40) % 5, "key_ids": torch.arange(40) % 5}
+EXPORTS = [
+    *(param for param in VARIANTS if param.values[0].op is not None),  # triangle_loss has no op
+    *(pytest.param(row, {**options, **more}, id=f"{row.name}-{'-'.join(map(str, (*options, *more)))}")
+      for row in LOSSES for name, options in (
+          ("clip_loss", {"ids": torch.arange(40) % 5, "label_smoothing": 0.1}),
+          ("clip_loss", {"ids": torch.arange(40) % 5, "sample_weight": torch.linspace(0.5, 1.0, 40)}),
+          ("info_nce", {**ROWS_OF_IDS, "label_smoothing": 0.1, "temperature": torch.linspace(0.1, 0.2, 40)}),
+          ("supcon", {"empty": "drop"}), ("nt_xent", {}))
+      if row.name == name for more in ({"return_stats": True}, {"reduction": "none"})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "options"), EXPORTS)
+def test_exported_loss(loss, options):
+    """torch.export, not strict, for every batch size from 2 on: 2 itself, where N - 1 is 1, and beyond that traced."""
+    axis = {"mv_infonce": 1, "mv_dhel": 1, "pvc": 1, "pairwise_views": 1}.get(loss.name, 0)
+    batch = torch.export.Dim("batch", min=2)
+    call, arguments = exported(loss, 14, options)
+    sizes = tuple({axis: batch} if x.dim() else {} for x in arguments)
+    program = torch.export.export(call, arguments, dynamic_shapes=(sizes,), strict=False).module()
+    for n in (2, 33):
+        call, arguments = exported(loss, n, options)
+        for ours, eager in zip(*(torch.utils._pytree.tree_leaves(f(*arguments)) for f in (program, call)), strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+
+
 def test_fake_tensors_have_the_shapes_of_real_ones(backend):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -500,7 +500,26 @@ def test_modules_refuse_options_where_they_are_given(kind):
 
 def test_every_refusal_of_checks_is_above():
     """Counts the `raise` statements, so that a new check can't come without its sentence here."""
-    assert inspect.getsource(checks).count("    raise ") == 33
+    assert inspect.getsource(checks).count("    raise ") == 34
+
+
+# it says of every size that is compared that the comparison is not recorded
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+def test_jit_trace_is_refused():
+    x = torch.randn(4, 3)
+    for op, call in {
+        "similarity_logsumexp": lambda x, **options: co.info_nce(x, x.roll(1, 0), **options),
+        "volume_logsumexp": lambda x, **options: co.gram_loss(x, x.roll(1, 0), **options),
+    }.items():
+        sentence = (
+            f"{op} can't be recorded by torch.jit.trace, got a call under it; "
+            'use torch.export or torch.compile, or backend="reference".'
+        )
+        with pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):
+            torch.jit.trace(call, (x,))
+        traced = torch.jit.trace(lambda x, call=call: call(x, backend="reference"), (x,))
+        torch.testing.assert_close(traced(x), call(x, backend="reference"))
 
 
 # the first dual tensor makes PyTorch script some of its own functions

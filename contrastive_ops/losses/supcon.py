@@ -147,6 +147,6 @@ def _mean_positive(z: Tensor, scale: float | Tensor, group: Tensor) -> tuple[Ten
     """
     scaled = (scale[:, None] if isinstance(scale, Tensor) else scale) * z.to(statistics_dtype(z))
     sums = torch.zeros_like(scaled).index_add(0, group, scaled)[group]
-    sizes = scaled.new_zeros(len(z)).index_add(0, group, scaled.new_ones(len(z)))[group]
+    sizes = scaled.new_zeros(z.shape[0]).index_add(0, group, scaled.new_ones(z.shape[0]))[group]
     count = sizes - 1.0
     return (scaled * (sums - scaled)).sum(-1) / count.clamp(min=1.0), count

@@ -108,8 +108,12 @@ def _groups(ids: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def starts_of_groups(ordered: Tensor) -> Tensor:
-    """True where a value of a sorted vector differs from the one before it; the first starts a group."""
-    return torch.cat([ordered.new_ones(ordered[:1].shape, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    """True where a value of a sorted vector differs from the one before it; the first starts a group.
+
+    All sizes are that of the vector: torch.export would take N - 1 for another than 1, and so N for another than 2.
+    """
+    first = torch.arange(ordered.shape[0], device=ordered.device) == 0
+    return first | (ordered != ordered.roll(1))
 
 
 def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:

@@ -121,7 +121,7 @@ def _views(instances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # product, whose backward under autocast would round
     views = instances.to(statistics_dtype(instances)).unbind(1)
     products = [row_dot(left, right) for left, right in combinations(views, 2)]
-    paired = torch.stack(products, 1) if products else views[0].new_empty(len(instances), 0)
+    paired = torch.stack(products, 1) if products else views[0].new_empty(instances.shape[0], 0)
     return instances, _inverse_norm(instances), paired
 
 
@@ -129,7 +129,7 @@ def _unit(*vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     units = [_inverse_norm(x).unsqueeze(-1) * x.to(statistics_dtype(x)) for x in vectors]
     first, *others = units
     # not slices of all: they would require a gradient where their own side is frozen
-    return torch.stack(units, 1), first, torch.stack(others, 1) if others else first.new_empty(len(first), 0, 1)
+    return torch.stack(units, 1), first, torch.stack(others, 1) if others else first.new_empty(first.shape[0], 0, 1)
 
 
 def _inverse_lengths(squares: Tensor, dtype: torch.dtype) -> Tensor:
