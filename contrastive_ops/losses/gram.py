@@ -58,7 +58,7 @@ def gram_loss(
     others : 1 to 4 Tensors of shape (N, D), dtype of `anchor`
         Row i of all modalities is sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     label_smoothing : float in [0, 1)
         Mass spread evenly over all N candidates.
     detach_others : bool

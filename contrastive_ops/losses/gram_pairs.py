@@ -110,6 +110,7 @@ def sample_gram_negatives(
     others : 1 to 4 Tensors of shape (N, D), dtype of `anchor`
         Row i of all modalities is sample i.
     temperature : float or Tensor of one element
+        Positive: checked of floats and of CPU tensors.
     normalize : bool
         Volumes of unit vectors; False takes the vectors as they are.
     generator : torch.Generator, optional

@@ -47,7 +47,7 @@ def info_nce(
         Index of each query's positive in `key`, in [0, M). Off the CPU, where the host would have to wait for them, the
         values are not checked: a query whose positive is beyond the keys has the loss inf.
     temperature : float, Tensor of one element, or Tensor of shape (N,)
-        Tensors receive their gradient.
+        Positive: checked of floats and of CPU tensors. Tensors receive their gradient.
     label_smoothing : float in [0, 1)
         Mass spread evenly over the keys that take part, the positive included.
     query_ids, key_ids : integer Tensors of shape (N,) and (M,), optional
@@ -88,7 +88,7 @@ def info_nce(
     """
     terms.check_options(reduction=reduction, normalize=normalize, label_smoothing=label_smoothing)
     checks.features("query", query)
-    checks.features("key", key)
+    checks.features("key", key, expected="(M, D)")
     query, key = promoted(query, key)
     checks.same_kind("key", key, "query", query)
     n, m = query.shape[0], key.shape[0]

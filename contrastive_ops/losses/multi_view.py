@@ -49,7 +49,7 @@ def mv_infonce(
     views : Tensor of shape (V, N, D), float32 / bfloat16 / float16 / float64
         V >= 2 views of N instances: ``views[l, i]`` is view l of instance i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     include_same_view : bool
         Whether other instances in the same view are negatives, as in the authors' code; False leaves them out
         (:math:`m \ne l` in :math:`D_i`), as in the equation the authors print.
@@ -121,7 +121,7 @@ def mv_dhel(
     views : Tensor of shape (V, N, D), float32 / bfloat16 / float16 / float64
         V >= 2 views of N instances: ``views[l, i]`` is view l of instance i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -188,7 +188,7 @@ def dhel(
     z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of both are two views of sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -251,7 +251,7 @@ def pvc(
     views : Tensor of shape (V, N, D), float32 / bfloat16 / float16 / float64
         V >= 2 views of N instances: ``views[l, i]`` is view l of instance i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     aggregate : "geometric" or "arithmetic"
         Which mean of the V - 1 probabilities of an anchor is maximised.
     normalize : bool

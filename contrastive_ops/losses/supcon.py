@@ -43,7 +43,7 @@ def supcon(
     labels : integer Tensor of shape (N,)
         Classes. Unique labels with V = 2 views make NT-Xent.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     variant : "out" or "in"
         Whether the mean over the positives is taken outside or inside the logarithm.
     empty : "zero" or "drop"

@@ -180,6 +180,8 @@ OPTIONS: dict[str, Check] = {
     **dict.fromkeys(("temperature", "logit_scale"), checks.positive_number),
     **dict.fromkeys(("sigma", "t", "alpha"), checks.positive),
     "label_smoothing": checks.fraction,
+    "logit_bias": _optional(checks.number),
+    "output_dict": lambda _, value: checks.no_dict(value),
     "sample_weight": _optional(checks.floating),
     **dict.fromkeys(("target", "ids", "query_ids", "key_ids"), _optional(checks.integers)),
 }

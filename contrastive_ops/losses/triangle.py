@@ -45,7 +45,7 @@ def triangle_loss(
     anchor, x, y : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of all modalities is sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     label_smoothing : float in [0, 1)
         Mass spread evenly over all N candidates.
     squared : bool

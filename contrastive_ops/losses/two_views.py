@@ -91,7 +91,7 @@ def nt_xent(
     z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of both are two views of sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -153,7 +153,7 @@ def dcl(
     z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of both are two views of sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -216,7 +216,7 @@ def dclw(
     z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of both are two views of sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     sigma : float
         Temperature of the weights, positive.
     normalize : bool

@@ -70,7 +70,7 @@ def checked(
     """The modalities, to go on with: all of one shape (N, D), device and dtype; without names the items of `others`."""
     names = names or tuple(f"others[{t}]" for t in range(len(others)))
     checks.features("anchor", anchor)
-    checks.modalities(len(others))
+    checks.modalities(others)
     for name, other in zip(names, others, strict=True):
         checks.features(name, other)
     anchor, *rest = promoted(anchor, *others, to=to)

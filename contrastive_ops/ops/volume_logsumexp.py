@@ -113,7 +113,7 @@ def volume_logsumexp(
     if not 1 <= members <= MOST_VECTORS:
         raise ValueError(
             f"tuples must have 1 to {MOST_VECTORS} vectors each (P of (M, P, D)), got shape {checks.shape(tuples)}; "
-            "leave modalities out, or average some."
+            "another loss leaves modalities out, or averages some."
         )
     if not rows and not cols:
         raise ValueError("rows or cols must be True, got rows=False, cols=False; there would be nothing to do.")
