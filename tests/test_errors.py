@@ -594,7 +594,7 @@ def test_every_refusal_of_checks_is_above():
 
 # it says of every size that is compared that the comparison is not recorded
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 def test_jit_trace_is_refused():
     x = torch.randn(4, 3)
     for op, call in {

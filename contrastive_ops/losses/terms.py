@@ -99,21 +99,18 @@ def uniform_similarity(
 
 
 def _groups(ids: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Number the groups of equal `ids` from 0, and give each query id the number of its group, -1 without one."""
-    ordered, order = ids.sort(stable=True)
-    number = starts_of_groups(ordered).cumsum(0) - 1
-    group = torch.empty_like(number).scatter(0, order, number)
+    """Of each id the group of those that equal it, a number in [0, M), and of each query id; -1 without one."""
+    ordered = ids.sort().values
     place = torch.searchsorted(ordered, queries.contiguous()).clamp(max=max(ids.shape[0] - 1, 0))
-    return group, torch.where(ordered[place] == queries, number[place], -1)
+    return torch.searchsorted(ordered, ids.contiguous()), torch.where(ordered[place] == queries, place, -1)
 
 
 def starts_of_groups(ordered: Tensor) -> Tensor:
-    """True where a value of a sorted vector differs from the one before it; the first starts a group.
+    """True at the first of each group of equal values of a sorted vector.
 
-    All sizes are that of the vector: torch.export would take N - 1 for another than 1, and so N for another than 2.
+    All sizes are N: of a comparison of N - 1 values torch.export would have it that N is not 2.
     """
-    first = torch.arange(ordered.shape[0], device=ordered.device) == 0
-    return first | (ordered != ordered.roll(1))
+    return torch.searchsorted(ordered, ordered) == torch.arange(ordered.shape[0], device=ordered.device)
 
 
 def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:
