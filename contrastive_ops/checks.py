@@ -1,13 +1,14 @@
 """Every argument check and every error sentence, written once.
 
-A sentence names the argument, what was expected, what came, and the way out. All checks read only shapes, dtypes and
-devices: they cost no synchronisation and hold under `torch.compile`.
+A sentence names the argument, what was expected, what came, and the way out, which must not lead to another loss. All
+checks read only shapes, dtypes and devices, and values where that is free: they cost no synchronisation and hold under
+`torch.compile`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +28,48 @@ def shape(tensor: Tensor) -> str:
 
 def tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; call torch.as_tensor({name}).")
+        if value is None:
+            way_out = "pass a tensor, there is no default"
+        elif isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
+            way_out = "make one of its tensors, with torch.cat or torch.stack"
+        else:
+            way_out = f"call torch.as_tensor({name})"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {way_out}.")
     if type(value).__name__ == "DTensor":
         raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor; call {name}.to_local() or {name}.full_tensor()."
+            f"{name} must be a plain tensor, got a DTensor; call {name}.full_tensor(), "
+            f"{name}.to_local() is the part of this rank alone."
         )
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a plain tensor, got a nested one; its rows are torch.cat({name}.unbind()), "
+            "of which row i goes with row i of the other arguments."
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}; call {name}.to_dense().")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the values can be read for nothing: not on a device, where the host would wait, nor while tracing."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and value.device.type == "cpu"
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+# what the axes of features mean, by the shape that is expected
+AXES = {
+    "(N, D)": "reshape it to one row of features for each sample; every row counts as a sample",
+    "(M, D)": "every row is a key of all queries: flatten the first two axes of keys (N, K, D), and pass target=, "
+    "the row of each query's positive, which is torch.arange(N) * K where it is the first of K",
+    "(N, V, D)": "its axes are samples, views, features",
+    "(V, N, D)": "its axes are views, samples, features; torch.stack makes it of views of shape (N, D)",
+    "(M, P, D)": "its axes are tuples, vectors, features; with one vector for each, unsqueeze(1)",
+}
 
 
 def features(name: str, value: Any, *, expected: str = "(N, D)") -> None:
@@ -39,15 +77,10 @@ def features(name: str, value: Any, *, expected: str = "(N, D)") -> None:
     tensor(name, value)
     dim = expected.count(",") + 1
     if value.dim() != dim:
-        raise ValueError(
-            f"{name} must have shape {expected}, got {shape(value)}; flatten or unsqueeze it to {dim} dimensions."
-        )
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}; call {name}.to_dense().")
+        raise ValueError(f"{name} must have shape {expected}, got {shape(value)}; {AXES[expected]}.")
     if value.dtype not in FEATURE_DTYPES:
-        raise TypeError(
-            f"{name} must be one of {names(FEATURE_DTYPES)}, got {names([value.dtype])}; call {name}.float()."
-        )
+        way_out = f"torch.view_as_real({name}).flatten(-2)" if value.is_complex() else f"{name}.float()"
+        raise TypeError(f"{name} must be one of {names(FEATURE_DTYPES)}, got {names([value.dtype])}; call {way_out}.")
     if value.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one feature (D >= 1), got shape {shape(value)}.")
 
@@ -91,18 +124,27 @@ def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         )
 
 
-def integer_vector(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
-    """Labels, ids or indices: one integer per row."""
+def integers(name: str, value: Any) -> None:
     tensor(name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {names([value.dtype])}; call {name}.long().")
+        way_out = f"{name}.long() keeps values that are whole" if value.is_floating_point() else "give integers"
+        raise TypeError(f"{name} must be an integer tensor, got {names([value.dtype])}; {way_out}.")
+
+
+def integer_vector(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+    """Labels, ids or indices: one integer per row."""
+    integers(name, value)
     vector(name, value, size, device, rows_of=rows_of)
 
 
-def weights(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+def floating(name: str, value: Any) -> None:
     tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {names([value.dtype])}; call {name}.float().")
+
+
+def weights(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+    floating(name, value)
     vector(name, value, size, device, rows_of=rows_of)
 
 
@@ -114,34 +156,82 @@ def vector(name: str, value: Tensor, size: int, device: torch.device, *, rows_of
         raise ValueError(f"{name} must be on {device}, got {value.device}; call {name}.to({rows_of}.device).")
 
 
-def scale(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
-    """A scale or bias of the logits: float, one-element tensor, or one value per row."""
+def number(name: str, value: Any) -> None:
+    """A scale or bias of the logits, whatever its size: float or floating-point tensor."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {names([value.dtype])}; call {name}.float().")
-        if value.numel() != 1:
-            vector(name, value, size, device, rows_of=rows_of)
-        elif value.device != device:
-            raise ValueError(f'{name} must be on {device}, got {value.device}; call {name}.to("{device}").')
+        floating(name, value)
     elif not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}; call float({name}).")
+        if not isinstance(value, torch.nn.Module):
+            way_out = "pass a number"
+        elif name == "temperature":
+            way_out = "call it for its value, of a LogitScale 1 / temperature()"
+        else:
+            way_out = f"call {name}() for its value"
+        raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}; {way_out}.")
     elif not -math.inf < value < math.inf:  # math.isfinite would break the graph of torch.compile
         raise ValueError(f"{name} must be finite, got {value}.")
 
 
-def temperature(name: str, value: Any, device: torch.device, *, rows: int | None = None, rows_of: str = "") -> None:
-    """A temperature or a logit scale: positive; a float, a one-element tensor, or (where `rows` is given) a vector.
-
-    The sign of a tensor is not read, that would synchronise the device.
-    """
+def scale(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+    """A scale or bias of the logits: float, one-element tensor, or one value per row."""
+    number(name, value)
     if isinstance(value, Tensor):
-        if rows is None and value.numel() != 1:
-            raise ValueError(f"{name} must be a float or a tensor of one element, got shape {shape(value)}.")
-        scale(name, value, 1 if rows is None else rows, device, rows_of=rows_of)
+        one_or_each(name, value, size, device, rows_of=rows_of)
+
+
+def one_or_each(name: str, value: Tensor, size: int, device: torch.device, *, rows_of: str) -> None:
+    if value.numel() != 1:
+        vector(name, value, size, device, rows_of=rows_of)
+    elif value.device != device:
+        raise ValueError(f'{name} must be on {device}, got {value.device}; call {name}.to("{device}").')
+
+
+def positive_number(name: str, value: Any) -> None:
+    """A temperature or a logit scale, whatever its size."""
+    number(name, value)
+    if not isinstance(value, Tensor):
+        least = value
+    elif readable(value) and value.numel() > 0:
+        least = (value if value.numel() == 1 else value.min()).item()
+    else:
         return
-    scale(name, value, 1, device, rows_of=rows_of)
-    if value <= 0:
-        raise ValueError(f"{name} must be positive, got {value}; pass a value such as 0.07 (or 1 / 0.07 for a scale).")
+    if least <= 0:
+        if name == "logit_scale":
+            way_out = "pass it exponentiated, such as 1 / 0.07"
+        else:
+            way_out = "clamp it, or learn its logarithm" if isinstance(value, Tensor) else "pass a value such as 0.07"
+        raise ValueError(f"{name} must be positive, got {least}; {way_out}.")
+
+
+def temperature(name: str, value: Any, device: torch.device, *, rows: int | None = None, rows_of: str = "") -> None:
+    """A temperature or a logit scale: positive; a float, a one-element tensor, or (where `rows` is given) a vector."""
+    positive_number(name, value)
+    if isinstance(value, Tensor):
+        if rows is None:
+            one_element(name, value)
+        one_or_each(name, value, 1 if rows is None else rows, device, rows_of=rows_of)
+
+
+def one_element(name: str, value: Tensor) -> None:
+    if value.numel() != 1:
+        raise ValueError(
+            f"{name} must be a float or a tensor of one element, got shape {shape(value)}; give one value for all rows."
+        )
+
+
+def logit_bias(value: Any, device: torch.device) -> None:
+    """One number for all logits, which leaves a softmax as it is."""
+    number("logit_bias", value)
+    if isinstance(value, Tensor):
+        one_element("logit_bias", value)
+        one_or_each("logit_bias", value, 1, device, rows_of="")
+
+
+def no_dict(value: Any) -> None:
+    if value is not False:
+        raise ValueError(
+            f'output_dict must be False, got {value!r}; the loss is a tensor, put it into {{"contrastive_loss": loss}}.'
+        )
 
 
 def fraction(name: str, value: Any) -> None:
@@ -153,6 +243,12 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"{name} must be one of {options}, got {value!r}.")
+
+
+def known_options(owner: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"{owner} has no option {name}, got {name}={value!r}; its options are {', '.join(known)}.")
 
 
 def both_or_neither(name: str, value: Any, other_name: str, other: Any) -> None:
@@ -170,11 +266,8 @@ def enough_keys(queries: int, keys: int) -> None:
 
 
 def target_range(target: Tensor, keys: int) -> None:
-    """Reads the values, so only where that is free: eager CPU tensors. On others the host would wait for the device.
-
-    There no kernel reads beyond the keys: such a row has no positive, and its loss is inf.
-    """
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or target.numel() == 0:
+    """Where values are not read no kernel reads beyond the keys: such a row has no positive, and its loss is inf."""
+    if not readable(target) or target.numel() == 0:
         return
     low, high = (int(value) for value in target.aminmax())
     if low < 0 or high >= keys:
@@ -198,6 +291,14 @@ def no_forward_mode(op: str, *tensors: Tensor | None) -> None:
             )
 
 
+def no_jit_trace(op: str) -> None:
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{op} can't be recorded by torch.jit.trace, got a call under it; "
+            'use torch.export or torch.compile, or backend="reference".'
+        )
+
+
 def vectors(name: str, value: Any) -> None:
     """Sets of vectors of any batch shape: (..., K, D) with K >= 1 and D >= 1."""
     tensor(name, value)
@@ -209,10 +310,14 @@ def vectors(name: str, value: Any) -> None:
     features(name, value.reshape(-1, value.shape[-1]))
 
 
-def modalities(count: int) -> None:
-    if not 1 <= count <= 4:
+def modalities(others: Sequence[Any]) -> None:
+    if len(others) == 1 and isinstance(others[0], (list, tuple)):
+        raise TypeError(
+            f"others must be 1 to 4 tensors beside the anchor, got a {type(others[0]).__name__}; put * before it."
+        )
+    if not 1 <= len(others) <= 4:
         raise ValueError(
-            f"others must be 1 to 4 tensors beside the anchor, got {count}; pass each modality as an argument."
+            f"others must be 1 to 4 tensors beside the anchor, got {len(others)}; pass each modality as an argument."
         )
 
 

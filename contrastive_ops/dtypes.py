@@ -1,6 +1,8 @@
-"""Which dtype the results have."""
+"""Which dtypes there are: of the results, and of features under autocast."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -9,3 +11,28 @@ from torch import Tensor
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Statistics and losses are float32 whatever the input, float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context that autocast leaves alone on the device of x; an exported graph has it for those who run it."""
+    kind = x.device.type
+    available = torch.amp.is_autocast_available(kind)  # not for meta
+    if available and (torch.is_autocast_enabled(kind) or torch.compiler.is_compiling()):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def promoted(*features: Tensor, to: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """Features that meet: of mixed dtypes, all take that of autocast where it runs, as the factors of a product do.
+
+    Where those of distances meet, they take the dtype `to`. Without autocast they stay as they are, and with a float64,
+    which autocast leaves alone.
+    """
+    dtypes = {x.dtype for x in features}
+    if len(dtypes) == 1 or torch.float64 in dtypes:
+        return features
+    kind = features[0].device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return features
+    dtype = torch.get_autocast_dtype(kind) if to is None else to
+    return tuple(x.to(dtype) for x in features)

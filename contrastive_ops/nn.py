@@ -1,31 +1,87 @@
-"""Modules: the losses with their options stored, and the learnable logit scale."""
+"""Modules: the losses with their options, and the learnable logit scale."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from contrastive_ops import losses
+from contrastive_ops import checks, losses
+from contrastive_ops.losses import multi_view, terms
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What may be given beside the first tensor, by name."""
+    _, *others = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
 class _Loss(torch.nn.Module):
-    """Stores the keyword options of a loss function; `forward` takes its tensors and may override options."""
+    """A loss function with options; `forward` takes its tensors, and options that go before those of the module.
+
+    Each option is an attribute, which may be set at any time. A Parameter is a parameter of the module, another tensor
+    a buffer, a module a submodule whose call gives the value: with ``temperature=LogitScale()`` it is 1 / multiplier.
+    """
 
     function: Callable[..., Any]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options = options
+        self._given: list[str] = []
+        checks.known_options(type(self).__name__, options, self._known(options))
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def _known(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of all options that there are beside these."""
+        return _parameters(cls.function)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._known(self.__dict__):
+            super().__setattr__(name, value)
+            return
+        registered = name in self._parameters or name in self._buffers
+        if not registered and not isinstance(value, torch.nn.Module):
+            terms.check_options(**{name: value})
+        if isinstance(value, Tensor) and not registered and not isinstance(value, torch.nn.Parameter):
+            self.__dict__.pop(name, None)
+            self.register_buffer(name, value)
+        else:
+            super().__setattr__(name, value)
+        if name not in self._given:
+            self._given.append(name)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that were given, by name."""
+        return {name: getattr(self, name) for name in self._given}
 
     def forward(self, *tensors: Tensor, **options: Any) -> Any:
-        return type(self).function(*tensors, **{**self.options, **options})
+        own = {name: _value(name, option) for name, option in self.options.items() if name not in options}
+        return type(self).function(*tensors, **own, **options)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        shown = {name: option for name, option in self.options.items() if name not in self._modules}
+        return ", ".join(f"{name}={_in_words(option)}" for name, option in shown.items())
+
+
+def _value(name: str, option: Any) -> Any:
+    if not isinstance(option, torch.nn.Module):
+        return option
+    return option().reciprocal() if name == "temperature" and isinstance(option, LogitScale) else option()
+
+
+def _in_words(option: Any) -> str:
+    if isinstance(option, Tensor):
+        return f"{type(option).__name__} of shape {checks.shape(option)}"
+    return repr(option)
 
 
 class InfoNCE(_Loss):
@@ -159,6 +215,12 @@ class PairwiseViews(_Loss):
 
     function = staticmethod(losses.pairwise_views)
 
+    @classmethod
+    def _known(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        loss = multi_view.pair_loss(options.get("loss", "nt_xent"), return_stats=options.get("return_stats", False))
+        _second, *of_loss = _parameters(loss)
+        return ("loss", *of_loss)
+
 
 class Uniformity(_Loss):
     """Module of `uniformity`: ``Uniformity(t=2.0)(x)``.
@@ -222,6 +284,8 @@ class TriangleLoss(_Loss):
 
 class LogitScale(torch.nn.Module):
     """The learnable logit scale of the CLIP family; calling it gives the multiplier ``exp(logit_scale)``.
+
+    As the `temperature` of a module of a loss it is 1 / multiplier.
 
     Parameters
     ----------

@@ -220,6 +220,27 @@ def test_compiled_module_with_a_learnable_scale(backend):
     assert head.scale.logit_scale.grad.shape == (1,)
 
 
+@pytest.mark.parametrize("scale", [False, True], ids=["parameter", "LogitScale"])
+@TRACED
+def test_compiled_module_with_a_learnable_temperature(scale, backend):
+    initial = torch.tensor(0.3)
+    temperature = co.nn.LogitScale(initial=1 / 0.3) if scale else torch.nn.Parameter(initial)
+    module, x, y = co.nn.InfoNCE(temperature=temperature, backend=backend), torch.randn(12, 5), torch.randn(12, 5)
+    (parameter,) = module.parameters()
+    expected = module(x, y)
+    (grad,) = torch.autograd.grad(expected, parameter)
+    torch.compiler.reset()
+    both = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    loss = both(x, y)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(parameter.grad, grad)
+    with torch.no_grad():
+        parameter.add_(0.1)
+    torch.testing.assert_close(both(x, y), module(x, y))
+    assert not torch.equal(both(x, y), expected)
+
+
 @TRACED
 def test_compiled_op_takes_one_tensor_in_several_places(backend):
     """y = x, one vector of ids for both sides, one of scales: Dynamo minds where an autograd.Function gets it."""
@@ -258,6 +279,64 @@ def test_inductor():
     arguments = LOSSES[1].inputs(14, 6, torch.float32, torch.Generator().manual_seed(0))
     assert LOSSES[1].name == "clip_loss"
     assert_close(evaluate(compiled(call, "inductor"), arguments, {}), evaluate(call, arguments, {}))
+
+
+@pytest.mark.parametrize(("loss", "variant"), VARIANTS)
+def test_meta_tensors_have_the_shapes_of_real_ones(loss, variant):
+    real = loss.inputs(9, 6, torch.bfloat16, torch.Generator().manual_seed(0))
+    meta = tuple(x.detach().to("meta").requires_grad_(x.requires_grad) for x in real)
+    value, expected = loss.fused(*meta, **variant), loss.fused(*real, **variant)
+    assert (value.device.type, value.shape, value.dtype) == ("meta", expected.shape, expected.dtype)
+    value.backward()
+    for x in meta:
+        assert not x.requires_grad or (x.grad.device.type, x.grad.shape, x.grad.dtype) == ("meta", x.shape, x.dtype)
+
+
+class Call(torch.nn.Module):
+    """A loss with tensor options after its tensors: torch.export takes modules."""
+
+    def __init__(self, loss, names, options):
+        super().__init__()
+        self.loss, self.names, self.options = loss, names, options
+
+    def forward(self, *tensors):
+        place = len(tensors) - len(self.names)
+        return self.loss(*tensors[:place], **dict(zip(self.names, tensors[place:], strict=True)), **self.options)
+
+
+def exported(loss, n, options):
+    """The module, and its arguments for n samples: of the options the tensors, cut to size."""
+    names = [name for name, value in options.items() if isinstance(value, torch.Tensor)]
+    inputs = loss.inputs(n, 6, torch.float32, torch.Generator().manual_seed(n))
+    rest = {name: value for name, value in options.items() if name not in names}
+    return Call(loss.fused, names, rest), tuple(x.detach() for x in inputs) + tuple(options[name][:n] for name in names)
+
+
+ROWS_OF_IDS = {"query_ids": torch.arange(40) % 5, "key_ids": torch.arange(40) % 5}
+EXPORTS = [
+    *(param for param in VARIANTS if param.values[0].op is not None),  # triangle_loss has no op
+    *(pytest.param(row, {**options, **more}, id=f"{row.name}-{'-'.join(map(str, (*options, *more)))}")
+      for row in LOSSES for name, options in (
+          ("clip_loss", {"ids": torch.arange(40) % 5, "label_smoothing": 0.1}),
+          ("clip_loss", {"ids": torch.arange(40) % 5, "sample_weight": torch.linspace(0.5, 1.0, 40)}),
+          ("info_nce", {**ROWS_OF_IDS, "label_smoothing": 0.1, "temperature": torch.linspace(0.1, 0.2, 40)}),
+          ("supcon", {"empty": "drop"}), ("nt_xent", {}))
+      if row.name == name for more in ({"return_stats": True}, {"reduction": "none"})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "options"), EXPORTS)
+def test_exported_loss(loss, options):
+    """torch.export, not strict, for every batch size from 2 on: 2 itself, where N - 1 is 1, and beyond that traced."""
+    axis = {"mv_infonce": 1, "mv_dhel": 1, "pvc": 1, "pairwise_views": 1}.get(loss.name, 0)
+    batch = torch.export.Dim("batch", min=2)
+    call, arguments = exported(loss, 14, options)
+    sizes = tuple({axis: batch} if x.dim() else {} for x in arguments)
+    program = torch.export.export(call, arguments, dynamic_shapes=(sizes,), strict=False).module()
+    for n in (2, 33):
+        call, arguments = exported(loss, n, options)
+        for ours, eager in zip(*(torch.utils._pytree.tree_leaves(f(*arguments)) for f in (program, call)), strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones(backend):
@@ -303,6 +382,92 @@ def test_autocast_accepts_the_features_it_produces(backend):
     loss.backward()
     assert layer.weight.grad.dtype == torch.float32
     assert (layer.weight.grad != 0).any()
+
+
+# what of several features: a call, as many as it takes, and the dtype that they meet in under autocast
+MEETING = {
+    "info_nce": (co.info_nce, 2, torch.bfloat16),
+    "clip_loss": (lambda x, y: co.clip_loss(x, y, 5.0), 2, torch.bfloat16),
+    "nt_xent": (co.nt_xent, 2, torch.bfloat16),
+    "dcl": (co.dcl, 2, torch.bfloat16),
+    "dclw": (co.dclw, 2, torch.bfloat16),
+    "dhel": (co.dhel, 2, torch.bfloat16),
+    "uniformity": (co.uniformity, 2, torch.float32),
+    "alignment": (co.alignment, 2, torch.float32),
+    "gram_loss": (co.gram_loss, 3, torch.bfloat16),
+    "triangle_loss": (co.triangle_loss, 3, torch.float32),
+    "gram_retrieve": (lambda x, y: co.gram_retrieve(x, y[:, None], 2)[0], 2, torch.bfloat16),
+    "sample_gram_negatives": (
+        lambda x, y: co.sample_gram_negatives(x, y, generator=torch.Generator().manual_seed(0))[0], 2, torch.bfloat16,
+    ),
+    "similarity_logsumexp": (lambda x, y: co.similarity_logsumexp(x, y).row_lse.sum(), 2, torch.bfloat16),
+    "volume_logsumexp": (lambda x, y: co.volume_logsumexp(x, y[:, None]).row_lse.sum(), 2, torch.bfloat16),
+}  # fmt: skip
+
+
+MIXTURES = ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+            (torch.float16, torch.bfloat16))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", MIXTURES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
+@pytest.mark.parametrize("name", MEETING)
+def test_autocast_promotes_features_of_two_dtypes(name, dtypes):
+    """Factors of products take autocast's dtype, features whose distance is taken float32, as torch.cdist has them."""
+    call, count, dtype = MEETING[name]
+    features = [torch.randn(9, 6).to(dtypes[k % 2]).requires_grad_() for k in range(count)]
+    expected = call(*(x.to(dtype) for x in features))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = call(*features)
+    assert torch.equal(value, expected)
+    if value.requires_grad:
+        for got, wanted in zip(*(torch.autograd.grad(of, features) for of in (value, expected)), strict=True):
+            assert torch.equal(got, wanted)
+    with pytest.raises(TypeError, match="must have the dtype of"):
+        call(*features)
+
+
+def test_autocast_promotes_as_the_dense_loss_does(backend):
+    """One tower under autocast, one without: logits of bfloat16 factors, rounded to 8 bits in the dense loss alone."""
+    layer, x, y = torch.nn.Linear(6, 5), torch.randn(10, 6), torch.randn(10, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image = layer(x)
+        logits = image @ y.T
+        dense = torch.nn.functional.cross_entropy(logits.float(), torch.arange(10))
+        ours = co.info_nce(image, y, temperature=1.0, normalize=False, backend=backend)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, dense, rtol=1e-2, atol=0.0)
+    ours.backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_float64_alone(dtype):
+    """So does torch.matmul, which refuses the pair."""
+    x, y = torch.randn(2, 9, 6)
+    sentence = f"key must have the dtype of query, float64, got {str(dtype).removeprefix('torch.')}"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=sentence):
+        co.info_nce(x.double(), y.to(dtype))
+
+
+def test_autocast_of_another_device_promotes_nothing():
+    x, y = torch.randn(2, 9, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="key must have the dtype of"):
+        co.info_nce(x.to("meta"), y.to("meta", torch.bfloat16))
+
+
+@TRACED
+def test_compiled_loss_promotes_under_autocast(backend):
+    def call(x, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return co.clip_loss(x, y, 5.0, backend=backend)
+
+    arguments = torch.randn(9, 6).requires_grad_(), torch.randn(9, 6).bfloat16().requires_grad_()
+    got, wanted = compiled(call)(*arguments), call(*arguments)
+    torch.testing.assert_close(got, wanted)
+    for ours, expected, x in zip(*(torch.autograd.grad(of, arguments) for of in (got, wanted)), arguments, strict=True):
+        assert ours.dtype == x.dtype
+        largest = expected.abs().max().item()  # gradients of bfloat16, rounded at other places
+        torch.testing.assert_close(ours, expected, rtol=0.0, atol=1e-2 * largest)
 
 
 @pytest.mark.parametrize("loss", [pytest.param(row, id=row.name) for row in LOSSES if row.op is not None])

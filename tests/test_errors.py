@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import contrastive_ops as co
 from contrastive_ops import backends, build, checks
@@ -15,6 +18,10 @@ from contrastive_ops import backends, build, checks
 X, Y = torch.zeros(4, 3), torch.zeros(5, 3)
 IDS = torch.arange(4)
 VIEWS = torch.zeros(2, 4, 3)
+with warnings.catch_warnings():  # that nested tensors are a prototype
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor([X, X])
+    JAGGED = torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged)
 op = co.similarity_logsumexp
 
 
@@ -34,16 +41,17 @@ REFUSALS = {
         "x must be a torch.Tensor, got list; call torch.as_tensor(x)."),
     "features-dtensor": (
         lambda: op(distributed()), TypeError,
-        "x must be a plain tensor, got a DTensor; call x.to_local() or x.full_tensor()."),
+        "x must be a plain tensor, got a DTensor; call x.full_tensor(), "
+        "x.to_local() is the part of this rank alone."),
     "features-1d": (
         lambda: op(X[0]), ValueError,
-        "x must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
+        "x must have shape (N, D), got (3,); {axes (N, D)}."),
     "features-0d": (
         lambda: op(X[0, 0]), ValueError,
-        "x must have shape (N, D), got (); flatten or unsqueeze it to 2 dimensions."),
+        "x must have shape (N, D), got (); {axes (N, D)}."),
     "features-3d": (
         lambda: co.info_nce(X, X[None]), ValueError,
-        "key must have shape (N, D), got (1, 4, 3); flatten or unsqueeze it to 2 dimensions."),
+        "key must have shape (M, D), got (1, 4, 3); {axes (M, D)}."),
     "features-sparse": (
         lambda: op(X.to_sparse()), TypeError,
         "x must be a dense (strided) tensor, got layout torch.sparse_coo; call x.to_dense()."),
@@ -52,13 +60,14 @@ REFUSALS = {
         "x must be one of float32, bfloat16, float16, float64, got int64; call x.float()."),
     "features-complex": (
         lambda: co.nt_xent(X, X.cfloat()), TypeError,
-        "z2 must be one of float32, bfloat16, float16, float64, got complex64; call z2.float()."),
+        "z2 must be one of float32, bfloat16, float16, float64, got complex64; "
+        "call torch.view_as_real(z2).flatten(-2)."),
     "features-no_feature": (
         lambda: op(X[:, :0]), ValueError,
         "x must have at least one feature (D >= 1), got shape (4, 0)."),
     "features-y": (
         lambda: op(X, Y[0]), ValueError,
-        "y must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
+        "y must have shape (N, D), got (3,); {axes (N, D)}."),
     # two features that meet
     "pair-device": (
         lambda: op(X, Y.to("meta")), ValueError,
@@ -86,10 +95,10 @@ REFUSALS = {
         "labels must be a torch.Tensor, got list; call torch.as_tensor(labels)."),
     "integers-float": (
         lambda: co.supcon(X, IDS.float()), TypeError,
-        "labels must be an integer tensor, got float32; call labels.long()."),
+        "labels must be an integer tensor, got float32; labels.long() keeps values that are whole."),
     "integers-bool": (
         lambda: op(X, exclude=IDS > 0), TypeError,
-        "exclude must be an integer tensor, got bool; call exclude.long()."),
+        "exclude must be an integer tensor, got bool; give integers."),
     "integers-column": (
         lambda: co.supcon(X, IDS[:, None]), ValueError,
         "labels must have shape (4,), got (4, 1); call labels.flatten()."),
@@ -116,7 +125,7 @@ REFUSALS = {
         "target must have shape (4,), got (2,); give one value per row of query."),
     "target-float": (
         lambda: co.info_nce(X, Y, target=IDS.float()), TypeError,
-        "target must be an integer tensor, got float32; call target.long()."),
+        "target must be an integer tensor, got float32; target.long() keeps values that are whole."),
     "target-too_large": (
         lambda: co.info_nce(X, Y, target=IDS + 2), ValueError,
         "target must be in [0, M) = [0, 5), got values from 2 to 5."),
@@ -139,10 +148,10 @@ REFUSALS = {
     # scales and biases
     "scale-string": (
         lambda: op(X, row_scale="2"), TypeError,
-        "row_scale must be a float or a tensor, got str; call float(row_scale)."),
+        "row_scale must be a float or a tensor, got str; pass a number."),
     "scale-bool": (
         lambda: op(X, row_bias=True), TypeError,
-        "row_bias must be a float or a tensor, got bool; call float(row_bias)."),
+        "row_bias must be a float or a tensor, got bool; pass a number."),
     "scale-nan": (
         lambda: op(X, Y, col_scale=float("nan")), ValueError,
         "col_scale must be finite, got nan."),
@@ -167,25 +176,25 @@ REFUSALS = {
     # temperatures
     "temperature-zero": (
         lambda: co.nt_xent(X, X, temperature=0.0), ValueError,
-        "temperature must be positive, got 0.0; pass a value such as 0.07 (or 1 / 0.07 for a scale)."),
+        "temperature must be positive, got 0.0; pass a value such as 0.07."),
     "temperature-negative": (
         lambda: co.clip_loss(X, X, -1), ValueError,
-        "logit_scale must be positive, got -1; pass a value such as 0.07 (or 1 / 0.07 for a scale)."),
+        "logit_scale must be positive, got -1; pass it exponentiated, such as 1 / 0.07."),
     "temperature-nan": (
         lambda: co.supcon(X, IDS, temperature=float("nan")), ValueError,
         "temperature must be finite, got nan."),
     "temperature-none": (
         lambda: co.info_nce(X, Y, temperature=None), TypeError,
-        "temperature must be a float or a tensor, got NoneType; call float(temperature)."),
+        "temperature must be a float or a tensor, got NoneType; pass a number."),
     "temperature-integer": (
         lambda: co.dclw(X, X, temperature=torch.tensor(1)), TypeError,
         "temperature must be a floating-point tensor, got int64; call temperature.float()."),
     "temperature-vector": (
         lambda: co.dcl(X, X, temperature=torch.ones(4)), ValueError,
-        "temperature must be a float or a tensor of one element, got shape (4,)."),
+        "temperature must be a float or a tensor of one element, got shape (4,); give one value for all rows."),
     "logit_scale-vector": (
         lambda: co.clip_loss(X, X, torch.ones(4)), ValueError,
-        "logit_scale must be a float or a tensor of one element, got shape (4,)."),
+        "logit_scale must be a float or a tensor of one element, got shape (4,); give one value for all rows."),
     "temperature-size": (
         lambda: co.info_nce(X, Y, temperature=torch.ones(5)), ValueError,
         "temperature must have shape (4,), got (5,); give one value per row of query."),
@@ -264,31 +273,31 @@ REFUSALS = {
     # supcon's features
     "supcon-1d": (
         lambda: co.supcon(X[0], IDS), ValueError,
-        "features must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
+        "features must have shape (N, D), got (3,); {axes (N, D)}."),
     "supcon-4d": (
         lambda: co.supcon(X[None, None], IDS), ValueError,
-        "features must have shape (N, V, D), got (1, 1, 4, 3); flatten or unsqueeze it to 3 dimensions."),
+        "features must have shape (N, V, D), got (1, 1, 4, 3); {axes (N, V, D)}."),
     "supcon-list": (
         lambda: co.supcon([[1.0]], IDS), TypeError,
         "features must be a torch.Tensor, got list; call torch.as_tensor(features)."),
     # volume_logsumexp
     "volume-anchor": (
         lambda: co.volume_logsumexp(X[0], X[:, None]), ValueError,
-        "anchor must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
+        "anchor must have shape (N, D), got (3,); {axes (N, D)}."),
     "volume-tuples": (
         lambda: co.volume_logsumexp(X, X), ValueError,
-        "tuples must have shape (M, P, D), got (4, 3); flatten or unsqueeze it to 3 dimensions."),
+        "tuples must have shape (M, P, D), got (4, 3); {axes (M, P, D)}."),
     "volume-dtype": (
         lambda: co.volume_logsumexp(X, X[:, None].double()), TypeError,
         "tuples must have the dtype of anchor, float32, got float64; call tuples.to(anchor.dtype)."),
     "volume-five": (
         lambda: co.volume_logsumexp(X, X[:, None].expand(4, 5, 3)), ValueError,
         "tuples must have 1 to 4 vectors each (P of (M, P, D)), got shape (4, 5, 3); "
-        "leave modalities out, or average some."),
+        "another loss leaves modalities out, or averages some."),
     "volume-none": (
         lambda: co.volume_logsumexp(X, X[:, None, :][:, :0]), ValueError,
         "tuples must have 1 to 4 vectors each (P of (M, P, D)), got shape (4, 0, 3); "
-        "leave modalities out, or average some."),
+        "another loss leaves modalities out, or averages some."),
     "volume-no_direction": (
         lambda: co.volume_logsumexp(X, X[:, None], rows=False), ValueError,
         "rows or cols must be True, got rows=False, cols=False; there would be nothing to do."),
@@ -297,20 +306,20 @@ REFUSALS = {
         "col_scale must have shape (5,), got (4,); give one value per row of tuples."),
     "volume-exclude": (
         lambda: co.volume_logsumexp(X, Y[:, None], exclude=torch.ones(4)), TypeError,
-        "exclude must be an integer tensor, got float32; call exclude.long()."),
+        "exclude must be an integer tensor, got float32; exclude.long() keeps values that are whole."),
     # views
     "views-list": (
         lambda: co.mv_infonce([X, X]), TypeError,
         "views must be a torch.Tensor, got list; call torch.stack(views)."),
     "views-2d": (
         lambda: co.mv_dhel(X), ValueError,
-        "views must have shape (V, N, D), got (4, 3); flatten or unsqueeze it to 3 dimensions."),
+        "views must have shape (V, N, D), got (4, 3); {axes (V, N, D)}."),
     "views-one": (
         lambda: co.pvc(X[None]), ValueError,
         "views must have at least two views (V >= 2), got shape (1, 4, 3); its axes are views, instances, features."),
     "views-temperature": (
         lambda: co.mv_infonce(VIEWS, temperature=torch.ones(2)), ValueError,
-        "temperature must be a float or a tensor of one element, got shape (2,)."),
+        "temperature must be a float or a tensor of one element, got shape (2,); give one value for all rows."),
     "views-dhel": (
         lambda: co.dhel(X, Y), ValueError,
         "z2 must have the shape of z1, (4, 3), got (5, 3); row i of z2 is the positive of row i of z1."),
@@ -336,7 +345,7 @@ REFUSALS = {
         "y must have the shape of x, (4, 3), got (5, 3); row i of y is the positive of row i of x."),
     "joint_entropy-3d": (
         lambda: co.joint_entropy(VIEWS), ValueError,
-        "x must have shape (N, D), got (2, 4, 3); flatten or unsqueeze it to 2 dimensions."),
+        "x must have shape (N, D), got (2, 4, 3); {axes (N, D)}."),
     "alignment-alpha": (
         lambda: co.alignment(X, X, alpha=torch.tensor(2.0)), ValueError,
         "alpha must be a positive float, got tensor(2.); pass a value such as 0.5."),
@@ -366,7 +375,7 @@ REFUSALS = {
         "others must be 1 to 4 tensors beside the anchor, got 5; pass each modality as an argument."),
     "others-list": (
         lambda: co.gram_loss(X, [X, X]), TypeError,
-        "others[0] must be a torch.Tensor, got list; call torch.as_tensor(others[0])."),
+        "others must be 1 to 4 tensors beside the anchor, got a list; put * before it."),
     "others-rows": (
         lambda: co.gram_loss(X, X, Y), ValueError,
         "others[1] must have the shape of anchor, (4, 3), got (5, 3); "
@@ -385,13 +394,13 @@ REFUSALS = {
         "squared must be one of True, False, got 2."),
     "temperature-gram": (
         lambda: co.gram_loss(X, X, temperature=torch.ones(4)), ValueError,
-        "temperature must be a float or a tensor of one element, got shape (4,)."),
+        "temperature must be a float or a tensor of one element, got shape (4,); give one value for all rows."),
     "weights-triangle": (
         lambda: co.triangle_loss(X, X, X, sample_weight=torch.ones(3)), ValueError,
         "sample_weight must have shape (4,), got (3,); give one value per row of anchor."),
     "retrieve-tuples": (
         lambda: co.gram_retrieve(X, X, 1), ValueError,
-        "tuples must have shape (M, P, D), got (4, 3); flatten or unsqueeze it to 3 dimensions."),
+        "tuples must have shape (M, P, D), got (4, 3); {axes (M, P, D)}."),
     "retrieve-k": (
         lambda: co.gram_retrieve(X, X[:, None], 5), ValueError,
         "k must be an integer in [1, 4], the number of tuples, got 5."),
@@ -401,6 +410,84 @@ REFUSALS = {
     "draw-one": (
         lambda: co.sample_gram_negatives(X[:1], X[:1]), ValueError,
         "anchor must have at least 2 rows, got 1; with one tuple there is no negative to draw."),
+    # what has no row of features to read
+    "features-nested": (
+        lambda: co.nt_xent(NESTED, NESTED), TypeError,
+        "z1 must be a plain tensor, got a nested one; its rows are torch.cat(z1.unbind()), "
+        "of which row i goes with row i of the other arguments."),
+    "features-jagged": (
+        lambda: co.mv_dhel(JAGGED), TypeError,
+        "views must be a plain tensor, got a nested one; its rows are torch.cat(views.unbind()), "
+        "of which row i goes with row i of the other arguments."),
+    "vectors-nested": (
+        lambda: co.gramian_volume(NESTED), TypeError,
+        "vectors must be a plain tensor, got a nested one; its rows are torch.cat(vectors.unbind()), "
+        "of which row i goes with row i of the other arguments."),
+    "temperature-nested": (
+        lambda: co.nt_xent(X, X, temperature=NESTED), TypeError,
+        "temperature must be a plain tensor, got a nested one; its rows are torch.cat(temperature.unbind()), "
+        "of which row i goes with row i of the other arguments."),
+    "features-none": (
+        lambda: co.nt_xent(X, None), TypeError,
+        "z2 must be a torch.Tensor, got NoneType; pass a tensor, there is no default."),
+    "features-tensors": (
+        lambda: co.supcon([X, X], IDS), TypeError,
+        "features must be a torch.Tensor, got list; make one of its tensors, with torch.cat or torch.stack."),
+    "keys-of-each": (
+        lambda: co.info_nce(X, torch.zeros(4, 3, 3)), ValueError,
+        "key must have shape (M, D), got (4, 3, 3); every row is a key of all queries: flatten the first two axes of "
+        "keys (N, K, D), and pass target=, the row of each query's positive, which is torch.arange(N) * K where it is "
+        "the first of K."),
+    "labels-none": (
+        lambda: co.supcon(X, None), TypeError,
+        "labels must be a torch.Tensor, got NoneType; pass a tensor, there is no default."),
+    "labels-sparse": (
+        lambda: co.supcon(X, IDS.to_sparse()), TypeError,
+        "labels must be a dense (strided) tensor, got layout torch.sparse_coo; call labels.to_dense()."),
+    "temperature-dtensor": (
+        lambda: co.info_nce(X, X, temperature=distributed()), TypeError,
+        "temperature must be a plain tensor, got a DTensor; call temperature.full_tensor(), "
+        "temperature.to_local() is the part of this rank alone."),
+    "logit_scale-dtensor": (
+        lambda: co.clip_loss(X, X, distributed()), TypeError,
+        "logit_scale must be a plain tensor, got a DTensor; call logit_scale.full_tensor(), "
+        "logit_scale.to_local() is the part of this rank alone."),
+    "scale-dtensor": (
+        lambda: op(X, row_scale=distributed()), TypeError,
+        "row_scale must be a plain tensor, got a DTensor; call row_scale.full_tensor(), "
+        "row_scale.to_local() is the part of this rank alone."),
+    "temperature-sparse": (
+        lambda: co.nt_xent(X, X, temperature=torch.ones(1).to_sparse()), TypeError,
+        "temperature must be a dense (strided) tensor, got layout torch.sparse_coo; call temperature.to_dense()."),
+    "temperature-logit_scale": (
+        lambda: co.nt_xent(X, X, temperature=co.nn.LogitScale()), TypeError,
+        "temperature must be a float or a tensor, got LogitScale; "
+        "call it for its value, of a LogitScale 1 / temperature()."),
+    "logit_scale-module": (
+        lambda: co.clip_loss(X, X, co.nn.LogitScale()), TypeError,
+        "logit_scale must be a float or a tensor, got LogitScale; call logit_scale() for its value."),
+    "temperature-tensor-zero": (
+        lambda: co.nt_xent(X, X, temperature=torch.tensor(0.0)), ValueError,
+        "temperature must be positive, got 0.0; clamp it, or learn its logarithm."),
+    "temperature-parameter-negative": (
+        lambda: co.supcon(X, IDS, temperature=torch.nn.Parameter(torch.tensor([-0.5]))), ValueError,
+        "temperature must be positive, got -0.5; clamp it, or learn its logarithm."),
+    "temperature-rows-negative": (
+        lambda: co.info_nce(X, X, temperature=torch.tensor([1.0, 2.0, -0.5, 1.0])), ValueError,
+        "temperature must be positive, got -0.5; clamp it, or learn its logarithm."),
+    "logit_scale-logarithm": (
+        lambda: co.clip_loss(X, X, torch.tensor(-2.5)), ValueError,
+        "logit_scale must be positive, got -2.5; pass it exponentiated, such as 1 / 0.07."),
+    # what open_clip passes
+    "output_dict": (
+        lambda: co.clip_loss(X, X, 1.0, output_dict=True), ValueError,
+        'output_dict must be False, got True; the loss is a tensor, put it into {"contrastive_loss": loss}.'),
+    "logit_bias-matrix": (
+        lambda: co.clip_loss(X, X, 1.0, logit_bias=torch.zeros(4, 4)), ValueError,
+        "logit_bias must be a float or a tensor of one element, got shape (4, 4); give one value for all rows."),
+    "logit_bias-device": (
+        lambda: co.clip_loss(X, X, 1.0, logit_bias=torch.zeros(1, device="meta")), ValueError,
+        'logit_bias must be on cpu, got meta; call logit_bias.to("cpu").'),
     # backends
     "backend-op": (
         lambda: op(X, backend="triton2"), ValueError,
@@ -414,7 +501,7 @@ REFUSALS = {
         'Pass backend="auto".'),
     "explain-features": (
         lambda: co.explain(X[0]), ValueError,
-        "x must have shape (N, D), got (3,); flatten or unsqueeze it to 2 dimensions."),
+        "x must have shape (N, D), got (3,); {axes (N, D)}."),
     "explain-op": (
         lambda: co.explain(X, op="attention"), ValueError,
         "op must be one of 'similarity_logsumexp', 'volume_logsumexp', 'gramian_volume', got 'attention'."),
@@ -424,8 +511,26 @@ REFUSALS = {
         'Pass backend="auto".'),
     # modules
     "module-options": (
-        lambda: co.nn.SupCon(variant="both")(X, IDS), ValueError,
+        lambda: co.nn.SupCon(variant="both"), ValueError,
         "variant must be one of 'out', 'in', got 'both'."),
+    "module-unknown": (
+        lambda: co.nn.NTXent(tau=1.0), TypeError,
+        "NTXent has no option tau, got tau=1.0; its options are z2, temperature, normalize, reduction, return_stats, "
+        "backend."),
+    "module-unknown-pairwise": (
+        lambda: co.nn.PairwiseViews(loss="dcl", tau=1.0), TypeError,
+        "PairwiseViews has no option tau, got tau=1.0; its options are loss, temperature, normalize, reduction, "
+        "return_stats, backend."),
+    "module-pairwise-loss": (
+        lambda: co.nn.PairwiseViews(loss="dhel"), ValueError,
+        "loss must be one of 'nt_xent', 'info_nce', 'dcl', got 'dhel'."),
+    "module-pairwise-stats": (
+        lambda: co.nn.PairwiseViews(return_stats=True), ValueError,
+        "return_stats must be False, got True: every pair of views has its own statistics; "
+        "call nt_xent(views[0], views[1], return_stats=True)."),
+    "module-backend": (
+        lambda: co.nn.InfoNCE(backend="gpu"), ValueError,
+        "backend must be one of {names}, got 'gpu'."),
     "scale_module-shape": (
         lambda: co.nn.LogitScale(shape=(2,)), ValueError,
         "shape must be () or (1,), got (2,)."),
@@ -442,6 +547,8 @@ REFUSALS = {
 def test_refusal(name):
     call, kind, sentence = REFUSALS[name]
     sentence = sentence.replace("{names}", ", ".join(repr(known) for known in backends.NAMES))
+    for expected, axes in checks.AXES.items():
+        sentence = sentence.replace(f"{{axes {expected}}}", axes)
     with pytest.raises(kind, match=f"^{re.escape(sentence)}$") as info:
         call()
     assert type(info.value) is kind
@@ -460,9 +567,48 @@ def test_every_loss_checks_the_common_options(option, loss):
         loss(*arguments, **{option: "wrong"})
 
 
+WRONG = {
+    "reduction": "avg", "normalize": "yes", "backend": "gpu", "variant": "both", "empty": "keep", "aggregate": "mean",
+    "include_same_view": 1.5, "detach_others": "no", "squared": 2, "temperature": 0.0, "logit_scale": torch.tensor(1),
+    "sigma": -1.0, "t": 0.0, "alpha": float("nan"), "label_smoothing": 1.0, "sample_weight": IDS, "target": IDS.float(),
+    "logit_bias": "0", "output_dict": True, "ids": [0], "query_ids": X, "key_ids": IDS > 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(co.nn._Loss.__subclasses__(), key=str), ids=lambda kind: kind.__name__)
+def test_modules_refuse_options_where_they_are_given(kind):
+    """Names that no loss has, and values that need no features to be wrong."""
+    known = kind._known({})
+    with pytest.raises(TypeError, match=f"^{kind.__name__} has no option tau, got tau=1.0; its options are "):
+        kind(tau=1.0)
+    assert set(known) - set(WRONG) <= {"z2", "key", "labels", "text_features", "x", "y", "loss", "return_stats"}
+    for name in set(known) & set(WRONG):
+        with pytest.raises((ValueError, TypeError), match=rf"^{name} must be "):
+            kind(**{name: WRONG[name]})
+
+
 def test_every_refusal_of_checks_is_above():
     """Counts the `raise` statements, so that a new check can't come without its sentence here."""
-    assert inspect.getsource(checks).count("    raise ") == 33
+    assert inspect.getsource(checks).count("    raise ") == 37
+
+
+# it says of every size that is compared that the comparison is not recorded
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+def test_jit_trace_is_refused():
+    x = torch.randn(4, 3)
+    for op, call in {
+        "similarity_logsumexp": lambda x, **options: co.info_nce(x, x.roll(1, 0), **options),
+        "volume_logsumexp": lambda x, **options: co.gram_loss(x, x.roll(1, 0), **options),
+    }.items():
+        sentence = (
+            f"{op} can't be recorded by torch.jit.trace, got a call under it; "
+            'use torch.export or torch.compile, or backend="reference".'
+        )
+        with pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):
+            torch.jit.trace(call, (x,))
+        traced = torch.jit.trace(lambda x, call=call: call(x, backend="reference"), (x,))
+        torch.testing.assert_close(traced(x), call(x, backend="reference"))
 
 
 # the first dual tensor makes PyTorch script some of its own functions
@@ -474,6 +620,31 @@ def test_dual_tensors_are_refused():
     )
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):
         op(forward_ad.make_dual(X, X), backend="tiled")
+
+
+# without a batching rule PyTorch loops over the batch, and says that this is slow
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_values_are_read_only_where_that_is_free():
+    """No device is synchronised, and none are asked for where there are none: on meta, under tracing and transforms."""
+    x, y, negative = torch.randn(4, 3), torch.randn(5, 3), torch.tensor(-0.5)
+
+    def call(temperature, target):
+        return co.info_nce(x, y, temperature=temperature, target=target, backend="tiled")
+
+    with pytest.raises(ValueError, match=r"^temperature must be positive, got -0\.5; "):
+        call(negative, IDS)
+    with pytest.raises(ValueError, match=r"^target must be in "):
+        call(1.0, IDS + 4)
+    checks.positive_number("temperature", negative.to("meta"))
+    checks.positive_number("temperature", torch.empty(0))
+    assert call(torch.tensor(float("nan")), IDS).isnan()
+    assert torch.vmap(call, (0, None))(negative.expand(2), IDS).shape == (2,)
+    assert torch.vmap(call, (None, 0))(1.0, torch.stack([IDS, IDS])).shape == (2,)
+    assert make_fx(call)(negative, IDS) is not None
+    assert torch.compile(call, backend="eager", fullgraph=True)(negative, IDS).shape == ()
+    fake = FakeTensorMode().from_tensor
+    x, y = fake(x), fake(y)
+    assert call(fake(negative), fake(IDS)).shape == ()
 
 
 def test_target_values_are_read_only_where_that_is_free():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,174 @@ def test_module_prints_its_options_and_has_no_state(loss):
 def test_module_of_alignment_is_its_function():
     x, y = torch.randn(2, 7, 4)
     assert torch.equal(co.nn.Alignment(alpha=1.0)(x, y), co.alignment(x, y, alpha=1.0))
+
+
+KINDS = [pytest.param(row, *MODULES[row.name], id=row.name) for row in LOSSES]
+WITH_TEMPERATURE = [row for row in KINDS if "temperature" in row.values[2]]
+
+
+def inputs_of(loss, n=12, dtype=torch.float32):
+    return loss.inputs(n, 5, dtype, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("loss", "kind", "options"), WITH_TEMPERATURE)
+def test_learnable_temperature_is_a_parameter(loss, kind, options):
+    """It is in parameters() and in the state, follows the module's dtype, survives copies, and learns."""
+    parameter = torch.nn.Parameter(torch.tensor(0.3))
+    module = kind(**{**options, "temperature": parameter})
+    arguments = inputs_of(loss)
+    expected = loss.fused(*arguments, **{**options, "temperature": 0.3})
+    assert dict(module.named_parameters()) == {"temperature": parameter}
+    assert module.temperature is parameter
+    assert list(module.state_dict()) == ["temperature"]
+    assert "temperature=Parameter of shape ()" in repr(module)
+    copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for own in (module, *copies):
+        torch.testing.assert_close(own(*arguments), expected)
+    loaded = kind(**{**options, "temperature": torch.nn.Parameter(torch.tensor(1.0))})
+    loaded.load_state_dict(module.state_dict())
+    torch.testing.assert_close(loaded(*arguments), expected)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    module(*arguments).backward()
+    assert parameter.grad.item() != 0
+    optimizer.step()
+    assert module.temperature.item() != pytest.approx(0.3, rel=1e-7)
+    assert all(own.temperature.item() == pytest.approx(0.3) for own in copies)
+    assert module.double().temperature.dtype == torch.float64
+
+
+TENSORS = {
+    "info_nce": {"target": torch.arange(12).flip(0), "query_ids": torch.arange(12) % 5, "key_ids": torch.arange(12) % 5,
+                 "sample_weight": torch.linspace(0.5, 1.0, 12), "temperature": torch.linspace(0.1, 0.2, 12)},
+    "clip_loss": {"ids": torch.arange(12) % 5, "sample_weight": torch.linspace(0.5, 1.0, 12)},
+    "supcon": {"temperature": torch.tensor(0.3)},
+    "gram_loss": {"sample_weight": torch.linspace(0.5, 1.0, 12), "temperature": torch.tensor([0.3])},
+    "triangle_loss": {"sample_weight": torch.linspace(0.5, 1.0, 12)},
+    "pairwise_views": {"loss": "info_nce", "query_ids": torch.arange(12) % 5, "key_ids": torch.arange(12) % 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [row for row in ROWS if row.id in TENSORS])
+def test_tensors_are_buffers(loss):
+    kind, options = MODULES[loss.name][0], TENSORS[loss.name]
+    module, arguments = kind(**options), inputs_of(loss)
+    tensors = [name for name, value in options.items() if isinstance(value, torch.Tensor)]
+    assert [name for name, _ in module.named_buffers()] == tensors
+    assert list(module.state_dict()) == tensors
+    assert not list(module.parameters())
+    expected = loss.fused(*arguments, **options)
+    for own in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(own(*arguments), expected)
+    moved = module.to("meta")
+    assert all(buffer.device.type == "meta" for buffer in moved.buffers())
+    assert moved(*(x.detach().to("meta") for x in arguments)).device.type == "meta"
+
+
+@pytest.mark.parametrize(("loss", "kind", "options"), WITH_TEMPERATURE)
+def test_logit_scale_as_temperature_is_its_inverse(loss, kind, options):
+    scale, arguments = LogitScale(initial=1 / 0.3), inputs_of(loss)
+    module = kind(**{**options, "temperature": scale})
+    expected = loss.fused(*arguments, **{**options, "temperature": 0.3})
+    torch.testing.assert_close(module(*arguments), expected)
+    assert [name for name, _ in module.named_parameters()] == ["temperature.logit_scale"]
+    assert "(temperature): LogitScale()" in repr(module)
+    module(*arguments).backward()
+    assert scale.logit_scale.grad.item() != 0
+    torch.testing.assert_close(copy.deepcopy(module)(*arguments), expected)
+
+
+def test_a_module_gives_the_value():
+    class Temperature(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.raw = torch.nn.Parameter(torch.tensor(0.0))
+
+        def forward(self):
+            return 0.5 * self.raw.sigmoid()
+
+    x, y = torch.randn(2, 7, 4)
+    module = co.nn.NTXent(temperature=Temperature())
+    torch.testing.assert_close(module(x, y), co.nt_xent(x, y, temperature=0.25))
+    clip = co.nn.CLIPLoss(logit_scale=LogitScale(initial=10.0))
+    torch.testing.assert_close(clip(x, y), co.clip_loss(x, y, 10.0))
+    assert [name for name, _ in clip.named_parameters()] == ["logit_scale.logit_scale"]
+    assert torch.equal(clip(x, y, logit_scale=3.0), co.clip_loss(x, y, 3.0))
+    bank = co.nn.InfoNCE(key=y)  # fixed keys
+    assert torch.equal(bank(x), co.info_nce(x, y))
+
+
+def test_options_are_attributes_that_may_be_set():
+    """A schedule sets the temperature, whatever was given before; a set option is checked as a given one."""
+    x, y = torch.randn(2, 7, 4)
+    for module in (co.nn.NTXent(), co.nn.NTXent(temperature=0.1)):
+        module.temperature = 0.2
+        assert torch.equal(module(x, y), co.nt_xent(x, y, temperature=0.2))
+        assert repr(module) == "NTXent(temperature=0.2)"
+        module.temperature = torch.tensor(0.3)
+        assert torch.equal(module(x, y), co.nt_xent(x, y, temperature=torch.tensor(0.3)))
+        assert list(module.state_dict()) == ["temperature"]
+        module.temperature = torch.tensor(0.4)
+        assert torch.equal(module(x, y), co.nt_xent(x, y, temperature=torch.tensor(0.4)))
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        module.reduction = "avg"
+
+
+def test_functional_call_takes_another_temperature():
+    x, y = torch.randn(2, 7, 4)
+    module = co.nn.NTXent(temperature=torch.nn.Parameter(torch.tensor(0.3)))
+
+    def loss(temperature):
+        return torch.func.functional_call(module, {"temperature": temperature}, (x, y))
+
+    torch.testing.assert_close(loss(torch.tensor(0.2)), co.nt_xent(x, y, temperature=0.2))
+    t = torch.tensor(0.2, requires_grad=True)
+    (expected,) = torch.autograd.grad(co.nt_xent(x, y, temperature=t), t)
+    torch.testing.assert_close(torch.func.grad(loss)(t.detach()), expected)
+
+
+def test_parametrized_temperature():
+    """torch.nn.utils.parametrize puts a property where the parameter was."""
+
+    class Positive(torch.nn.Module):
+        def forward(self, raw):
+            return raw.exp()
+
+    x, y = torch.randn(2, 7, 4)
+    module = co.nn.NTXent(temperature=torch.nn.Parameter(torch.tensor(-1.0).exp()))
+    torch.nn.utils.parametrize.register_parametrization(module, "temperature", Positive())
+    expected = co.nt_xent(x, y, temperature=math.exp(math.exp(-1.0)))
+    torch.testing.assert_close(module(x, y), expected)
+
+
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("scale", [False, True], ids=["parameter", "LogitScale"])
+def test_fully_sharded(scale, group):
+    """FSDP2 swaps the parameter for its shard, a DTensor, and back around forward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    temperature = LogitScale(initial=1 / 0.3, shape=(1,)) if scale else torch.nn.Parameter(torch.tensor([0.3]))
+    x, y = torch.randn(2, 7, 4)
+    module = co.nn.NTXent(temperature=temperature)
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    (parameter,) = module.parameters()
+    assert type(parameter.data).__name__ == "DTensor"
+    optimizer = torch.optim.SGD([parameter], lr=1e-2)
+    value, reference = 0.3, torch.tensor([0.3], requires_grad=True)
+    loss = module(x, y)
+    torch.testing.assert_close(loss, co.nt_xent(x, y, temperature=value))
+    loss.backward()
+    co.nt_xent(x, y, temperature=reference).backward()
+    factor = -0.3 if scale else 1.0  # the scale's parameter is -log of the temperature
+    torch.testing.assert_close(parameter.grad.full_tensor(), factor * reference.grad)
+    optimizer.step()
+    assert module(x, y).item() != pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_every_loss_has_a_module():
@@ -161,7 +331,7 @@ def test_every_loss_has_its_twin():
         assert loss.fused is getattr(co, loss.name)
         assert loss.naive is getattr(reference, loss.name)
         fused, naive = (inspect.signature(function).parameters for function in (loss.fused, loss.naive))
-        assert [p for p in fused if p not in ("backend", "return_stats")] == list(naive)
+        assert [p for p in fused if p not in ("backend", "return_stats", "output_dict")] == list(naive)
         for name, parameter in naive.items():
             assert (parameter.default, parameter.kind) == (fused[name].default, fused[name].kind), name
 
@@ -187,7 +357,7 @@ ALLOWED = {
     "losses": ("checks", "dtypes", "losses", "ops"),
     "ops": ("checks", "dtypes", "ops", "backends"),
     "reference": ("reference",),
-    "nn.py": ("losses",),
+    "nn.py": ("checks", "losses"),
     "catalogue.py": ("losses", "reference"),
     "checks.py": (),
     "dtypes.py": (),

@@ -118,8 +118,46 @@ def test_clip_loss_is_that_of_open_clip(logit_bias, backend, pair):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
-def dcl_of_lightly(z1, z2, tau, sigma=None):
-    """Half the sum over the directions of -w_i s_ii + lse(other samples in both views)."""
+@pytest.mark.parametrize("logit_bias", [-10.0, torch.tensor(3.0), torch.nn.Parameter(torch.tensor([-10.0]))])
+def test_clip_takes_what_models_of_open_clip_return(logit_bias, backend, pair):
+    """clip_loss(**model(images, texts)), of a model with a bias; a bias of all logits is in no softmax."""
+    scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+    image, text = (F.normalize(x, dim=-1) for x in pair)
+    output = {"image_features": image, "text_features": text, "logit_scale": scale, "logit_bias": logit_bias}
+    expected = co.clip_loss(image, text, scale, normalize=False, backend=backend)
+    ours = co.clip_loss(**output, output_dict=False, normalize=False, backend=backend)
+    assert torch.equal(ours, expected)
+    assert co.nn.CLIPLoss(normalize=False, backend=backend)(**output).equal(expected)
+    dense = co.reference.clip_loss(**output, normalize=False)
+    torch.testing.assert_close(ours, dense, rtol=1e-12, atol=0)
+    if isinstance(logit_bias, torch.nn.Parameter):  # DDP waits for its gradient
+        for loss in (ours, dense):
+            (grad,) = torch.autograd.grad(loss, logit_bias, retain_graph=True)
+            assert grad.shape == (1,)
+            assert abs(grad.item()) < 1e-7
+    per_row = co.clip_loss(**output, normalize=False, reduction="none", backend=backend)
+    assert per_row.shape == (len(image),)
+
+
+def test_keys_of_each_query_as_the_error_says(backend, pair):
+    """Flattened, with the positive first of K, and target=: without it row i would be the positive of query i."""
+    query, n, k = pair[0], len(pair[0]), 3
+    keys = torch.randn(n, k, query.shape[1], dtype=query.dtype, requires_grad=True)
+    with pytest.raises(ValueError, match=r"pass target=.* torch\.arange\(N\) \* K") as info:
+        co.info_nce(query, keys)
+    assert "flatten the first two axes" in str(info.value)
+    ours = co.info_nce(query, keys.flatten(0, 1), target=torch.arange(n) * k, backend=backend)
+    every = F.normalize(keys, dim=-1).flatten(0, 1)
+    logits = F.normalize(query, dim=-1) @ every.T / 0.07
+    assert_same(ours, F.cross_entropy(logits, torch.arange(n) * k), query, keys)
+    assert abs(co.info_nce(query, keys.flatten(0, 1), backend=backend) - ours) > 0.1
+
+
+def dcl_of_lightly(z1, z2, tau, sigma=None, *, apart=False):
+    """Half the sum over the directions of -w_i s_ii + lse(other samples in both views), as from 1.5.21 on.
+
+    Before, the views were `apart`: + lse(other samples in the own view) + lse(other samples in the other view).
+    """
     z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
     eye = torch.eye(len(z1), dtype=torch.bool)
     total = 0.0
@@ -131,8 +169,10 @@ def dcl_of_lightly(z1, z2, tau, sigma=None):
         if sigma is not None:
             cosine = (own.detach() * other.detach()).sum(dim=1)
             weight = 2 - len(own) * torch.softmax(cosine / sigma, dim=0)
-        negatives = torch.cat([same_view, cross_view[~eye].view(len(own), -1)], dim=1)
-        total = total + (negatives.logsumexp(dim=1) - weight * positive).mean()
+        negatives = [same_view, cross_view[~eye].view(len(own), -1)]
+        if not apart:
+            negatives = [torch.cat(negatives, dim=1)]
+        total = total + (sum(part.logsumexp(dim=1) for part in negatives) - weight * positive).mean()
     return total / 2
 
 
@@ -146,6 +186,14 @@ def test_dcl_is_that_of_lightly(temperature, backend, pair):
 def test_dclw_is_that_of_lightly(sigma, backend, pair):
     ours = co.dclw(*pair, temperature=0.1, sigma=sigma, backend=backend)
     assert_same(ours, dcl_of_lightly(*pair, 0.1, sigma), *pair)
+
+
+@pytest.mark.parametrize(("loss", "sigma"), [(co.dcl, None), (co.dclw, 0.5)], ids=["dcl", "dclw"])
+def test_dcl_says_whose_version_it_is(loss, sigma, pair):
+    """lightly 1.5.20 has another formula under the same name."""
+    assert "of lightly from 1.5.21 on; earlier ones" in " ".join(loss.__doc__.split())
+    earlier = dcl_of_lightly(*pair, 0.1, sigma, apart=True)
+    assert abs(loss(*pair, temperature=0.1) - earlier) > 1.0
 
 
 def test_nt_xent_is_that_of_simclr(backend, pair):

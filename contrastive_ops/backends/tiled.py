@@ -16,13 +16,14 @@ the span of the tuple y_j, whose gradient reaches the vectors through the coordi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from contrastive_ops.backends import tuples as tuple_basis
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import statistics_dtype, without_autocast
 
 OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 TILE = 1024  # rows and columns; 4 MB of float32 logits
@@ -84,9 +85,9 @@ class Tiles:
         with self.exact():
             return a @ b
 
-    def exact(self) -> torch.autocast:
+    def exact(self) -> AbstractContextManager[object]:
         """No autocast: it would round the operands."""
-        return torch.autocast(self.x.device.type, enabled=False)
+        return without_autocast(self.x)
 
     def weight(self, i: slice, j: slice) -> Tensor:
         return self.row_scale[i, None] * self.col_scale[None, j]

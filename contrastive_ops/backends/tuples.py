@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import statistics_dtype, without_autocast
 
 # A vector whose square outside of the span of those before it is this share of itself counts as inside of it: its row
 # of L^-1 is 0, and so are the volume of the tuple and its gradient. Well above the rounding of a float64 Gram matrix.
@@ -62,7 +62,7 @@ def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
     """factor L^-T L^-1 X [M, P, D], in the dtype of the vectors."""
     dtype = statistics_dtype(vectors)
     inverse = inverse.to(dtype)
-    with torch.autocast(vectors.device.type, enabled=False):  # it would round the operands
+    with without_autocast(vectors):  # it would round the operands
         q = inverse @ vectors.to(dtype)
         return ((factor[:, None, None] * inverse.mT) @ q).to(vectors.dtype)
 
@@ -107,7 +107,7 @@ def tuple_gradient(tuples: Tensor, basis: Basis, moments: Tensor, grad_volume: T
     """
     dtype = moments.dtype
     inverse, volume = basis.inverse.to(dtype), basis.volume.to(dtype)
-    with torch.autocast(tuples.device.type, enabled=False):  # it would round the operands
+    with without_autocast(tuples):  # it would round the operands
         q = inverse @ tuples.to(dtype)
         along = torch.diag_embed((grad_volume * volume)[:, None].expand(inverse.shape[:2])) - moments @ q.mT
         grad = inverse.mT @ torch.baddbmm(moments, along, q)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.ops import similarity_logsumexp
@@ -21,6 +22,8 @@ def clip_loss(
     label_smoothing: float = 0.0,
     normalize: bool = True,
     reduction: str = "mean",
+    logit_bias: float | Tensor | None = None,
+    output_dict: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -40,7 +43,8 @@ def clip_loss(
     image_features, text_features : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of one is the positive of row i of the other.
     logit_scale : float or Tensor of one element
-        Multiplier of the similarities, already exponentiated. A tensor receives its gradient.
+        Multiplier of the similarities, already exponentiated. Positive: checked of floats and of CPU tensors. A tensor
+        receives its gradient.
     ids : integer Tensor of shape (N,), optional
         Pairs of the same id are not negatives of each other.
     sample_weight : floating-point Tensor of shape (N,), optional
@@ -50,6 +54,11 @@ def clip_loss(
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
+    logit_bias : float or Tensor of one element, optional
+        What open_clip's models with a bias pass. One number added to all logits changes nothing: it is in no result,
+        and its gradient is 0.
+    output_dict : bool
+        False: this too is open_clip's, whose loss returns a dictionary for True.
     return_stats : bool
         Also return `LossStats`, from the same sweep.
     backend : str
@@ -80,14 +89,17 @@ def clip_loss(
     >>> clip_loss(torch.eye(3), torch.eye(3), 1.0)
     tensor(0.5514)
     """
-    terms.check_options(reduction, normalize)
+    terms.check_options(reduction=reduction, normalize=normalize, label_smoothing=label_smoothing)
     checks.features("image_features", image_features)
     checks.features("text_features", text_features)
+    image_features, text_features = promoted(image_features, text_features)
     checks.same_kind("text_features", text_features, "image_features", image_features)
     checks.same_shape("text_features", text_features, "image_features", image_features)
     n, device = image_features.shape[0], image_features.device
     checks.temperature("logit_scale", logit_scale, device)
-    checks.fraction("label_smoothing", label_smoothing)
+    if logit_bias is not None:
+        checks.logit_bias(logit_bias, device)
+    checks.no_dict(output_dict)
     if ids is not None:
         checks.integer_vector("ids", ids, n, device, rows_of="image_features")
     if sample_weight is not None:
@@ -122,6 +134,8 @@ def clip_loss(
     loss = terms.cross_entropy(
         positive, lse, spread=spread, reduction=reduction, sample_weight=sample_weight, backend=backend
     )
+    if isinstance(logit_bias, Tensor):  # a gradient, which DDP waits for
+        loss = loss + 0.0 * logit_bias.to(loss.dtype).sum()
     if not return_stats:
         return loss
     return loss, LossStats(

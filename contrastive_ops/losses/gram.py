@@ -58,7 +58,7 @@ def gram_loss(
     others : 1 to 4 Tensors of shape (N, D), dtype of `anchor`
         Row i of all modalities is sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     label_smoothing : float in [0, 1)
         Mass spread evenly over all N candidates.
     detach_others : bool
@@ -104,12 +104,12 @@ def gram_loss(
     >>> gram_loss(torch.eye(3), torch.eye(3), temperature=1.0, label_smoothing=0.0)
     tensor(0.5514)
     """
-    terms.check_options(reduction, normalize)
-    volume.check_modalities(anchor, others)
+    terms.check_options(
+        reduction=reduction, normalize=normalize, label_smoothing=label_smoothing, detach_others=detach_others
+    )
+    anchor, others = volume.checked(anchor, others)
     n, device = anchor.shape[0], anchor.device
     checks.temperature("temperature", temperature, device)
-    checks.fraction("label_smoothing", label_smoothing)
-    checks.choice("detach_others", detach_others, (True, False))
     if sample_weight is not None:
         checks.weights("sample_weight", sample_weight, n, device, rows_of="anchor")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import promoted, statistics_dtype
 from contrastive_ops.losses import terms, volume
 from contrastive_ops.ops import gramian_volume, volume_logsumexp
 
@@ -56,8 +56,9 @@ def gram_retrieve(anchor: Tensor, tuples: Tensor, k: int, *, normalize: bool = T
     """
     checks.features("anchor", anchor)
     checks.features("tuples", tuples, expected="(M, P, D)")
+    anchor, tuples = promoted(anchor, tuples)
     checks.same_kind("tuples", tuples, "anchor", anchor)
-    checks.choice("normalize", normalize, (True, False))
+    terms.check_options(normalize=normalize)
     (n, d), (m, p, _) = anchor.shape, tuples.shape
     checks.neighbours("k", k, m, of="tuples")
     rows = anchor.to(statistics_dtype(anchor))
@@ -109,6 +110,7 @@ def sample_gram_negatives(
     others : 1 to 4 Tensors of shape (N, D), dtype of `anchor`
         Row i of all modalities is sample i.
     temperature : float or Tensor of one element
+        Positive: checked of floats and of CPU tensors.
     normalize : bool
         Volumes of unit vectors; False takes the vectors as they are.
     generator : torch.Generator, optional
@@ -143,9 +145,9 @@ def sample_gram_negatives(
     >>> sample_gram_negatives(torch.eye(2), torch.eye(2))
     (tensor([1, 0]), tensor([1, 0]))
     """
-    volume.check_modalities(anchor, others)
+    anchor, others = volume.checked(anchor, others)
     checks.temperature("temperature", temperature, anchor.device)
-    checks.choice("normalize", normalize, (True, False))
+    terms.check_options(normalize=normalize)
     n, device = anchor.shape[0], anchor.device
     checks.enough_to_draw("anchor", n)
     logit_scale = terms.inverse(temperature, anchor)

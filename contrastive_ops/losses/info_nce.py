@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.ops import similarity_logsumexp
@@ -46,7 +47,7 @@ def info_nce(
         Index of each query's positive in `key`, in [0, M). Off the CPU, where the host would have to wait for them, the
         values are not checked: a query whose positive is beyond the keys has the loss inf.
     temperature : float, Tensor of one element, or Tensor of shape (N,)
-        Tensors receive their gradient.
+        Positive: checked of floats and of CPU tensors. Tensors receive their gradient.
     label_smoothing : float in [0, 1)
         Mass spread evenly over the keys that take part, the positive included.
     query_ids, key_ids : integer Tensors of shape (N,) and (M,), optional
@@ -85,13 +86,13 @@ def info_nce(
     >>> info_nce(torch.eye(3), torch.eye(3), temperature=1.0)
     tensor(0.5514)
     """
-    terms.check_options(reduction, normalize)
+    terms.check_options(reduction=reduction, normalize=normalize, label_smoothing=label_smoothing)
     checks.features("query", query)
-    checks.features("key", key)
+    checks.features("key", key, expected="(M, D)")
+    query, key = promoted(query, key)
     checks.same_kind("key", key, "query", query)
     n, m = query.shape[0], key.shape[0]
     checks.temperature("temperature", temperature, query.device, rows=n, rows_of="query")
-    checks.fraction("label_smoothing", label_smoothing)
     checks.both_or_neither("query_ids", query_ids, "key_ids", key_ids)
     if query_ids is not None and key_ids is not None:
         checks.integer_vector("query_ids", query_ids, n, query.device, rows_of="query")

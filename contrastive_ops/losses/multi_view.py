@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted, without_autocast
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.info_nce import info_nce
 from contrastive_ops.losses.two_views import dcl, nt_xent
@@ -48,7 +49,7 @@ def mv_infonce(
     views : Tensor of shape (V, N, D), float32 / bfloat16 / float16 / float64
         V >= 2 views of N instances: ``views[l, i]`` is view l of instance i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     include_same_view : bool
         Whether other instances in the same view are negatives, as in the authors' code; False leaves them out
         (:math:`m \ne l` in :math:`D_i`), as in the equation the authors print.
@@ -82,7 +83,7 @@ def mv_infonce(
     >>> mv_infonce(torch.eye(3).expand(2, 3, 3), temperature=1.0)
     tensor(0.9048)
     """
-    checks.choice("include_same_view", include_same_view, (True, False))
+    terms.check_options(include_same_view=include_same_view)
     views, scale, positive = _prepared(views, temperature, reduction, normalize, backend)
     if include_same_view:
         negative = _other_instances(views, scale, backend)
@@ -120,7 +121,7 @@ def mv_dhel(
     views : Tensor of shape (V, N, D), float32 / bfloat16 / float16 / float64
         V >= 2 views of N instances: ``views[l, i]`` is view l of instance i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -187,7 +188,7 @@ def dhel(
     z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of both are two views of sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -219,9 +220,10 @@ def dhel(
     """
     checks.features("z1", z1)
     checks.features("z2", z2)
+    z1, z2 = promoted(z1, z2)
     checks.same_kind("z2", z2, "z1", z1)
     checks.same_shape("z2", z2, "z1", z1)
-    with torch.autocast(z1.device.type, enabled=False):  # its rule for stack fails on float16 tensors on CPU
+    with without_autocast(z1):  # its rule for stack fails on float16 tensors on CPU
         views = torch.stack([z1, z2])
     return mv_dhel(views, temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
@@ -249,7 +251,7 @@ def pvc(
     views : Tensor of shape (V, N, D), float32 / bfloat16 / float16 / float64
         V >= 2 views of N instances: ``views[l, i]`` is view l of instance i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     aggregate : "geometric" or "arithmetic"
         Which mean of the V - 1 probabilities of an anchor is maximised.
     normalize : bool
@@ -282,7 +284,7 @@ def pvc(
     >>> pvc(torch.eye(3).expand(3, 3, 3), temperature=1.0)
     tensor(1.1654)
     """
-    checks.choice("aggregate", aggregate, ("geometric", "arithmetic"))
+    terms.check_options(aggregate=aggregate)
     views, scale, pairs = _prepared(views, temperature, reduction, normalize, backend)
     negative = _other_instances(views, scale, backend).unbind()
     v = len(negative)
@@ -335,14 +337,20 @@ def pairwise_views(views: Tensor, loss: str = "nt_xent", **options: Any) -> Tens
     tensor(0.9048)
     """
     checks.views("views", views)
+    of_pair = pair_loss(loss, **options)
+    per_pair = [of_pair(x, y, **options) for x, y in combinations(_each(views), 2)]
+    return torch.stack(per_pair).mean(0)
+
+
+def pair_loss(loss: str, *, return_stats: bool = False, **_options: Any) -> Callable[..., Any]:
+    """The loss of that name, for pairs of views."""
     checks.choice("loss", loss, tuple(PAIR_LOSSES))
-    if options.get("return_stats", False) is not False:
+    if return_stats is not False:
         raise ValueError(
-            f"return_stats must be False, got {options['return_stats']!r}: every pair of views has its own statistics; "
+            f"return_stats must be False, got {return_stats!r}: every pair of views has its own statistics; "
             f"call {loss}(views[0], views[1], return_stats=True)."
         )
-    per_pair = [PAIR_LOSSES[loss](x, y, **options) for x, y in combinations(_each(views), 2)]
-    return torch.stack(per_pair).mean(0)
+    return PAIR_LOSSES[loss]
 
 
 def _prepared(
@@ -353,7 +361,7 @@ def _prepared(
     Both sides of a product carry the scale, and with it the root of the logit scale. The logits [V (V - 1) / 2, N] are
     of the views l < m of each instance, in the order of `combinations`.
     """
-    terms.check_options(reduction, normalize)
+    terms.check_options(reduction=reduction, normalize=normalize)
     checks.views("views", views)
     checks.temperature("temperature", temperature, views.device)
     views, norm_scale, products = with_pair_products(views, backend)

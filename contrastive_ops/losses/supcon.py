@@ -49,7 +49,7 @@ def supcon(
     labels : integer Tensor of shape (N,)
         Classes. Unique labels with V = 2 views make NT-Xent.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     variant : "out" or "in"
         Whether the mean over the positives is taken outside or inside the logarithm.
     empty : "zero" or "drop"
@@ -88,9 +88,7 @@ def supcon(
     >>> supcon(torch.eye(4), torch.tensor([0, 0, 1, 1]), temperature=1.0)
     tensor(1.0986)
     """
-    terms.check_options(reduction, normalize)
-    checks.choice("variant", variant, ("out", "in"))
-    checks.choice("empty", empty, ("zero", "drop"))
+    terms.check_options(reduction=reduction, normalize=normalize, variant=variant, empty=empty)
     checks.tensor("features", features)
     checks.features("features", features, expected="(N, D)" if features.dim() < 3 else "(N, V, D)")
     checks.integer_vector("labels", labels, features.shape[0], features.device, rows_of="features")
@@ -120,7 +118,7 @@ def supcon(
     if reduction == "none":
         loss = class_contrast(*vectors)[0][classes.inverse].reshape(shape)
     else:
-        divisor = 1 if reduction == "sum" else None if empty == "drop" else max(len(z), 1)
+        divisor = 1 if reduction == "sum" else None if empty == "drop" else max(z.shape[0], 1)
         loss = class_contrast_sum(*vectors, divisor=divisor, backend=backend)
     if not return_stats:
         return loss

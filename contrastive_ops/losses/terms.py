@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,16 +11,16 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.ops import (
+    BACKENDS,
     contrast,
     contrast_sum,
     row_dot,
-    starts_of_groups,
     sums_of_groups,
     with_inverse_norm,
     with_scale,
 )
 
-REDUCTIONS = ("mean", "sum", "none")
+Check = Callable[[str, Any], None]
 
 
 class LossStats(NamedTuple):
@@ -106,12 +106,10 @@ def uniform_similarity(
 
 
 def _groups(ids: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Number the groups of equal `ids` from 0, and give each query id the number of its group, -1 without one."""
-    ordered, order = ids.sort(stable=True)
-    number = starts_of_groups(ordered).cumsum(0) - 1
-    group = torch.empty_like(number).scatter(0, order, number)
+    """Of each id the group of those that equal it, a number in [0, M), and of each query id; -1 without one."""
+    ordered = ids.sort().values
     place = torch.searchsorted(ordered, queries.contiguous()).clamp(max=max(ids.shape[0] - 1, 0))
-    return group, torch.where(ordered[place] == queries, number[place], -1)
+    return torch.searchsorted(ordered, ids.contiguous()), torch.where(ordered[place] == queries, place, -1)
 
 
 def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:
@@ -159,7 +157,34 @@ def accuracy(positive: Tensor, largest_negative: Tensor) -> Tensor:
     return (positive > largest_negative).to(positive.dtype).sum() / max(positive.numel(), 1)
 
 
-def check_options(reduction: str, normalize: bool) -> None:
-    """The options that every loss has; the backend's name is checked where it is chosen."""
-    checks.choice("reduction", reduction, REDUCTIONS)
-    checks.choice("normalize", normalize, (True, False))
+def _one_of(*allowed: Any) -> Check:
+    return lambda name, value: checks.choice(name, value, allowed)
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+# what an option may be in every loss that has it, as far as that can be said before there are features
+OPTIONS: dict[str, Check] = {
+    "reduction": _one_of("mean", "sum", "none"),
+    "backend": _one_of(*BACKENDS),
+    **dict.fromkeys(("normalize", "include_same_view", "detach_others", "squared"), _one_of(True, False)),
+    "variant": _one_of("out", "in"),
+    "empty": _one_of("zero", "drop"),
+    "aggregate": _one_of("geometric", "arithmetic"),
+    **dict.fromkeys(("temperature", "logit_scale"), checks.positive_number),
+    **dict.fromkeys(("sigma", "t", "alpha"), checks.positive),
+    "label_smoothing": checks.fraction,
+    "logit_bias": _optional(checks.number),
+    "output_dict": lambda _, value: checks.no_dict(value),
+    "sample_weight": _optional(checks.floating),
+    **dict.fromkeys(("target", "ids", "query_ids", "key_ids"), _optional(checks.integers)),
+}
+
+
+def check_options(**options: Any) -> None:
+    """Those that are in the table; sizes and devices are checked by the loss, the backend's name where it is chosen."""
+    for name, value in options.items():
+        if name in OPTIONS:
+            OPTIONS[name](name, value)

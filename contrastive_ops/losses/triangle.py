@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from contrastive_ops import checks
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import statistics_dtype, without_autocast
 from contrastive_ops.losses import terms, volume
 from contrastive_ops.losses.gram import Directions, symmetric
 from contrastive_ops.losses.terms import LossStats
@@ -45,7 +45,7 @@ def triangle_loss(
     anchor, x, y : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of all modalities is sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     label_smoothing : float in [0, 1)
         Mass spread evenly over all N candidates.
     squared : bool
@@ -89,12 +89,10 @@ def triangle_loss(
     >>> triangle_loss(torch.eye(3), torch.eye(3), -torch.eye(3), temperature=1.0)
     tensor(0.6181)
     """
-    terms.check_options(reduction, normalize)
-    volume.check_modalities(anchor, (x, y), ("x", "y"))
+    terms.check_options(reduction=reduction, normalize=normalize, label_smoothing=label_smoothing, squared=squared)
+    anchor, (x, y) = volume.checked(anchor, (x, y), ("x", "y"), to=torch.float32)  # distances, as in torch.cdist
     n, device, dtype = anchor.shape[0], anchor.device, statistics_dtype(anchor)
     checks.temperature("temperature", temperature, device)
-    checks.fraction("label_smoothing", label_smoothing)
-    checks.choice("squared", squared, (True, False))
     checks.choice("backend", backend, BACKENDS)
     if sample_weight is not None:
         checks.weights("sample_weight", sample_weight, n, device, rows_of="anchor")
@@ -191,7 +189,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, enabled=False):
+        with without_autocast(a):
             return a @ b
 
     @staticmethod

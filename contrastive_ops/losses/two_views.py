@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted, without_autocast
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.ops import similarity_logsumexp
@@ -34,14 +35,15 @@ class Anchors(NamedTuple):
 def _anchors(
     z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: str, normalize: bool, backend: str
 ) -> Anchors:
-    terms.check_options(reduction, normalize)
+    terms.check_options(reduction=reduction, normalize=normalize)
     checks.features("z1", z1)
     checks.features("z2", z2)
+    z1, z2 = promoted(z1, z2)
     checks.same_kind("z2", z2, "z1", z1)
     checks.same_shape("z2", z2, "z1", z1)
     checks.temperature("temperature", temperature, z1.device)
     temperature = terms.flat(temperature, z1)
-    with torch.autocast(z1.device.type, enabled=False):  # its rule for cat fails on float16 tensors on CPU
+    with without_autocast(z1):  # its rule for cat fails on float16 tensors on CPU
         z = torch.cat([z1, z2])
     # both sides of the symmetric product carry the root of the logit scale
     z, row_scale = terms.with_logit_scale(z, temperature, -0.5, normalize, backend)
@@ -89,7 +91,7 @@ def nt_xent(
     z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of both are two views of sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -143,14 +145,15 @@ def dcl(
         \ell_a = \log \sum_{b \in N(a)} e^{\langle z_a, z_b \rangle / \tau} - \langle z_a, z_{a^+} \rangle / \tau
 
     :math:`N(a)` are both views of all other samples, :math:`a^+` the other view of the same sample. It may be
-    negative. This is lightly's ``DCLLoss``.
+    negative. This is the ``DCLLoss`` of lightly from 1.5.21 on; earlier ones add up two log-sum-exps, of the negatives
+    of each view.
 
     Parameters
     ----------
     z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of both are two views of sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -205,14 +208,15 @@ def dclw(
                  - w_a \langle z_a, z_{a^+} \rangle / \tau, \qquad
         w_i = 2 - N \, \mathrm{softmax}_i(\langle z_i, z_{i^+} \rangle / \sigma)
 
-    The weights are detached; their mean is 1. This is lightly's ``DCLWLoss``.
+    The weights are detached; their mean is 1. This is the ``DCLWLoss`` of lightly from 1.5.21 on; earlier ones differ
+    as those of `dcl` do.
 
     Parameters
     ----------
     z1, z2 : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
         Row i of both are two views of sample i.
     temperature : float or Tensor of one element
-        A tensor receives its gradient.
+        Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     sigma : float
         Temperature of the weights, positive.
     normalize : bool
@@ -247,7 +251,7 @@ def dclw(
     >>> dclw(torch.eye(3), torch.eye(3), temperature=1.0)
     tensor(0.3863)
     """
-    checks.positive("sigma", sigma)
+    terms.check_options(sigma=sigma)
     anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
     n = z1.shape[0]
     weight = 2.0 - n * (anchors.similarity[:n].detach() / sigma).softmax(0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted
 from contrastive_ops.losses import terms
 from contrastive_ops.ops import inverse_norm, row_dot, similarity_logsumexp, softplus, with_inverse_norm
 
@@ -60,11 +61,11 @@ def uniformity(
     >>> uniformity(torch.eye(3))
     tensor(-4.)
     """
-    checks.choice("normalize", normalize, (True, False))
-    checks.positive("t", t)
+    terms.check_options(normalize=normalize, t=t)
     checks.features("x", x)
     if y is not None:
         checks.features("y", y)
+        x, y = promoted(x, y, to=torch.float32)  # as in torch.cdist
         checks.same_kind("y", y, "x", x)
         checks.same_shape("y", y, "x", x)
     n = x.shape[0]
@@ -132,8 +133,7 @@ def joint_entropy(
     >>> joint_entropy(torch.eye(2))
     tensor(-0.5662)
     """
-    terms.check_options(reduction, normalize)
-    checks.positive("t", t)
+    terms.check_options(reduction=reduction, normalize=normalize, t=t)
     checks.features("x", x)
     n = x.shape[0]
     x, row_scale, row_bias = _gaussian(x, t, normalize, backend)
@@ -182,10 +182,10 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = Tru
     >>> alignment(torch.eye(3), torch.eye(3).roll(1, 0))
     tensor(2.)
     """
-    terms.check_options(reduction, normalize)
-    checks.positive("alpha", alpha)
+    terms.check_options(reduction=reduction, normalize=normalize, alpha=alpha)
     checks.features("x", x)
     checks.features("y", y)
+    x, y = promoted(x, y, to=torch.float32)
     checks.same_kind("y", y, "x", x)
     checks.same_shape("y", y, "x", x)
     dtype = terms.statistics_dtype(x)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted, without_autocast
 from contrastive_ops.losses import terms
 from contrastive_ops.ops import inverse_norm, orthogonalised, unit_tuples
 
@@ -38,7 +39,7 @@ def tile(anchor: Tensor, cols: Columns) -> Tensor:
     """
     squared = anchor.square().sum(1)[:, None]
     distance = squared
-    with torch.autocast(anchor.device.type, enabled=False):
+    with without_autocast(anchor):
         for q in cols.directions:
             distance = distance - (anchor @ q.T).square()
     nothing = distance <= 8 * torch.finfo(anchor.dtype).eps * squared
@@ -52,7 +53,7 @@ def rows_per_chunk(size: int, per_row: int) -> int:
 
 def stacked(vectors: tuple[Tensor, ...]) -> Tensor:
     """K times (N, D) as (N, K, D)."""
-    with torch.autocast(vectors[0].device.type, enabled=False):  # its rule for stack fails on float16 tensors on CPU
+    with without_autocast(vectors[0]):  # its rule for stack fails on float16 tensors on CPU
         return torch.stack(vectors, 1)
 
 
@@ -63,11 +64,17 @@ def matched(anchor: Tensor, others: tuple[Tensor, ...], normalize: bool, backend
     return stacked((anchor, *others)), anchor, stacked(others)
 
 
-def check_modalities(anchor: Tensor, others: tuple[Tensor, ...], names: tuple[str, ...] = ()) -> None:
-    """All of one shape (N, D), device and dtype; without names they are the items of `others`."""
+def checked(
+    anchor: Tensor, others: tuple[Tensor, ...], names: tuple[str, ...] = (), to: torch.dtype | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The modalities, to go on with: all of one shape (N, D), device and dtype; without names the items of `others`."""
+    names = names or tuple(f"others[{t}]" for t in range(len(others)))
     checks.features("anchor", anchor)
-    checks.modalities(len(others))
-    for name, other in zip(names or [f"others[{t}]" for t in range(len(others))], others, strict=True):
+    checks.modalities(others)
+    for name, other in zip(names, others, strict=True):
         checks.features(name, other)
+    anchor, *rest = promoted(anchor, *others, to=to)
+    for name, other in zip(names, rest, strict=True):
         checks.same_kind(name, other, "anchor", anchor)
         checks.same_shape(name, other, "anchor", anchor)
+    return anchor, tuple(rest)

@@ -1,11 +1,11 @@
 """Differentiable ops that read embeddings and return vectors: the streaming reductions, and what is done row by row."""
 
+from contrastive_ops.backends import NAMES as BACKENDS
 from contrastive_ops.ops.classes import (
     by_class,
     class_contrast,
     class_contrast_sum,
     in_order,
-    starts_of_groups,
     sums_of_groups,
     with_class_mean,
 )
@@ -24,6 +24,7 @@ from contrastive_ops.ops.similarity_logsumexp import SimilarityLSE, similarity_l
 from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 
 __all__ = [
+    "BACKENDS",
     "SimilarityLSE",
     "VolumeLSE",
     "by_class",
@@ -38,7 +39,6 @@ __all__ = [
     "row_dot",
     "similarity_logsumexp",
     "softplus",
-    "starts_of_groups",
     "sums_of_groups",
     "unit",
     "unit_tuples",

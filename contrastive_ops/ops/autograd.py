@@ -65,6 +65,7 @@ def call(name: str, gradients: int, arguments: tuple[Any, ...], backend: str) ->
     `arguments` are its tensors and flags; the first `gradients` of them may have gradients.
     """
     tensors = arguments[:gradients]
+    checks.no_jit_trace(name)
     checks.no_forward_mode(name, *tensors)
     enabled = torch.is_grad_enabled()
     needs = [enabled and tensor is not None and tensor.requires_grad for tensor in tensors]

@@ -20,7 +20,7 @@ class Classes(NamedTuple):
 
     order : the row that comes at each place [N]
     inverse : the place of each row [N]
-    group : the same number for the rows of a class, below N, int32 [N]
+    group : the first place of the row's class, its number, int32 [N]
     place : 0, 1, ..., N - 1, int32
     others : how many other rows the class has, in the dtype of the statistics [N]
     """
@@ -37,16 +37,11 @@ def by_class(labels: Tensor, x: Tensor, backend: str = "auto") -> Classes:
     ordered, order = labels.sort(stable=True)
     if rowwise.in_kernels(backend, x):
         return Classes(order, *torch.ops.contrastive_ops.classes(ordered, order))
-    place = torch.arange(len(order), device=order.device)
-    group = starts_of_groups(ordered).cumsum(0, dtype=torch.int32) - 1
-    ones = torch.ones(group.shape, dtype=statistics_dtype(x), device=group.device)
-    others = sums_of_groups(ones, group)[group] - 1.0
-    return Classes(order, torch.empty_like(order).scatter(0, order, place), group, place.to(torch.int32), others)
-
-
-def starts_of_groups(ordered: Tensor) -> Tensor:
-    """True where a value of a sorted vector differs from the one before it; the first starts a group."""
-    return torch.cat([ordered.new_ones(ordered[:1].shape, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    first = torch.searchsorted(ordered, ordered, out_int32=True)
+    end = torch.searchsorted(ordered, ordered, out_int32=True, right=True)
+    others = (end - first - 1).to(statistics_dtype(x))
+    place = torch.arange(order.shape[0], device=order.device)
+    return Classes(torch.empty_like(order).scatter(0, order, place), first, place.to(torch.int32), others)
 
 
 def sums_of_groups(x: Tensor, group: Tensor) -> Tensor:

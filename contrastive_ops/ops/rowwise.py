@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from contrastive_ops import backends
 from contrastive_ops.backends import cpu
 from contrastive_ops.backends import rowwise as kernels
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import statistics_dtype, without_autocast
 from contrastive_ops.ops import autograd
 
 # Some return their input, too: what goes on with that one, and not with the input, has its gradient added in the same
@@ -85,7 +85,7 @@ def unit_tuples(anchor: Tensor, *others: Tensor, backend: str = "auto") -> tuple
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_i> in the dtype of the statistics."""
     dtype = statistics_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):  # it would round the products
+    with without_autocast(x):  # it would round the products
         return torch.linalg.vecdot(x.to(dtype), y.to(dtype))
 
 
@@ -130,7 +130,7 @@ def _views(instances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # product, whose backward under autocast would round
     views = instances.to(statistics_dtype(instances)).unbind(1)
     products = [row_dot(left, right) for left, right in combinations(views, 2)]
-    paired = torch.stack(products, 1) if products else views[0].new_empty(len(instances), 0)
+    paired = torch.stack(products, 1) if products else views[0].new_empty(instances.shape[0], 0)
     return instances, _inverse_norm(instances), paired
 
 
@@ -138,7 +138,7 @@ def _unit(*vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     units = [_inverse_norm(x).unsqueeze(-1) * x.to(statistics_dtype(x)) for x in vectors]
     first, *others = units
     # not slices of all: they would require a gradient where their own side is frozen
-    return torch.stack(units, 1), first, torch.stack(others, 1) if others else first.new_empty(len(first), 0, 1)
+    return torch.stack(units, 1), first, torch.stack(others, 1) if others else first.new_empty(first.shape[0], 0, 1)
 
 
 def _inverse_lengths(squares: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from contrastive_ops import backends, checks
 from contrastive_ops.backends import reference
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import promoted, statistics_dtype
 from contrastive_ops.ops import autograd
 from contrastive_ops.ops.arguments import integers, per_row
 
@@ -120,6 +120,7 @@ def similarity_logsumexp(
             )
     else:
         checks.features("y", y)
+        x, y = promoted(x, y)
         checks.same_kind("y", y, "x", x)
         m, col_name = y.shape[0], "y"
         checks.both_or_neither("row_ids", row_ids, "col_ids", col_ids)

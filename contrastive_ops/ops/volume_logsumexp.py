@@ -12,7 +12,7 @@ from torch import Tensor
 
 from contrastive_ops import backends, checks
 from contrastive_ops.backends import reference
-from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.dtypes import promoted, statistics_dtype
 from contrastive_ops.ops import autograd
 from contrastive_ops.ops.arguments import integers, per_row
 
@@ -107,12 +107,13 @@ def volume_logsumexp(
     """
     checks.features("anchor", anchor)
     checks.features("tuples", tuples, expected="(M, P, D)")
+    anchor, tuples = promoted(anchor, tuples)
     checks.same_kind("tuples", tuples, "anchor", anchor)
     n, (m, members, _) = anchor.shape[0], tuples.shape
     if not 1 <= members <= MOST_VECTORS:
         raise ValueError(
             f"tuples must have 1 to {MOST_VECTORS} vectors each (P of (M, P, D)), got shape {checks.shape(tuples)}; "
-            "leave modalities out, or average some."
+            "another loss leaves modalities out, or averages some."
         )
     if not rows and not cols:
         raise ValueError("rows or cols must be True, got rows=False, cols=False; there would be nothing to do.")

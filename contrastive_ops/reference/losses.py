@@ -69,9 +69,11 @@ def clip_loss(
     label_smoothing: float = 0.0,
     normalize: bool = True,
     reduction: str = "mean",
+    logit_bias: float | Tensor | None = None,
 ) -> Tensor:
     """Half of the cross-entropy over the rows and half of that over the columns of the N x N logits."""
     logits = logit_scale * (_unit(image_features, normalize) @ _unit(text_features, normalize).T)
+    logits = logits if logit_bias is None else logits + logit_bias
     diagonal = torch.arange(len(logits), device=logits.device)
     out = torch.zeros_like(logits, dtype=torch.bool) if ids is None else ids[:, None] == ids[None, :]
     rows = _cross_entropy(logits, diagonal, out, label_smoothing)
