@@ -327,7 +327,7 @@ def compiled_parts():
             raise
         say(
             f"installing as pure Python, without the C++ engine ({error}). "
-            "With torch and a C++ compiler: pip install --no-build-isolation ."
+            'With torch, a C++ compiler, "setuptools>=77", wheel and ninja: pip install --no-build-isolation .'
         )
         return [], {}
     if MODE != "cpp":

@@ -368,7 +368,8 @@ def test_loading_says_what_is_wrong(tmp_path):
     assert sentence.startswith("the CUDA kernels are not part of this installation; ")
     (tmp_path / "_cuda.so").write_text("not a library")
     sentence = build.load_cuda(tmp_path / "_cuda.so")
-    assert re.match(r"the CUDA kernels do not load \(.*\); rebuild them against torch 2", sentence)
+    assert re.match(r"the CUDA kernels do not load \(.*\); this rebuilds them for torch 2", sentence)
+    assert sentence.endswith(f"{build.install(CONTRASTIVE_OPS_BUILD='cuda')}.")
 
 
 # what the backend says
@@ -416,8 +417,8 @@ def test_a_gpu_for_which_nothing_was_compiled(with_gpu, monkeypatch):
     monkeypatch.setattr(build, "cuda", build.cuda._replace(architectures=("sm_90a", "sm_100a")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     assert why_not(Gpu()) == (
-        "the CUDA kernels are compiled for sm_90a, sm_100a, and this GPU has compute capability 12.0; install with "
-        f'TORCH_CUDA_ARCH_LIST="12.0": {build.INSTALL_CUDA}'
+        "the CUDA kernels are compiled for sm_90a, sm_100a, and this GPU has compute capability 12.0; this compiles "
+        f"them for it: {build.install(CONTRASTIVE_OPS_BUILD='cuda', TORCH_CUDA_ARCH_LIST='')}."
     )
 
 

@@ -159,7 +159,7 @@ def no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str 
     version = "{}.{}".format(*capability)
     return (
         f"the CUDA kernels are compiled for {', '.join(architectures)}, and this GPU has compute capability {version}; "
-        f'install with TORCH_CUDA_ARCH_LIST="{version}": {build.INSTALL_CUDA}'
+        f"this compiles them for it: {build.install(CONTRASTIVE_OPS_BUILD='cuda', TORCH_CUDA_ARCH_LIST='')}."
     )
 
 
