@@ -52,7 +52,16 @@ def load_engine() -> ModuleType | str:
         )
     except ImportError as error:
         return f"the C++ engine does not load ({error}); this rebuilds it for torch {torch.__version__}: {install()}."
+    if _release(engine.torch_version) != _release(torch.__version__):  # the C++ interface of torch changes with each
+        return (
+            f"the C++ engine was built for torch {engine.torch_version}, and this is torch {torch.__version__}; this "
+            f"rebuilds it: {install()}."
+        )
     return engine
+
+
+def _release(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 class Cuda(NamedTuple):

@@ -1,4 +1,4 @@
-"""An installation without the C++ engine: what is said, and the command in it."""
+"""An installation without the C++ engine, or with that of another torch: what is said, and the command in it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import warnings
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +64,32 @@ def test_nothing_is_said_where_the_engine_runs(monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(build, "missing", None)
     assert said(lambda: backends.choose("similarity_logsumexp", X, "auto")) == []
+
+
+# an engine for another torch
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """One for torch 2.13.0 in place of the engine that is built."""
+    module = ModuleType("contrastive_ops._C")
+    module.torch_version = "2.13.0"
+    monkeypatch.setitem(sys.modules, "contrastive_ops._C", module)
+    return module
+
+
+@pytest.mark.parametrize("version", ["2.13.0+cpu", "2.13.0+cu130", "2.13.2"])
+def test_an_engine_for_this_torch(version, engine, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert build.load_engine() is engine
+
+
+@pytest.mark.parametrize("version", ["2.14.1+cpu", "2.12.1", "2.1.3", "3.13.0"])
+def test_an_engine_for_another_torch_is_refused(version, engine, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert build.load_engine() == (
+        f"the C++ engine was built for torch 2.13.0, and this is torch {version}; this rebuilds it: {build.install()}."
+    )
 
 
 def test_an_engine_that_is_not_there_or_does_not_load(monkeypatch):
