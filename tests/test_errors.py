@@ -465,8 +465,6 @@ def test_every_refusal_of_checks_is_above():
     assert inspect.getsource(checks).count("    raise ") == 33
 
 
-# the first dual tensor makes PyTorch script some of its own functions
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_dual_tensors_are_refused():
     sentence = (
         "similarity_logsumexp has no forward-mode derivative, got a dual tensor (torch.func.jvp, forward_ad); "

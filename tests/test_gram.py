@@ -14,9 +14,6 @@ from contrastive_ops import reference
 from contrastive_ops.losses import volume
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TRACED = pytest.mark.filterwarnings(
-    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
-)
 LOGITS = 20.0  # volumes up to 1 at a temperature of 0.25, and log N on top
 
 
@@ -277,7 +274,6 @@ def test_volumes_differentiate_twice():
     assert torch.autograd.gradgradcheck(co.triangle_loss, corners)
 
 
-@TRACED
 def test_compiled_volume_and_loss_of_five_modalities():
     def call(*modalities):
         return co.gramian_volume(torch.stack(modalities, 1)).sum() + co.gram_loss(*modalities)

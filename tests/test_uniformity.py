@@ -241,9 +241,6 @@ def test_rows_that_coincide_have_zero_gradient(normalize, alpha):
     assert (grad[3] != 0).any()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
-)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_compiled(normalize):
     """What the catalogue's rows leave out; one graph for two sizes that share no factor."""
