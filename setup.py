@@ -1,9 +1,9 @@
 """Build of the compiled parts. Everything declarative is in pyproject.toml.
 
-CONTRASTIVE_OPS_BUILD chooses: "auto" compiles what this machine can and installs as pure Python otherwise, "python"
-compiles nothing, "cpp" the C++ engine, "cuda" the CUDA kernels, too; the last two compile or fail.
-CUDA_HOME or CUDA_PATH name the CUDA toolkit, TORCH_CUDA_ARCH_LIST the architectures. MAX_JOBS bounds the parallel
-compilations.
+CONTRASTIVE_OPS_BUILD chooses: "auto" compiles what this machine can and torch can use, and installs as pure Python
+otherwise, "python" compiles nothing, "cpp" the C++ engine, "cuda" the CUDA kernels, too; the last two compile or fail.
+CUDA_HOME or CUDA_PATH name the CUDA toolkit, TORCH_CUDA_ARCH_LIST the architectures, else those of the GPUs here, or of
+most where there is none. MAX_JOBS bounds the parallel compilations.
 """
 
 import functools
@@ -44,6 +44,9 @@ HOMES = (Path("/usr/local/cuda"),)  # of CUDA toolkits, where neither the enviro
 CUDA_NAME = "contrastive_ops._cuda"  # a library for torch.ops.load_library, not a Python module
 # sm_80 code runs on 8.x, and PTX of it on what comes later; code of 9.0a and 10.0a nowhere else
 CUDA_ARCHITECTURES = "8.0+PTX;9.0a;10.0a"
+SPECIFIC = (9, 10)  # majors whose GPUs take such code
+# debug information is 29 of 30 MB, and Python's own flags ask for it
+NO_DEBUG, STRIPPED = "-g0", "-Wl,--strip-all"
 
 
 class SourceDistribution(sdist):
@@ -113,11 +116,23 @@ def toolkit() -> Toolkit:
     return Toolkit(nvcc, version[1] if version else "of unknown version", codes, include_dirs, library_dirs)
 
 
+def architectures_here(codes: list[str]) -> str:
+    """Those of the GPUs of this machine; of most GPUs where there is none, or one that nvcc does not know."""
+    import torch
+
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    found = sorted({torch.cuda.get_device_capability(gpu) for gpu in gpus})
+    if not found or any(f"sm_{major}{minor}" not in codes for major, minor in found):
+        return CUDA_ARCHITECTURES
+    return ";".join(f"{major}.{minor}{'a' if major in SPECIFIC else ''}" for major, minor in found)
+
+
 def cuda_architectures(codes: list[str]) -> list[str]:
     """What nvcc is to make: code for an architecture (sm_80), and PTX for it and later ones (compute_80)."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    wanted = listed or architectures_here(codes)
     names = []
-    for entry in re.split(r"[;\s]+", (listed or CUDA_ARCHITECTURES).strip()):
+    for entry in re.split(r"[;\s]+", wanted.strip()):
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if found is None:
             raise RuntimeError(f'TORCH_CUDA_ARCH_LIST must be a list such as "{CUDA_ARCHITECTURES}", got "{listed}"')
@@ -129,7 +144,7 @@ def cuda_architectures(codes: list[str]) -> list[str]:
         else:
             names += [f"{kind}_{major}{minor}{specific}" for kind in (("sm", "compute") if ptx else ("sm",))]
     if not names:
-        raise RuntimeError(f'TORCH_CUDA_ARCH_LIST is "{listed}", where nothing has compute capability 8.0')
+        raise RuntimeError(f'nothing has compute capability 8.0 in "{wanted}"; TORCH_CUDA_ARCH_LIST names others')
     return names
 
 
@@ -214,6 +229,7 @@ def build_command():
 def compiler_flags() -> list[str]:
     flags = [
         "-O3",
+        NO_DEBUG,
         "-fvisibility=hidden",
         "-Wall",
         "-Wextra",
@@ -256,12 +272,13 @@ def cpp_extension():
         "contrastive_ops._C",
         [f"csrc/{name}.cpp" for name in ("extension", "cpu/dispatch", "cpu/rowwise", "cpu/similarity_logsumexp")],
         extra_compile_args={"cxx": flags},
+        extra_link_args=[STRIPPED] if sys.platform.startswith("linux") else [],
         depends=[str(path) for path in Path("csrc/cpu").glob("*.h")],
     )
 
 
 def cuda_extension():
-    """The CUDA kernels, for any torch from 2.11 on; raises where they can't be built."""
+    """The CUDA kernels, for any torch from 2.11 on; raises where they can't be built, or run if nobody named them."""
     import torch
     from torch.utils import cpp_extension as torch_build
 
@@ -269,6 +286,10 @@ def cuda_extension():
         raise RuntimeError("they are built on Linux only")
     if torch.torch_version.TorchVersion(torch.__version__) < (2, 11):
         raise RuntimeError(f"they need torch 2.11, here is {torch.__version__}")
+    if MODE == "auto" and torch.version.cuda is None:
+        raise RuntimeError(
+            f"torch {torch.__version__} has no CUDA; CONTRASTIVE_OPS_BUILD=cuda compiles them all the same"
+        )
     cuda = toolkit()
     if torch.version.cuda and torch.version.cuda.split(".")[0] != cuda.version.split(".")[0]:
         raise RuntimeError(
@@ -281,7 +302,7 @@ def cuda_extension():
         library_dirs=cuda.library_dirs,
         libraries=["cudart_static", "dl", "rt", "pthread"],
         # that runtime must not take the place of torch's own in other libraries, nor give way to it
-        extra_link_args=["-Wl,--exclude-libs,libcudart_static.a"],
+        extra_link_args=["-Wl,--exclude-libs,libcudart_static.a", STRIPPED],
         extra_compile_args={"cxx": compiler_flags()},
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020b000000000000"),
@@ -306,7 +327,7 @@ def compiled_parts():
             raise
         say(
             f"installing as pure Python, without the C++ engine ({error}). "
-            "With torch and a C++ compiler: pip install --no-build-isolation ."
+            'With torch, a C++ compiler, "setuptools>=77", wheel and ninja: pip install --no-build-isolation .'
         )
         return [], {}
     if MODE != "cpp":

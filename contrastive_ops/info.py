@@ -50,7 +50,7 @@ def checked(name: str, device: torch.device) -> str:
 def taken(example: torch.Tensor) -> str:
     """The backend that "auto" takes."""
     try:
-        return f"takes {backends.choose('similarity_logsumexp', example, 'auto')}"
+        return f"takes {backends.would_choose('similarity_logsumexp', example, 'auto')}"
     except RuntimeError as error:
         return f"can't: {error}"
 

@@ -75,6 +75,7 @@ def _uninitialised_memory_is_nan() -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "core: the part of the backend tests that runs again for every ISA variant")
     config.addinivalue_line("markers", "gpu: what only a machine with a GPU can show")
+    backends._warned.add("tiled")  # an installation without the C++ engine is tested, too
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

@@ -192,7 +192,6 @@ def cuda(monkeypatch):
     return asked
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # log(0) of an empty set, in the interpreter's numpy
 def test_cuda_is_measured_with_triton_and_synchronised(cuda, tmp_path, capsys):
     # fmt: off
     status = command.main(["clip_loss", "triangle_loss", "--device", "cuda", "--size", "64x16", "--quick",
@@ -219,7 +218,6 @@ def test_cuda_is_measured_with_triton_and_synchronised(cuda, tmp_path, capsys):
     assert cuda.count("synchronize") > 3 * 2 * 5
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_cuda_memory_is_that_of_its_allocator(cuda):
     case, settings = cases.Case("clip_loss", 64, 16, "float32"), measure.Settings(device="cuda")
     assert measure._peak_bytes_here(case, "ours", settings) == 4000

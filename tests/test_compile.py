@@ -17,12 +17,6 @@ from contrastive_ops.dtypes import statistics_dtype
 
 FORWARD = torch.ops.contrastive_ops.similarity_logsumexp.default
 BACKWARD = torch.ops.contrastive_ops.similarity_logsumexp_backward.default
-# Dynamo makes an instance of every autograd.Function that it traces, which PyTorch itself deprecates
-TRACED = pytest.mark.filterwarnings(
-    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
-)
-# importing inductor, or the first dual tensor, makes PyTorch script some of its own functions
-SCRIPTED = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 GRADIENTS = [result.name for result in BACKWARD._schema.returns]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VARIANTS = [pytest.param(row, v, id=f"{row.name}-{'-'.join(map(str, v.values())) or 'plain'}")
@@ -124,7 +118,6 @@ def assert_close(left, right):
 
 # two sizes that share no factor: a graph that remembers the first would recompile, or be wrong
 @pytest.mark.parametrize("name", ["vectors", "everything", "self-everything", "row_scale-1"])
-@TRACED
 def test_compiled_op(name, backend):
     """One graph for all N and M, forward and backward."""
     seen = []
@@ -146,7 +139,6 @@ def test_compiled_op(name, backend):
 
 # the compiler sees one opaque op whatever backend runs it, so one backend is enough for what the losses add around it
 @pytest.mark.parametrize(("loss", "variant"), VARIANTS)
-@TRACED
 def test_compiled_loss(loss, variant):
     def call(*arguments):
         return loss.fused(*arguments, **variant)
@@ -185,7 +177,6 @@ SIDE_INPUTS = {
 
 
 @pytest.mark.parametrize("loss", [pytest.param(row, id=row.name) for row in LOSSES if row.name in SIDE_INPUTS])
-@TRACED
 def test_compiled_loss_with_stats_and_side_inputs(loss):
     options = SIDE_INPUTS[loss.name]
 
@@ -197,7 +188,6 @@ def test_compiled_loss_with_stats_and_side_inputs(loss):
     assert_close(evaluate(compiled(call), arguments, options), evaluate(call, arguments, options))
 
 
-@TRACED
 def test_compiled_module_with_a_learnable_scale(backend):
     """The whole training step's loss: features, LogitScale, CLIPLoss."""
 
@@ -221,7 +211,6 @@ def test_compiled_module_with_a_learnable_scale(backend):
 
 
 @pytest.mark.parametrize("scale", [False, True], ids=["parameter", "LogitScale"])
-@TRACED
 def test_compiled_module_with_a_learnable_temperature(scale, backend):
     initial = torch.tensor(0.3)
     temperature = co.nn.LogitScale(initial=1 / 0.3) if scale else torch.nn.Parameter(initial)
@@ -241,7 +230,6 @@ def test_compiled_module_with_a_learnable_temperature(scale, backend):
     assert not torch.equal(both(x, y), expected)
 
 
-@TRACED
 def test_compiled_op_takes_one_tensor_in_several_places(backend):
     """y = x, one vector of ids for both sides, one of scales: Dynamo minds where an autograd.Function gets it."""
 
@@ -265,8 +253,6 @@ def inductor_refusal() -> str | None:
     return None
 
 
-@SCRIPTED
-@TRACED
 def test_inductor():
     """The compiler of production once; the others differ only in what it fuses around the op."""
     sentence = inductor_refusal()
@@ -455,7 +441,6 @@ def test_autocast_of_another_device_promotes_nothing():
         co.info_nce(x.to("meta"), y.to("meta", torch.bfloat16))
 
 
-@TRACED
 def test_compiled_loss_promotes_under_autocast(backend):
     def call(x, y):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -488,7 +473,6 @@ def test_differentiating_twice_is_refused(loss, backend):
     assert x.grad.isfinite().all()
 
 
-@SCRIPTED
 def test_forward_mode_is_refused(backend):
     """It would give the tangent of the positives alone, silently."""
     x, y = torch.randn(2, 8, 4)
@@ -537,7 +521,6 @@ def test_transforms(reduction, backend):
     close(torch.autograd.grad(torch.vmap(fused)(x, y).sum(), (x, y)), batched)
 
 
-@SCRIPTED
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_hessian_is_refused(backend):
     x, y = torch.randn(2, 9, 4)

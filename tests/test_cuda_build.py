@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +138,31 @@ def test_architectures(setup_py, monkeypatch, capsys):
             setup_py.cuda_architectures(codes)
 
 
+def test_architectures_of_the_gpus_here(setup_py, monkeypatch):
+    codes = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100"]
+    gpus: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: gpus[gpu])
+    everywhere = ["sm_80", "compute_80", "sm_90a", "sm_100a"]
+    for capabilities, names in {
+        ((9, 0),): ["sm_90a"],
+        ((10, 0), (8, 6), (10, 0)): ["sm_86", "sm_100a"],
+        ((12, 0),): everywhere,  # this nvcc does not know it
+        (): everywhere,
+    }.items():
+        gpus[:] = capabilities
+        assert setup_py.cuda_architectures(codes) == names
+    gpus[:] = [(7, 5)]
+    with pytest.raises(
+        RuntimeError, match=r'^nothing has compute capability 8\.0 in "7\.5"; TORCH_CUDA_ARCH_LIST names'
+    ):
+        setup_py.cuda_architectures(codes)
+    gpus[:] = [(9, 0)]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert setup_py.cuda_architectures(codes) == ["sm_80"]
+
+
 def test_objects_are_made_again_only_if_something_changed(setup_py, tmp_path, monkeypatch):
     fake_nvcc(tmp_path / "cuda")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
@@ -181,13 +207,17 @@ def extensions(setup_py, mode, monkeypatch):
     return [extension.name for extension in setup_py.compiled_parts()[0]]
 
 
-def test_modes_with_nvcc(setup_py, tmp_path, monkeypatch):
+def test_modes_with_nvcc(setup_py, tmp_path, monkeypatch, capsys):
     fake_nvcc(tmp_path)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.version, "cuda", None)
     both = ["contrastive_ops._C", "contrastive_ops._cuda"]
-    names = {mode: extensions(setup_py, mode, monkeypatch) for mode in setup_py.MODES}
-    assert names == {"auto": both, "cuda": both, "cpp": both[:1], "python": []}
+    for version, in_auto in (("13.0", both), (None, both[:1])):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        names = {mode: extensions(setup_py, mode, monkeypatch) for mode in setup_py.MODES}
+        assert names == {"auto": in_auto, "cuda": both, "cpp": both[:1], "python": []}
+    text = f"installing without the CUDA kernels: torch {torch.__version__} has no CUDA; CONTRASTIVE_OPS_BUILD=cuda "
+    assert text in capsys.readouterr().err
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     # only what nobody asked for by name may fail
     for mode, optional in {"auto": True, "cuda": False}.items():
         monkeypatch.setattr(setup_py, "MODE", mode)
@@ -196,6 +226,7 @@ def test_modes_with_nvcc(setup_py, tmp_path, monkeypatch):
 
 def refused(setup_py, sentence, monkeypatch, capsys):
     """auto says it and goes on, cuda says it and ends."""
+    monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
     assert extensions(setup_py, "auto", monkeypatch) == ["contrastive_ops._C"]
     assert re.search(f"installing without the CUDA kernels: .*{sentence}", capsys.readouterr().err)
     with pytest.raises(SystemExit, match=f"^CONTRASTIVE_OPS_BUILD=cuda: no CUDA kernels: .*{sentence}"):
@@ -218,6 +249,17 @@ def test_no_kernels_for_a_torch_of_another_cuda(setup_py, tmp_path, monkeypatch,
     refused(
         setup_py, r"torch is for CUDA 12\.6, and .* of CUDA 13\.0\.88; CUDA_HOME names another", monkeypatch, capsys
     )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="built with these flags on Linux")
+def test_nothing_is_for_a_debugger(setup_py, tmp_path, monkeypatch):
+    """Python's own flags have -g: the engine was 30 MB, and is 1.3."""
+    fake_nvcc(tmp_path)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(setup_py, "MODE", "cuda")
+    for extension in setup_py.compiled_parts()[0]:
+        assert "-g0" in extension.extra_compile_args["cxx"]
+        assert "-Wl,--strip-all" in extension.extra_link_args
 
 
 # the library
@@ -326,7 +368,8 @@ def test_loading_says_what_is_wrong(tmp_path):
     assert sentence.startswith("the CUDA kernels are not part of this installation; ")
     (tmp_path / "_cuda.so").write_text("not a library")
     sentence = build.load_cuda(tmp_path / "_cuda.so")
-    assert re.match(r"the CUDA kernels do not load \(.*\); rebuild them against torch 2", sentence)
+    assert re.match(r"the CUDA kernels do not load \(.*\); this rebuilds them for torch 2", sentence)
+    assert sentence.endswith(f"{build.install(CONTRASTIVE_OPS_BUILD='cuda')}.")
 
 
 # what the backend says
@@ -363,19 +406,19 @@ def test_why_not(with_gpu, monkeypatch):
     assert why_not(Gpu(torch.float64)) == "cuda takes float32, bfloat16, float16, got float64."
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert why_not(Gpu()) == "torch finds no GPU."
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert why_not(X) == f"torch {torch.__version__} has no CUDA; install one that has."
     monkeypatch.setattr(build, "cuda", None)
     monkeypatch.setattr(build, "cuda_missing", "not built here.")
     assert why_not(X) == "not built here."
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert why_not(X) == f"torch {torch.__version__} has no CUDA; install one that has."
 
 
 def test_a_gpu_for_which_nothing_was_compiled(with_gpu, monkeypatch):
     monkeypatch.setattr(build, "cuda", build.cuda._replace(architectures=("sm_90a", "sm_100a")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     assert why_not(Gpu()) == (
-        "the CUDA kernels are compiled for sm_90a, sm_100a, and this GPU has compute capability 12.0; install with "
-        f'TORCH_CUDA_ARCH_LIST="12.0": {build.INSTALL_CUDA}'
+        "the CUDA kernels are compiled for sm_90a, sm_100a, and this GPU has compute capability 12.0; this compiles "
+        f"them for it: {build.install(CONTRASTIVE_OPS_BUILD='cuda', TORCH_CUDA_ARCH_LIST='')}."
     )
 
 
@@ -417,6 +460,7 @@ def test_info_says_what_was_built(monkeypatch):
     kernels = build.Cuda("nvcc 13.0.88", ("sm_80", "compute_80"))
     monkeypatch.setattr(build, "cuda", kernels)
     assert dict(info.report())["CUDA kernels"] == "built with nvcc 13.0.88 for sm_80, compute_80"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(build, "cuda", None)
     monkeypatch.setattr(build, "cuda_missing", "not built here.")
     lines = dict(info.report())

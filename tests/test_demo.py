@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from contrastive_ops import build, clip_loss
+from contrastive_ops.demo import __main__ as command
+from contrastive_ops.demo import report
 from contrastive_ops.demo.__main__ import main
 from contrastive_ops.demo.encoder import TfIdf, bucket, count_features, row_indices
-from contrastive_ops.demo.pairs import collect_pairs, words
+from contrastive_ops.demo.pairs import Pair, collect_pairs, words
 from contrastive_ops.demo.report import NO_MATPLOTLIB, Screen
-from contrastive_ops.demo.training import lexical_similarities, quality_of
+from contrastive_ops.demo.training import dense_loss, lexical_similarities, quality_of
 
 MODULE = '''
 class Reader:
@@ -123,7 +126,8 @@ def test_a_small_run_learns(tmp_path: Path) -> None:
     plot = tmp_path / "curves.png"
     query = "write bytes to a file"
     arguments = ("--pairs", "400", "--steps", "6", "--dim", "32", "--query", query, "--plot", str(plot))
-    run = _python("-W", "error", "-m", "contrastive_ops.demo", *arguments)
+    ours = () if build.missing is None else ("-W", 'ignore:backend="auto" takes "tiled"')
+    run = _python("-W", "error", *ours, "-m", "contrastive_ops.demo", *arguments)
     assert run.returncode == 0, run.stderr
     before, after = (
         float(re.search(rf"{row} +[\d.]+ +([\d.]+)", run.stdout)[1])  # type: ignore[index]
@@ -132,8 +136,38 @@ def test_a_small_run_learns(tmp_path: Path) -> None:
     assert before < 0.25
     assert after > before + 0.25
     assert "training on 300 pairs as one batch, 100 held out; D = 32" in run.stdout
+    assert re.search(r"\n +the dense loss in its place, one step +\d+\.\d\d s", run.stdout)
     assert f"\n{query}\n" in run.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_dense_loss_is_ours() -> None:
+    code, text = torch.randn(2, 50, 8).unbind()
+    scale = torch.tensor(20.0)
+    torch.testing.assert_close(dense_loss(code, text, scale), clip_loss(code, text, scale))
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "cell"), [(None, "no memory for it"), (2 * 4 * 4 * 15**2, "no memory for it"), (10**9, r"\d\.\d\d s")]
+)
+def test_the_dense_loss_is_timed_where_memory_allows(bytes_, cell, monkeypatch, capsys, root) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(report, "available_bytes", lambda: bytes_)
+    monkeypatch.setattr(
+        command, "collect_pairs", lambda *_: [Pair(f"f{i}", f"does {i}", "f", f"f:{i}") for i in range(20)]
+    )
+    assert main(["--steps", "1", "--dim", "4", "--backend", "tiled"]) == 0
+    assert re.search(f"the dense loss in its place, one step +{cell}\n", capsys.readouterr().out)
+
+
+def test_memory_that_a_container_leaves(monkeypatch) -> None:
+    assert report.available_bytes() is None or report.available_bytes() > 0
+    texts = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 4096 kB", "/sys/fs/cgroup/memory.max": "max\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: texts[str(path)])
+    monkeypatch.setattr(report, "resident_bytes", lambda: 2**20)
+    assert report.available_bytes() == 2**22
+    texts["/sys/fs/cgroup/memory.max"] = f"{2**21}\n"
+    assert report.available_bytes() == 2**20
 
 
 def test_plot_without_matplotlib_is_refused_before_any_work(

@@ -13,7 +13,7 @@ import torch
 
 from bench.device import __main__ as command
 from bench.device import report, stage
-from contrastive_ops import backends
+from contrastive_ops import backends, build
 
 ROOT = Path(__file__).parents[1]
 STAGES = {
@@ -100,6 +100,14 @@ def test_a_bad_limit_is_refused(limit, capsys):
     with pytest.raises(SystemExit):
         command.parse(["--limit", limit])
     assert "--limit takes a stage and its seconds such as tests=120" in capsys.readouterr().err
+
+
+def test_a_report_does_not_name_the_checkout(tmp_path):
+    this = stage.Stage(tmp_path / "rows", until=0.0, rehearse=True)
+    this.write(engine=build.install())
+    assert build.source() == f"-e {ROOT}"
+    (row,) = stage.read(tmp_path / "rows")
+    assert row["engine"].endswith("-e .`")
 
 
 def test_rehearsal(tmp_path):

@@ -25,7 +25,6 @@ import contrastive_ops as co
 from contrastive_ops import backends
 from contrastive_ops.backends import cuda, sweep
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # log(0) of an empty set, in numpy
 DTYPES = {"triton": (torch.float32, torch.float16), "cuda-host": cuda.DTYPES}
 PAIRS = [(engine, dtype) for engine, dtypes in DTYPES.items() for dtype in dtypes]
 FEWER = PAIRS[:1] + PAIRS[2:]  # the interpreter takes seconds for a tile

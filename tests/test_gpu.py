@@ -403,8 +403,6 @@ def test_cuda_graph(name, engine, dtype):
 @gpu
 @on_gpu
 @pytest.mark.parametrize("name", each(["info_nce", "clip_loss", "nt_xent", "gram_loss"], ["clip_loss"]))
-@compile_tests.SCRIPTED
-@compile_tests.TRACED
 def test_compiled(name, engine):
     """One graph of forward and backward, for sizes that share no factor."""
     loss = loss_tests.TABLE[name]
@@ -573,8 +571,6 @@ def test_auto_takes_a_checked_engine(op, dtype, engine, unchecked, monkeypatch):
 
 
 @gpu
-@compile_tests.SCRIPTED
-@compile_tests.TRACED
 def test_first_use_in_a_compiled_step(engine, unchecked, monkeypatch):
     monkeypatch.setattr(backends, "AUTO_ON_GPU", (engine, "tiled"))
     x, y = (value.requires_grad_() for value in torch.randn(2, 33, 20, device=DEVICE).unbind())

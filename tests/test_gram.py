@@ -14,9 +14,6 @@ from contrastive_ops import reference
 from contrastive_ops.losses import volume
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TRACED = pytest.mark.filterwarnings(
-    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
-)
 LOGITS = 20.0  # volumes up to 1 at a temperature of 0.25, and log N on top
 
 
@@ -85,6 +82,21 @@ def test_triangles_in_chunks_of_rows(squared, rows, dtype, monkeypatch):
         "sample_weight": torch.linspace(0.5, 1.5, 23, dtype=statistics).requires_grad_(),
     }
     judge(co.triangle_loss, reference.triangle_loss, related(23, 9, 3, dtype), options, logits=LOGITS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("squared", [False, True])
+def test_areas_do_not_change_with_an_offset_of_all_corners(squared, dtype):
+    corners = torch.randn(3, 23, 9)
+    options = {"squared": squared, "temperature": 0.5, "normalize": False}
+    judge(co.triangle_loss, reference.triangle_loss, [(p + 8).to(dtype).requires_grad_() for p in corners], options)
+    far = [(p + 1000).to(dtype).requires_grad_() for p in corners]
+    found, truth = (
+        evaluate(function, far, options, dtype=of, exact=True)
+        for function, of in ((co.triangle_loss, torch.float32), (reference.triangle_loss, torch.float64))
+    )
+    for name, value in truth.items():
+        assert (found[name] - value).norm() <= 1e-4 * value.norm(), name
 
 
 def test_triangles_in_one_piece_are_those_in_chunks():
@@ -262,7 +274,6 @@ def test_volumes_differentiate_twice():
     assert torch.autograd.gradgradcheck(co.triangle_loss, corners)
 
 
-@TRACED
 def test_compiled_volume_and_loss_of_five_modalities():
     def call(*modalities):
         return co.gramian_volume(torch.stack(modalities, 1)).sum() + co.gram_loss(*modalities)

@@ -241,7 +241,6 @@ def test_norms_beyond_the_squares_of_float32():
 
 @EACH
 @ENGINE
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of PyTorch, at the first dual tensor
 def test_dual_tensors_take_the_steps(name):
     ours, steps = FUNCTIONS[name]
     x, tangent = torch.randn(2, V, 5, 6).unbind()
@@ -437,7 +436,6 @@ LAUNCHED = {
 
 
 @TRITON
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of PyTorch, at the first dual tensor
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_kernels_and_the_transforms(name, monkeypatch):
     """Differentiated again, for many gradients at once, in forward mode and under torch.func: the steps of PyTorch."""
@@ -478,7 +476,6 @@ def test_kernels_in_inference_mode_and_of_what_is_frozen(name):
 
 
 @TRITON
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # log(0) of an empty set, in numpy
 @pytest.mark.parametrize("n", [0, 1])
 def test_kernels_of_no_rows_and_one_row(n):
     x, y, t = torch.randn(n, 5).requires_grad_(), torch.randn(n, 5).requires_grad_(), torch.tensor(0.7).requires_grad_()

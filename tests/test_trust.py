@@ -17,7 +17,7 @@ import numpy
 import pytest
 import torch
 from cuda_host import build as host
-from test_compile import TRACED, compiled
+from test_compile import compiled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -566,7 +566,6 @@ def nodes(graphs):
 
 @pytest.mark.parametrize("fault", [{}, {"similarity_logsumexp_backward": changed(0, off)}], ids=["agrees", "wrong"])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@TRACED
 def test_first_use_in_a_compiled_step(compiler, fault, plant):
     """The verdict is asked for while Dynamo traces, with tensors of its own, and the graph has what it says."""
     engine = plant(planted=Witness(**fault))
@@ -590,7 +589,6 @@ def test_first_use_in_a_compiled_step(compiler, fault, plant):
     assert len(engine.calls) == checked
 
 
-@TRACED
 def test_graphs_have_the_chosen_engine(plant):
     graphs = []
 
@@ -739,8 +737,6 @@ def engine(request, monkeypatch):
 SWEEP = ("forward", "excluded", "merge", "block", "product", "rows", "attention")
 KERNELS = {"triton": SWEEP, "cuda-host": (*SWEEP, "factor")}
 engines = pytest.mark.parametrize("engine", list(KERNELS), indirect=True)
-# log(0) of an empty set, in numpy
-in_numpy = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 
 
 def difference(engine, op, dtype):
@@ -748,7 +744,6 @@ def difference(engine, op, dtype):
 
 
 @engines
-@in_numpy
 def test_the_check_launches_every_kernel_and_they_agree(engine):
     """Of 16 bits: float32 has no use for two of them."""
     for op in OPS:
@@ -757,7 +752,6 @@ def test_the_check_launches_every_kernel_and_they_agree(engine):
 
 
 @engines
-@in_numpy
 def test_engines_agree_in_float32(engine):
     for op in OPS:
         assert difference(engine, op, torch.float32) is None

@@ -319,9 +319,6 @@ def test_opcheck(members, backend, dtype):
         torch.library.opcheck(BACKWARD, (*incoming, *saved, *inputs, needs, backend), test_utils=checks)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
-)
 def test_compiled(backend):
     """One graph for all N and M, forward and backward."""
 

@@ -50,13 +50,11 @@ def _engine(this: stage.Stage) -> dict[str, object]:
     state = _state()
     if state == "loaded" or this.rehearse or shutil.which("nvcc") is None:
         return {"cuda": state, "built_in_s": None}
-    major, minor = torch.cuda.get_device_capability()
-    architecture = f"{major}.{minor}" + ("a" if major in (9, 10) else "")
     begin = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=stage.ROOT,
-        env=os.environ | {"CONTRASTIVE_OPS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture},
+        env=os.environ | {"CONTRASTIVE_OPS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": ""},  # for this GPU
         capture_output=True,
         text=True,
         check=False,

@@ -40,7 +40,8 @@ class Stage:
 
     def write(self, **row: Any) -> None:
         with self.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            # a report is passed on, and commands in sentences name the checkout
+            file.write(json.dumps(row).replace(str(ROOT), ".") + "\n")
 
 
 @dataclass

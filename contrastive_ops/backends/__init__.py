@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from contrastive_ops import checks, tracing
+from contrastive_ops import build, checks, tracing
 from contrastive_ops.backends import cpu, cuda, reference, tiled, triton, trust, tuples
 
 _MODULES: dict[str, ModuleType] = {
@@ -23,6 +24,8 @@ _MODULES: dict[str, ModuleType] = {
 AUTO = ("cpu", "tiled")
 AUTO_ON_GPU = ("triton", "cuda", "tiled")  # to be measured which of the first two is faster
 NAMES = ("auto", *_MODULES)
+
+_warned: set[str] = set()  # backends that were taken for want of an engine
 
 
 def module(name: str) -> ModuleType:
@@ -60,8 +63,28 @@ def choose(op: str, x: Tensor, backend: str) -> str:
     """The backend that runs `op` on tensors like `x`: the named one or an error, for "auto" the first that can.
 
     On a GPU that is the first that agrees with `tiled`, which is checked at its first use. The environment variable
-    CONTRASTIVE_OPS_BACKEND stands in for "auto".
+    CONTRASTIVE_OPS_BACKEND stands in for "auto". Where that finds no engine on a CPU, one warning says so.
     """
+    chosen = would_choose(op, x, backend)
+    if chosen == "tiled" and requested(backend) == "auto" and x.device.type == "cpu":
+        _warn_of_tiled()
+    return chosen
+
+
+@tracing.constant  # said while the graph is made, and not in it
+def _warn_of_tiled() -> None:
+    if "tiled" in _warned:
+        return
+    _warned.add("tiled")
+    warnings.warn(
+        f'backend="auto" takes "tiled" on this CPU, plain PyTorch, as there is no engine: {build.missing} '
+        'backend="tiled" and CONTRASTIVE_OPS_BACKEND=tiled take it without this warning.',
+        stacklevel=2,
+    )
+
+
+def would_choose(op: str, x: Tensor, backend: str) -> str:
+    """As `choose`, for who only asks: no warning."""
     source = "CONTRASTIVE_OPS_BACKEND" if backend == "auto" else "backend"
     backend = requested(backend)
     checks.choice(source, backend, NAMES)
@@ -165,7 +188,7 @@ def explain(x: Tensor, *, op: str = "similarity_logsumexp", backend: str = "auto
     """
     checks.features("x", x)
     checks.choice("op", op, tiled.OPS)
-    chosen = choose(op, x, backend)  # before the standings, which it may change
+    chosen = would_choose(op, x, backend)  # before the standings, which it may change
     standings = {name: known for name in _MODULES if (known := standing(name, op, x)) is not None}
     return Explanation(
         op=op,

@@ -123,10 +123,10 @@ KERNELS = CudaKernels("contrastive_ops_cuda")
 def why_not(op: str, x: Tensor) -> str | None:
     if op == "gramian_volume" and x.shape[-2] > MOST_VECTORS:
         return f"cuda takes sets of up to {MOST_VECTORS} vectors, got {x.shape[-2]}."
+    if torch.version.cuda is None:  # before anything is compiled for it
+        return f"torch {torch.__version__} has no CUDA; install one that has."
     if build.cuda is None:
         return build.cuda_missing
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA; install one that has."
     if x.device.type != "cuda":
         return f"cuda runs GPU tensors, got a tensor on {x.device.type}."
     if x.dtype not in DTYPES:
@@ -159,7 +159,7 @@ def no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str 
     version = "{}.{}".format(*capability)
     return (
         f"the CUDA kernels are compiled for {', '.join(architectures)}, and this GPU has compute capability {version}; "
-        f'install with TORCH_CUDA_ARCH_LIST="{version}": {build.INSTALL_CUDA}'
+        f"this compiles them for it: {build.install(CONTRASTIVE_OPS_BUILD='cuda', TORCH_CUDA_ARCH_LIST='')}."
     )
 
 

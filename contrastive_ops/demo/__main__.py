@@ -18,7 +18,15 @@ from contrastive_ops.demo import report
 from contrastive_ops.demo.encoder import TfIdf, TwoTowers
 from contrastive_ops.demo.pairs import Pair, collect_pairs, installed_roots
 from contrastive_ops.demo.report import Screen, size
-from contrastive_ops.demo.training import Quality, Step, lexical_similarities, quality_of, similarities, train
+from contrastive_ops.demo.training import (
+    Quality,
+    Step,
+    dense_seconds,
+    lexical_similarities,
+    quality_of,
+    similarities,
+    train,
+)
 
 MIN_PAIRS = 20
 MAX_HELD_OUT = 1000
@@ -75,10 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recall = qualities[-1].recall_at_10
             advance(len(steps), f"loss {step.loss:.3f}  recall@10 {recall:.3f}  {step.seconds:.2f} s/step")
     peak = report.peak_bytes()
+    # twice what it needs, so that nobody's machine swaps for a comparison
+    available = report.available_bytes()
+    allowed = available is not None and available > 2 * _dense_bytes(n)
+    dense = dense_seconds(encoder, train_code, train_text) if allowed else None
 
     lexical = quality_of(lexical_similarities(test_text, test_code))
     _show_quality(screen, len(held_out), qualities[0], lexical, qualities[-1])
-    _show_cost(screen, n, steps, before, peak)
+    _show_cost(screen, n, steps, dense, before, peak)
     examples = [pair for pair in held_out if re.fullmatch(r"[A-Z][\w ,']{30,80}\.", pair.text)][:EXAMPLES]
     searches: list[tuple[str, Pair | None]] = [(pair.text, pair) for pair in examples]
     searches += [(query, None) for query in options.query]
@@ -143,22 +155,28 @@ def _show_quality(screen: Screen, held_out: int, before: Quality, lexical: Quali
     )
 
 
-def _show_cost(screen: Screen, n: int, steps: Sequence[Step], before: int | None, peak: int | None) -> None:
+def _dense_bytes(n: int) -> int:
+    return DENSE_MATRICES * 4 * n * n  # of float32
+
+
+def _show_cost(
+    screen: Screen, n: int, steps: Sequence[Step], dense: float | None, before: int | None, peak: int | None
+) -> None:
     seconds = statistics.median(step.seconds for step in steps)
     loss_seconds = statistics.median(step.loss_seconds for step in steps)
     rows = [
         ("time of a step, median", f"{seconds:.2f} s"),
         ("  of which the loss, forward and backward", f"{loss_seconds:.2f} s"),
+        ("the dense loss in its place, one step", "no memory for it" if dense is None else f"{dense:.2f} s"),
     ]
     if before is not None and peak is not None:
         rows += [
             ("peak memory of the process", size(peak)),
             ("  of which training: encoder, Adam and loss", size(peak - before)),
         ]
-    matrix = 4 * n * n  # bytes of float32
     rows += [
-        (f"one similarity matrix, {n:,} x {n:,} in float32", size(matrix)),
-        (f"the dense loss alone, {DENSE_MATRICES} such matrices at its peak", size(DENSE_MATRICES * matrix)),
+        (f"one similarity matrix, {n:,} x {n:,} in float32", size(_dense_bytes(n) / DENSE_MATRICES)),
+        (f"the dense loss alone, {DENSE_MATRICES} such matrices at its peak", size(_dense_bytes(n))),
     ]
     screen.table("Time and memory", ("", ""), rows)
 

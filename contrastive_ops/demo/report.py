@@ -102,6 +102,20 @@ def peak_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_bytes() -> int | None:
+    """Memory that this process could still have without swapping; None where the system doesn't say."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return None
+    try:  # a container may have less than its machine
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        limit = "max"
+    return available if limit == "max" else min(available, int(limit) - (resident_bytes() or 0))
+
+
 def plot(file: Path, steps: Sequence[Step], qualities: Sequence[Quality], title: str) -> None:
     """Draw the loss of every step, and the quality before the first step and after each."""
     from matplotlib.figure import Figure

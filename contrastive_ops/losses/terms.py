@@ -53,6 +53,18 @@ def with_logit_scale(
     return with_scale(x, factor, power, backend) if normalize else (x, factor**power)
 
 
+def centred(*features: Tensor) -> tuple[Tensor, ...]:
+    """Tensors [N, D] less the mean row of them all, in the dtype of the statistics: for functions of differences alone.
+
+    |x|^2 - 2 <x, y> + |y|^2 cancels where an offset is common to all rows: its rounding is that of the offset's square.
+    The mean is a constant: a shift of all rows changes nothing, so no gradient goes through it. 16 bits don't hold what
+    is left of 16-bit features, nor do coefficients of 16 bits cancel well enough, so the sweep goes on in float32.
+    """
+    rows = tuple(x.to(statistics_dtype(x)) for x in features)
+    mean = torch.stack([x.detach().mean(0) for x in rows]).mean(0)
+    return tuple(x - mean for x in rows)
+
+
 def logsumexp(x: Tensor, dim: int) -> Tensor:
     """torch.logsumexp, with zero gradient where all entries are -inf and that one has NaN."""
     empty = (x == -torch.inf).all(dim, keepdim=True)

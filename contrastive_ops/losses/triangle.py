@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from contrastive_ops import checks
-from contrastive_ops.dtypes import statistics_dtype, without_autocast
+from contrastive_ops.dtypes import without_autocast
 from contrastive_ops.losses import terms, volume
 from contrastive_ops.losses.gram import Directions, symmetric
 from contrastive_ops.losses.terms import LossStats
@@ -74,7 +74,8 @@ def triangle_loss(
     Notes
     -----
     Extra memory is O(N D) and one chunk of about 2**22 areas, which backward computes again. Positives are computed
-    from differences, without cancellation; the squared height of another triangle has an absolute error of about 1e-7.
+    from differences, without cancellation; the squared height of another triangle has an absolute error of about
+    1e-7 :math:`|p - c|^2`, of its corners p less the mean c of all.
     Triangles without area (two equal corners, corners on a line) are the best match there is and have zero gradient.
     For N = 1 there are no negatives: the loss is 0 with zero gradient. Gradients reach all modalities, `temperature`
     and `sample_weight`.
@@ -91,14 +92,14 @@ def triangle_loss(
     """
     terms.check_options(reduction=reduction, normalize=normalize, label_smoothing=label_smoothing, squared=squared)
     anchor, (x, y) = volume.checked(anchor, (x, y), ("x", "y"), to=torch.float32)  # distances, as in torch.cdist
-    n, device, dtype = anchor.shape[0], anchor.device, statistics_dtype(anchor)
+    n, device = anchor.shape[0], anchor.device
     checks.temperature("temperature", temperature, device)
     checks.choice("backend", backend, BACKENDS)
     if sample_weight is not None:
         checks.weights("sample_weight", sample_weight, n, device, rows_of="anchor")
 
     logit_scale = terms.inverse(temperature, anchor)
-    a, b, c = (unit(p, backend) if normalize else p.to(dtype) for p in (anchor, x, y))
+    a, b, c = terms.centred(*(unit(p, backend) if normalize else p for p in (anchor, x, y)))
     positive = -logit_scale * _of_parallelogram(gramian_volume(volume.stacked((a - b, a - c))), squared)
     (length,), (direction,) = orthogonalised((c - b).unsqueeze(1))
     foot = b - (b * direction).sum(1, keepdim=True) * direction

@@ -49,7 +49,8 @@ def uniformity(
     -----
     Extra memory is O(N D); without `y` only the upper triangle of the pairs is computed. For N < 2 there are no pairs:
     the value is 0 with zero gradient. Far away rows don't underflow: the logarithm is that of a log-sum-exp. Exponents
-    are differences of dot products: with ``normalize=False`` they carry a rounding of :math:`t |x_i|^2` eps.
+    are differences of dot products: with ``normalize=False`` they carry a rounding of :math:`t |x_i - c|^2` eps, where
+    c is the mean of all rows. The rows less c are float32 (float64 for float64), and so is the sweep.
 
     References
     ----------
@@ -69,8 +70,8 @@ def uniformity(
         checks.same_kind("y", y, "x", x)
         checks.same_shape("y", y, "x", x)
     n = x.shape[0]
-    x, row_scale, row_bias = _gaussian(x, t, normalize, backend)
-    y, col_scale, col_bias = (None, None, None) if y is None else _gaussian(y, t, normalize, backend)
+    (x, row_scale, row_bias), *other = _gaussians((x,) if y is None else (x, y), t, normalize, backend)
+    y, col_scale, col_bias = other[0] if other else (None, None, None)
     row_lse = similarity_logsumexp(
         x,
         y,
@@ -121,8 +122,8 @@ def joint_entropy(
     Notes
     -----
     Extra memory is O(N D); only the upper triangle of the pairs is computed, the pair of a row with itself is added
-    back exactly. For N = 1 the value is 0 with zero gradient. Exponents are differences of dot products, they carry a
-    rounding of :math:`t |x_i|^2` eps.
+    back exactly. For N = 1 the value is 0 with zero gradient. Exponents are differences of dot products, with
+    a rounding and in a dtype as in `uniformity`.
 
     References
     ----------
@@ -136,7 +137,7 @@ def joint_entropy(
     terms.check_options(reduction=reduction, normalize=normalize, t=t)
     checks.features("x", x)
     n = x.shape[0]
-    x, row_scale, row_bias = _gaussian(x, t, normalize, backend)
+    ((x, row_scale, row_bias),) = _gaussians((x,), t, normalize, backend)
     others = similarity_logsumexp(
         x, row_scale=row_scale, row_bias=row_bias, exclude=torch.arange(n, device=x.device), backend=backend
     ).row_lse
@@ -196,13 +197,15 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = Tru
     return terms.reduce(per_row, reduction)
 
 
-def _gaussian(x: Tensor, t: float, normalize: bool, backend: str) -> tuple[Tensor, float | Tensor, Tensor]:
-    """x, with scale and bias of its side of -t |x_i - y_j|^2; a zero row stays zero."""
+def _gaussians(
+    features: tuple[Tensor, ...], t: float, normalize: bool, backend: str
+) -> list[tuple[Tensor, float | Tensor, Tensor]]:
+    """Features, with scale and bias of their side of -t |x_i - y_j|^2; a zero row stays zero where rows are unit."""
     root = (2.0 * t) ** 0.5
     if not normalize:
-        return x, root, -t * row_dot(x, x)
-    x, norm_scale = with_inverse_norm(x, backend)
-    return x, root * norm_scale, -t * (norm_scale.detach() > 0).to(norm_scale.dtype)
+        return [(x, root, -t * row_dot(x, x)) for x in terms.centred(*features)]
+    sides = [with_inverse_norm(x, backend) for x in features]
+    return [(x, root * scale, -t * (scale.detach() > 0).to(scale.dtype)) for x, scale in sides]
 
 
 def _unit_difference(x: Tensor, y: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def by_class(labels: Tensor, x: Tensor, backend: str = "auto") -> Classes:
     end = torch.searchsorted(ordered, ordered, out_int32=True, right=True)
     others = (end - first - 1).to(statistics_dtype(x))
     place = torch.arange(order.shape[0], device=order.device)
-    return Classes(torch.empty_like(order).scatter(0, order, place), first, place.to(torch.int32), others)
+    inverse = torch.empty_like(order).scatter(0, order, place)
+    return Classes(order, inverse, first, place.to(torch.int32), others)
 
 
 def sums_of_groups(x: Tensor, group: Tensor) -> Tensor:

@@ -106,6 +106,9 @@ def pairwise_views(views: Tensor, loss: str = "nt_xent", **options: Any) -> Tens
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Of rows less an offset of them all, which changes no distance and whose square would drown them."""
+    offset = x.detach().mean(0)
+    x, y = x - offset, y - offset
     return x.square().sum(1)[:, None] + y.square().sum(1)[None, :] - 2 * x @ y.T
 
 
