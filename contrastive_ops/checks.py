@@ -66,6 +66,7 @@ AXES = {
     "(N, D)": "reshape it to one row of features for each sample; every row counts as a sample",
     "(M, D)": "every row is a key of all queries: flatten the first two axes of keys (N, K, D), and pass target=, "
     "the row of each query's positive, which is torch.arange(N) * K where it is the first of K",
+    "(N, H, D)": "its axes are queries, the negatives of each, features; negatives of all queries are more rows of key",
     "(N, V, D)": "its axes are samples, views, features",
     "(V, N, D)": "its axes are views, samples, features; torch.stack makes it of views of shape (N, D)",
     "(M, P, D)": "its axes are tuples, vectors, features; with one vector for each, unsqueeze(1)",
@@ -113,6 +114,15 @@ def same_kind(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(
             f"{name} must have the feature size of {other_name}, D = {other.shape[-1]}, got {value.shape[-1]}; "
             "project both to one size."
+        )
+
+
+def one_per_row(name: str, value: Tensor, rows_of: str, rows: Tensor) -> None:
+    """What has an entry for each row of another tensor."""
+    if value.shape[0] != rows.shape[0]:
+        raise ValueError(
+            f"{name} must have an entry for each row of {rows_of}, N = {rows.shape[0]}, got shape {shape(value)}; "
+            "its first axis is that of the rows."
         )
 
 

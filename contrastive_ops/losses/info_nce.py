@@ -9,13 +9,14 @@ from contrastive_ops import checks
 from contrastive_ops.dtypes import promoted
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import similarity_logsumexp
+from contrastive_ops.ops import row_dots, similarity_logsumexp
 
 
 def info_nce(
     query: Tensor,
     key: Tensor,
     *,
+    negatives: Tensor | None = None,
     target: Tensor | None = None,
     temperature: float | Tensor = 0.07,
     label_smoothing: float = 0.0,
@@ -34,7 +35,8 @@ def info_nce(
         \ell_i = \mathrm{softplus}\Big(\log \sum_{j \in N(i)} e^{s_{ij}} - s_{i t_i}\Big)
                  + \epsilon \, (s_{i t_i} - \bar s_i)
 
-    :math:`N(i)` are all keys but the positive :math:`t_i` and, with ids, but the keys of the query's id;
+    :math:`N(i)` are all keys but the positive :math:`t_i` and, with ids, but the keys of the query's id, and the
+    query's own negatives;
     :math:`\bar s_i` is the mean over :math:`N(i)` and the positive. This is
     ``cross_entropy(s, t, label_smoothing=epsilon)``, exact where that rounds to 0.
 
@@ -43,6 +45,9 @@ def info_nce(
     query : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
     key : Tensor of shape (M, D), dtype of `query`
         Without `target`, M >= N and row i is the positive of query i; the other keys are negatives of all queries.
+    negatives : Tensor of shape (N, H, D), dtype of `query`, optional
+        H negatives of each query that are not negatives of the others. Where they are to be its only ones, give all
+        queries and all keys the same id.
     target : integer Tensor of shape (N,), optional
         Index of each query's positive in `key`, in [0, M). Off the CPU, where the host would have to wait for them, the
         values are not checked: a query whose positive is beyond the keys has the loss inf.
@@ -74,8 +79,9 @@ def info_nce(
 
     Notes
     -----
-    Extra memory is O((N + M) D). A query without negatives contributes 0 with zero gradient and stays in the mean.
-    Gradients reach `query`, `key`, `temperature` and `sample_weight`.
+    Extra memory is O((N + M) D), and O(N H) for its own negatives, of which 16-bit ones are copied in float32. A query
+    without negatives contributes 0 with zero gradient and stays in the mean.
+    Gradients reach `query`, `key`, `negatives`, `temperature` and `sample_weight`.
 
     References
     ----------
@@ -89,7 +95,13 @@ def info_nce(
     terms.check_options(reduction=reduction, normalize=normalize, label_smoothing=label_smoothing)
     checks.features("query", query)
     checks.features("key", key, expected="(M, D)")
-    query, key = promoted(query, key)
+    if negatives is None:
+        query, key = promoted(query, key)
+    else:
+        checks.features("negatives", negatives, expected="(N, H, D)")
+        query, key, negatives = promoted(query, key, negatives)
+        checks.same_kind("negatives", negatives, "query", query)
+        checks.one_per_row("negatives", negatives, "query", query)
     checks.same_kind("key", key, "query", query)
     n, m = query.shape[0], key.shape[0]
     checks.temperature("temperature", temperature, query.device, rows=n, rows_of="query")
@@ -110,7 +122,7 @@ def info_nce(
     temperature = terms.flat(temperature, query)
     query, query_scale = terms.with_logit_scale(query, temperature, -1.0, normalize, backend)
     key, key_scale = terms.with_norm_scale(key, normalize, backend)
-    negatives = similarity_logsumexp(
+    swept = similarity_logsumexp(
         query,
         key,
         row_scale=query_scale,
@@ -120,20 +132,25 @@ def info_nce(
         col_ids=key_ids,
         backend=backend,
     )
-    positive = negatives.excluded_logit
+    positive, lse, largest, own = swept.excluded_logit, swept.row_lse, swept.row_max, None
+    if negatives is not None and negatives.shape[1] > 0:
+        negatives, negative_scale = terms.with_norm_scale(negatives, normalize, backend)
+        own = terms.scaled(query_scale, terms.scaled(negative_scale, row_dots(query, negatives)).T).T
+        lse, largest = torch.logaddexp(lse, own.logsumexp(1)), torch.maximum(largest, own.detach().amax(1))
     spread = None
     if label_smoothing > 0.0:
-        uniform = terms.uniform_similarity(query, key, query_scale, key_scale, positive, target, query_ids, key_ids)
+        uniform = terms.uniform_similarity(
+            query, key, query_scale, key_scale, positive, target, query_ids, key_ids, own
+        )
         # without negatives the positive is the mean: exactly 0, where the difference of two roundings is not
-        spread = label_smoothing * torch.where(negatives.row_lse > -torch.inf, positive - uniform, 0.0)
-    lse = (negatives.row_lse,)
+        spread = label_smoothing * torch.where(lse > -torch.inf, positive - uniform, 0.0)
     loss = terms.cross_entropy(
-        positive, lse, spread=spread, reduction=reduction, sample_weight=sample_weight, backend=backend
+        positive, (lse,), spread=spread, reduction=reduction, sample_weight=sample_weight, backend=backend
     )
     if not return_stats:
         return loss
     return loss, LossStats(
-        lse=torch.logaddexp(negatives.row_lse, positive).detach(),
+        lse=torch.logaddexp(lse, positive).detach(),
         positive_similarity=(positive * temperature).detach(),
-        accuracy=terms.accuracy(positive, negatives.row_max),
+        accuracy=terms.accuracy(positive, largest),
     )

@@ -96,8 +96,11 @@ def uniform_similarity(
     target: Tensor,
     x_ids: Tensor | None,
     y_ids: Tensor | None,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Mean of row i over the columns that take part, its negatives and its positive: of logits where these are scales.
+
+    `own` [N, H] take part, too, each in its row alone.
 
     A mean of dot products is the dot product with a mean, so label smoothing needs no sweep; the columns that are
     left out by their ids are taken off as the sum of their group.
@@ -105,10 +108,12 @@ def uniform_similarity(
     m = y.shape[0]
     cols = scaled(y_scale[:, None] if isinstance(y_scale, Tensor) else y_scale, y.to(statistics_dtype(y)))
     total = scaled(x_scale, row_dot(x, cols.sum(0)))
+    if own is not None:
+        total, m = total + own.sum(1), m + own.shape[1]
     if x_ids is None or y_ids is None:
         return total / max(m, 1)
     group, x_group = _groups(y_ids, x_ids)
-    sums, sizes = sums_of_groups(cols, group), sums_of_groups(cols.new_ones(m), group)
+    sums, sizes = sums_of_groups(cols, group), sums_of_groups(cols.new_ones(y.shape[0]), group)
     known = x_group >= 0
     x_group = x_group.clamp(min=0)
     same = scaled(x_scale, row_dot(x, sums[x_group])) * known

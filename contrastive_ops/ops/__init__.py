@@ -14,6 +14,7 @@ from contrastive_ops.ops.gramian_volume import gramian_volume, orthogonalised
 from contrastive_ops.ops.rowwise import (
     inverse_norm,
     row_dot,
+    row_dots,
     unit,
     unit_tuples,
     with_inverse_norm,
@@ -37,6 +38,7 @@ __all__ = [
     "inverse_norm",
     "orthogonalised",
     "row_dot",
+    "row_dots",
     "similarity_logsumexp",
     "softplus",
     "sums_of_groups",

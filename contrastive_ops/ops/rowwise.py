@@ -89,6 +89,13 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
         return torch.linalg.vecdot(x.to(dtype), y.to(dtype))
 
 
+def row_dots(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_ik> [N, K] of x [N, D] and y [N, K, D], in the dtype of the statistics."""
+    dtype = statistics_dtype(x)
+    with without_autocast(x):
+        return torch.bmm(y.to(dtype), x.to(dtype).unsqueeze(2)).squeeze(2)
+
+
 def operators(backend: str, *tensors: Tensor) -> Any | None:
     """Whose `scale`, `contrast` and gradients of these run: the C++ engine's or Triton's; None for PyTorch's steps."""
     if _in_one_pass(backend, *tensors):

@@ -39,6 +39,7 @@ def info_nce(
     query: Tensor,
     key: Tensor,
     *,
+    negatives: Tensor | None = None,
     target: Tensor | None = None,
     temperature: float | Tensor = 0.07,
     label_smoothing: float = 0.0,
@@ -48,14 +49,17 @@ def info_nce(
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy over the N x M logits."""
+    """Cross-entropy over the N x M logits, and those of the negatives that each query has for itself."""
     if target is None:
         target = torch.arange(len(query), device=query.device)
     logits = _unit(query, normalize) @ _unit(key, normalize).T
+    if negatives is not None:
+        own = torch.einsum("nd,nhd->nh", _unit(query, normalize), _unit(negatives, normalize))
+        logits = torch.cat([logits, own], 1)
     logits = logits / (temperature.reshape(-1, 1) if isinstance(temperature, Tensor) else temperature)
     out = torch.zeros_like(logits, dtype=torch.bool)
     if query_ids is not None and key_ids is not None:
-        out = query_ids[:, None] == key_ids[None, :]
+        out[:, : len(key)] = query_ids[:, None] == key_ids[None, :]
     return _reduce(_cross_entropy(logits, target, out, label_smoothing), reduction, sample_weight)
 
 
