@@ -107,21 +107,32 @@ def uniform_similarity(
     total = scaled(x_scale, row_dot(x, cols.sum(0)))
     if x_ids is None or y_ids is None:
         return total / max(m, 1)
-    group, x_group = _groups(y_ids, x_ids)
-    sums, sizes = sums_of_groups(cols, group), sums_of_groups(cols.new_ones(m), group)
+    same, same_size = of_same_id(x, cols, x_scale, x_ids, y_ids)
+    positive_in_group = (x_ids == y_ids[target]).to(cols.dtype)
+    size = m - same_size + positive_in_group
+    return (total - same + positive_in_group * positive) / size
+
+
+def of_same_id(
+    x: Tensor, cols: Tensor, x_scale: float | Tensor | None, x_ids: Tensor, col_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sum of row i over the columns of its id, and how many they are; columns with their scale, as statistics."""
+    if cols.shape[0] == 0:
+        nothing = cols.new_zeros(x.shape[0])
+        return nothing, nothing
+    group, x_group = _groups(col_ids, x_ids)
+    sums, sizes = sums_of_groups(cols, group), sums_of_groups(cols.new_ones(cols.shape[0]), group)
     known = x_group >= 0
     x_group = x_group.clamp(min=0)
-    same = scaled(x_scale, row_dot(x, sums[x_group])) * known
-    positive_in_group = (x_ids == y_ids[target]).to(cols.dtype)
-    size = m - sizes[x_group] * known + positive_in_group
-    return (total - same + positive_in_group * positive) / size
+    return scaled(x_scale, row_dot(x, sums[x_group])) * known, sizes[x_group] * known
 
 
 def _groups(ids: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Of each id the group of those that equal it, a number in [0, M), and of each query id; -1 without one."""
+    ids, queries = ids.long().contiguous(), queries.long().contiguous()  # searchsorted takes two of one dtype
     ordered = ids.sort().values
-    place = torch.searchsorted(ordered, queries.contiguous()).clamp(max=max(ids.shape[0] - 1, 0))
-    return torch.searchsorted(ordered, ids.contiguous()), torch.where(ordered[place] == queries, place, -1)
+    place = torch.searchsorted(ordered, queries).clamp(max=ids.shape[0] - 1)
+    return torch.searchsorted(ordered, ids), torch.where(ordered[place] == queries, place, -1)
 
 
 def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:
@@ -191,7 +202,8 @@ OPTIONS: dict[str, Check] = {
     "logit_bias": _optional(checks.number),
     "output_dict": lambda _, value: checks.no_dict(value),
     "sample_weight": _optional(checks.floating),
-    **dict.fromkeys(("target", "ids", "query_ids", "key_ids"), _optional(checks.integers)),
+    **dict.fromkeys(("target", "ids", "query_ids", "key_ids", "key_labels"), _optional(checks.integers)),
+    "keys": _optional(lambda _, value: checks.keys(value)),
 }
 
 

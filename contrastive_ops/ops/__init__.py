@@ -2,6 +2,7 @@
 
 from contrastive_ops.backends import NAMES as BACKENDS
 from contrastive_ops.ops.classes import (
+    Classes,
     by_class,
     class_contrast,
     class_contrast_sum,
@@ -25,6 +26,7 @@ from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 
 __all__ = [
     "BACKENDS",
+    "Classes",
     "SimilarityLSE",
     "VolumeLSE",
     "by_class",
