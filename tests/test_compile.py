@@ -183,7 +183,10 @@ SIDE_INPUTS = {
     "info_nce": {"query_ids": torch.arange(14) % 5, "key_ids": torch.arange(14) % 5, "label_smoothing": 0.1,
                  "sample_weight": torch.linspace(0.5, 1.0, 14), "target": torch.arange(14).flip(0)},
     "clip_loss": {"ids": torch.arange(14) % 5, "label_smoothing": 0.1, "sample_weight": torch.linspace(0.5, 1.0, 14)},
-    "supcon": {"empty": "drop"},
+    "nt_xent": {"ids": torch.arange(14) % 5, "sample_weight": torch.linspace(0.5, 1.0, 14)},
+    "dclw": {"ids": torch.arange(14) % 5, "sample_weight": torch.linspace(0.5, 1.0, 14)},
+    "supcon": {"empty": "drop", "keys": torch.eye(6), "key_labels": torch.arange(6) % 3,
+               "sample_weight": torch.linspace(0.5, 1.0, 14)},
     "gram_loss": {"sample_weight": torch.linspace(0.5, 1.0, 14)},
     "triangle_loss": {"sample_weight": torch.linspace(0.5, 1.0, 14)},
 }  # fmt: skip

@@ -329,6 +329,47 @@ REFUSALS = {
     "aggregate": (
         lambda: co.pvc(VIEWS, aggregate="mean"), ValueError,
         "aggregate must be one of 'geometric', 'arithmetic', got 'mean'."),
+    "views-ids": (
+        lambda: co.mv_infonce(VIEWS, ids=torch.arange(2)), ValueError,
+        "ids must have shape (4,), got (2,); give one value per row of views[0]."),
+    "views-weights": (
+        lambda: co.pvc(VIEWS, sample_weight=torch.ones(2, 4)), ValueError,
+        "sample_weight must have shape (4,), got (2, 4); give one value per row of views[0]."),
+    "pairwise-ids": (
+        lambda: co.pairwise_views(VIEWS, "info_nce", ids=torch.arange(8)), ValueError,
+        "ids must have shape (4,), got (8,); give one value per row of views[0]."),
+    "two_views-ids": (
+        lambda: co.nt_xent(X, X, ids=torch.arange(8)), ValueError,
+        "ids must have shape (4,), got (8,); give one value per row of z1."),
+    "two_views-ids-float": (
+        lambda: co.dcl(X, X, ids=torch.ones(4)), TypeError,
+        "ids must be an integer tensor, got float32; ids.long() keeps values that are whole."),
+    "two_views-weights": (
+        lambda: co.dhel(X, X, sample_weight=torch.ones(8)), ValueError,
+        "sample_weight must have shape (4,), got (8,); give one value per row of z1."),
+    # supcon against keys
+    "supcon-keys_alone": (
+        lambda: co.supcon(X, IDS, keys=Y), ValueError,
+        "key_labels must be given together with keys, got only keys; pass both or neither."),
+    "supcon-key_labels_alone": (
+        lambda: co.supcon(X, IDS, key_labels=IDS), ValueError,
+        "keys must be given together with key_labels, got only key_labels; pass both or neither."),
+    "supcon-keys_3d": (
+        lambda: co.supcon(X, IDS, keys=VIEWS, key_labels=IDS), ValueError,
+        "keys must have shape (M, D), got (2, 4, 3); every row is a key with a label of its own; "
+        "flatten its first axes, and repeat key_labels."),
+    "supcon-keys_size": (
+        lambda: co.supcon(X, IDS, keys=Y[:, :2], key_labels=torch.arange(5)), ValueError,
+        "keys must have the feature size of features, D = 3, got 2; project both to one size."),
+    "supcon-keys_dtype": (
+        lambda: co.supcon(X, IDS, keys=Y.double(), key_labels=torch.arange(5)), TypeError,
+        "keys must have the dtype of features, float32, got float64; call keys.to(features.dtype)."),
+    "supcon-key_labels": (
+        lambda: co.supcon(X, IDS, keys=Y, key_labels=IDS), ValueError,
+        "key_labels must have shape (5,), got (4,); give one value per row of keys."),
+    "supcon-weights": (
+        lambda: co.supcon(VIEWS, IDS[:2], sample_weight=torch.ones(2, 4)), ValueError,
+        "sample_weight must have shape (2,), got (2, 4); give one value per row of features."),
     "pairwise-loss": (
         lambda: co.pairwise_views(VIEWS, "dhel"), ValueError,
         "loss must be one of 'nt_xent', 'info_nce', 'dcl', got 'dhel'."),
@@ -515,12 +556,12 @@ REFUSALS = {
         "variant must be one of 'out', 'in', got 'both'."),
     "module-unknown": (
         lambda: co.nn.NTXent(tau=1.0), TypeError,
-        "NTXent has no option tau, got tau=1.0; its options are z2, temperature, normalize, reduction, return_stats, "
-        "backend."),
+        "NTXent has no option tau, got tau=1.0; its options are z2, temperature, ids, sample_weight, normalize, "
+        "reduction, return_stats, backend."),
     "module-unknown-pairwise": (
         lambda: co.nn.PairwiseViews(loss="dcl", tau=1.0), TypeError,
-        "PairwiseViews has no option tau, got tau=1.0; its options are loss, temperature, normalize, reduction, "
-        "return_stats, backend."),
+        "PairwiseViews has no option tau, got tau=1.0; its options are loss, ids, temperature, sample_weight, normalize, "
+        "reduction, return_stats, backend."),
     "module-pairwise-loss": (
         lambda: co.nn.PairwiseViews(loss="dhel"), ValueError,
         "loss must be one of 'nt_xent', 'info_nce', 'dcl', got 'dhel'."),
@@ -571,7 +612,8 @@ WRONG = {
     "reduction": "avg", "normalize": "yes", "backend": "gpu", "variant": "both", "empty": "keep", "aggregate": "mean",
     "include_same_view": 1.5, "detach_others": "no", "squared": 2, "temperature": 0.0, "logit_scale": torch.tensor(1),
     "sigma": -1.0, "t": 0.0, "alpha": float("nan"), "label_smoothing": 1.0, "sample_weight": IDS, "target": IDS.float(),
-    "logit_bias": "0", "output_dict": True, "ids": [0], "query_ids": X, "key_ids": IDS > 0,
+    "logit_bias": "0", "output_dict": True, "ids": [0], "query_ids": X, "key_ids": IDS > 0, "keys": IDS[:, None],
+    "key_labels": X[0],
 }  # fmt: skip
 
 
