@@ -73,8 +73,8 @@ def alone(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tup
 
 
 def same(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
-    """About four samples of an id, some of them alone."""
-    return {"ids": torch.randint(max(n // 4, 1), (n,), generator=generator)}
+    """Up to four samples of an id, or about so many; some are alone."""
+    return {"ids": torch.randint(n // 4 + 2, (n,), generator=generator)}
 
 
 def same_of_both(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:

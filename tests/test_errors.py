@@ -560,8 +560,8 @@ REFUSALS = {
         "reduction, return_stats, backend."),
     "module-unknown-pairwise": (
         lambda: co.nn.PairwiseViews(loss="dcl", tau=1.0), TypeError,
-        "PairwiseViews has no option tau, got tau=1.0; its options are loss, ids, temperature, sample_weight, normalize, "
-        "reduction, return_stats, backend."),
+        "PairwiseViews has no option tau, got tau=1.0; its options are loss, ids, temperature, sample_weight, "
+        "normalize, reduction, return_stats, backend."),
     "module-pairwise-loss": (
         lambda: co.nn.PairwiseViews(loss="dhel"), ValueError,
         "loss must be one of 'nt_xent', 'info_nce', 'dcl', got 'dhel'."),

@@ -9,6 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 from test_losses import LOGITS, TABLE, arguments_of, temperature_of
+from test_rowwise import TRITON
 from tolerance import evaluate, judge
 from torch.nn import functional as F
 
@@ -44,6 +45,17 @@ def test_value_and_gradients(loss, variant, side, n, d, dtype, reduction, backen
     options = variant | temperature_of(loss, dtype) | drawn(side, n, d, dtype) | {"reduction": reduction}
     judge(loss.fused, loss.naive, arguments_of(loss, n, d, dtype), options,
           fused_options={"backend": backend}, logits=LOGITS)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # log(0) of an empty set, in numpy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("loss", "variant", "side"), [p for p in SIDES if p.values[0].op == "similarity_logsumexp"])
+@TRITON
+def test_in_triton(loss, variant, side, dtype):
+    """In its interpreter, with its row kernels."""
+    options = variant | temperature_of(loss, dtype) | drawn(side, 43, 10, dtype)
+    judge(loss.fused, loss.naive, arguments_of(loss, 43, 10, dtype), options,
+          fused_options={"backend": "triton"}, logits=LOGITS)  # fmt: skip
 
 
 @pytest.mark.parametrize(("loss", "variant"), WITH_IDS)

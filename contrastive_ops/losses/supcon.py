@@ -18,6 +18,7 @@ from contrastive_ops.ops import (
     class_contrast,
     class_contrast_sum,
     in_order,
+    matches,
     similarity_logsumexp,
     with_class_mean,
 )
@@ -196,22 +197,23 @@ def _against_keys(
     backend: str,
 ) -> Parts:
     classes = by_class(key_labels, keys, backend)
-    keys, key_labels = in_order(keys, classes), key_labels[classes.order]
+    group, size = matches(key_labels[classes.order], label)
+    keys = in_order(keys, classes)
     z, row_scale = terms.with_logit_scale(z, temperature, -1.0, normalize, backend)
     keys, col_scale = terms.with_norm_scale(keys, normalize, backend)
     cols = terms.scaled(None if col_scale is None else col_scale[:, None], keys.to(statistics_dtype(keys)))
-    total, size = terms.of_same_id(z, cols, row_scale, label, key_labels)
+    total, others = terms.total_of_group(z, cols, row_scale, group, classes.group), size.to(cols.dtype)
     positives, negatives = (
         similarity_logsumexp(
             z,
             keys,
             row_scale=row_scale,
             col_scale=col_scale,
-            row_ids=label,
-            col_ids=key_labels,
+            row_ids=group,
+            col_ids=classes.group,
             ids=ids,
             backend=backend,
         )
         for ids in ("restrict", "exclude")
     )
-    return Parts(positives, negatives, total / size.clamp(min=1.0), size)
+    return Parts(positives, negatives, total / others.clamp(min=1.0), others)

@@ -14,6 +14,7 @@ from contrastive_ops.ops import (
     BACKENDS,
     contrast,
     contrast_sum,
+    matches,
     row_dot,
     sums_of_groups,
     with_inverse_norm,
@@ -107,32 +108,21 @@ def uniform_similarity(
     total = scaled(x_scale, row_dot(x, cols.sum(0)))
     if x_ids is None or y_ids is None:
         return total / max(m, 1)
-    same, same_size = of_same_id(x, cols, x_scale, x_ids, y_ids)
+    y_ids = y_ids.long().contiguous()
+    ordered = y_ids.sort().values
+    x_group, group_size = matches(ordered, x_ids)
+    same = total_of_group(x, cols, x_scale, x_group, torch.searchsorted(ordered, y_ids))
     positive_in_group = (x_ids == y_ids[target]).to(cols.dtype)
-    size = m - same_size + positive_in_group
+    size = m - group_size + positive_in_group
     return (total - same + positive_in_group * positive) / size
 
 
-def of_same_id(
-    x: Tensor, cols: Tensor, x_scale: float | Tensor | None, x_ids: Tensor, col_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The sum of row i over the columns of its id, and how many they are; columns with their scale, as statistics."""
+def total_of_group(x: Tensor, cols: Tensor, x_scale: float | Tensor | None, x_group: Tensor, group: Tensor) -> Tensor:
+    """The sum of row i over the columns of its group, 0 for the group -1; columns with their scale, as statistics."""
     if cols.shape[0] == 0:
-        nothing = cols.new_zeros(x.shape[0])
-        return nothing, nothing
-    group, x_group = _groups(col_ids, x_ids)
-    sums, sizes = sums_of_groups(cols, group), sums_of_groups(cols.new_ones(cols.shape[0]), group)
-    known = x_group >= 0
-    x_group = x_group.clamp(min=0)
-    return scaled(x_scale, row_dot(x, sums[x_group])) * known, sizes[x_group] * known
-
-
-def _groups(ids: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each id the group of those that equal it, a number in [0, M), and of each query id; -1 without one."""
-    ids, queries = ids.long().contiguous(), queries.long().contiguous()  # searchsorted takes two of one dtype
-    ordered = ids.sort().values
-    place = torch.searchsorted(ordered, queries).clamp(max=ids.shape[0] - 1)
-    return torch.searchsorted(ordered, ids), torch.where(ordered[place] == queries, place, -1)
+        return cols.new_zeros(x.shape[0])
+    sums = sums_of_groups(cols, group)[x_group.clamp(min=0)]
+    return scaled(x_scale, row_dot(x, sums)).masked_fill(x_group < 0, 0.0)
 
 
 def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:

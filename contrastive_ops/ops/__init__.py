@@ -7,6 +7,7 @@ from contrastive_ops.ops.classes import (
     class_contrast,
     class_contrast_sum,
     in_order,
+    matches,
     sums_of_groups,
     with_class_mean,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "gramian_volume",
     "in_order",
     "inverse_norm",
+    "matches",
     "orthogonalised",
     "row_dot",
     "similarity_logsumexp",
