@@ -21,7 +21,8 @@ class Loss:
     """One row: the fused loss, its naive twin, and how to call both.
 
     inputs(n, d, dtype, generator) makes the positional arguments: n samples of d unit features, tensors that require a
-    gradient where the loss has one. `variants` are option sets that make the loss another formula.
+    gradient where the loss has one. `variants` are option sets that make the loss another formula; `sides` make
+    options that are tensors, which say who is in which role and how much it counts, of the same arguments as `inputs`.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Loss:
     formula: str
     paper: str
     variants: tuple[dict[str, Any], ...] = field(default=({},))
+    sides: tuple[Callable[[int, int, torch.dtype, torch.Generator], dict[str, Tensor]], ...] = ()
     op: str | None = "similarity_logsumexp"  # the streaming reduction below it; None for plain PyTorch
 
 
@@ -70,6 +72,38 @@ def alone(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tup
     return (unit(n, d, dtype, generator),)
 
 
+def same(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    """Up to four samples of an id, or about so many; some are alone."""
+    return {"ids": torch.randint(n // 4 + 2, (n,), generator=generator)}
+
+
+def same_of_both(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    return {f"{role}_ids": same(n, d, dtype, generator)["ids"] for role in ("query", "key")}
+
+
+def weights(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    weight = torch.rand(n, generator=generator, dtype=torch.float64)
+    return {"sample_weight": weight.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()}
+
+
+def same_and_weights(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    return same(n, d, dtype, generator) | weights(n, d, dtype, generator)
+
+
+def queue(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    """As many keys as samples; some labels are in one of them only."""
+    return {
+        "keys": unit(n, d, dtype, generator),
+        "key_labels": torch.randint(max(n // 4, 1), (n,), generator=generator) + n // 16,
+    }
+
+
+def queue_and_weights(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    return queue(n, d, dtype, generator) | weights(n, d, dtype, generator)
+
+
+OF_SAMPLES = (same, weights, same_and_weights)
+
 LOSSES: tuple[Loss, ...] = (
     Loss(
         "info_nce",
@@ -79,6 +113,7 @@ LOSSES: tuple[Loss, ...] = (
         "-log softmax over all keys of the positive key",
         "arXiv:1807.03748",
         ({}, {"label_smoothing": 0.1}),
+        sides=(same_of_both, weights),
     ),
     Loss(
         "clip_loss",
@@ -88,6 +123,7 @@ LOSSES: tuple[Loss, ...] = (
         "mean of InfoNCE from images to texts and from texts to images",
         "arXiv:2103.00020",
         ({}, {"label_smoothing": 0.1}),
+        sides=OF_SAMPLES,
     ),
     Loss(
         "nt_xent",
@@ -96,6 +132,7 @@ LOSSES: tuple[Loss, ...] = (
         pair,
         "InfoNCE of each view against all 2N - 1 others",
         "arXiv:2002.05709",
+        sides=OF_SAMPLES,
     ),
     Loss(
         "dcl",
@@ -104,6 +141,7 @@ LOSSES: tuple[Loss, ...] = (
         pair,
         "NT-Xent without the positive in the denominator",
         "arXiv:2110.06848",
+        sides=OF_SAMPLES,
     ),
     Loss(
         "dclw",
@@ -112,6 +150,7 @@ LOSSES: tuple[Loss, ...] = (
         pair,
         "DCL with hard positives weighted up",
         "arXiv:2110.06848",
+        sides=OF_SAMPLES,
     ),
     Loss(
         "supcon",
@@ -121,6 +160,7 @@ LOSSES: tuple[Loss, ...] = (
         "mean over the positives of the class of -log softmax",
         "arXiv:2004.11362",
         ({}, {"variant": "in"}),
+        sides=(weights, queue, queue_and_weights),
     ),
     Loss(
         "mv_infonce",
@@ -130,6 +170,7 @@ LOSSES: tuple[Loss, ...] = (
         "one term per instance: all pairs of its V views against all other views of the batch",
         "arXiv:2507.06979",
         ({}, {"include_same_view": False}),
+        sides=OF_SAMPLES,
     ),
     Loss(
         "mv_dhel",
@@ -138,6 +179,7 @@ LOSSES: tuple[Loss, ...] = (
         views,
         "one term per instance: all pairs of its V views, against the negatives within each view",
         "arXiv:2507.06979",
+        sides=OF_SAMPLES,
     ),
     Loss(
         "dhel",
@@ -146,6 +188,7 @@ LOSSES: tuple[Loss, ...] = (
         pair,
         "MV-DHEL of two views: no negatives across them",
         "arXiv:2405.18045",
+        sides=OF_SAMPLES,
     ),
     Loss(
         "pvc",
@@ -155,6 +198,7 @@ LOSSES: tuple[Loss, ...] = (
         "NT-Xent of each of V views with each other view of its instance",
         "arXiv:2403.05490",
         ({}, {"aggregate": "arithmetic"}),
+        sides=OF_SAMPLES,
     ),
     Loss(
         "pairwise_views",
@@ -164,6 +208,7 @@ LOSSES: tuple[Loss, ...] = (
         "mean over all pairs of V views of NT-Xent, InfoNCE or DCL",
         "arXiv:1906.05849",
         ({}, {"loss": "info_nce"}, {"loss": "dcl"}),
+        sides=OF_SAMPLES,
     ),
     Loss(
         "uniformity",
@@ -190,6 +235,7 @@ LOSSES: tuple[Loss, ...] = (
         "arXiv:2412.11959",
         ({}, {"label_smoothing": 0.0}, {"detach_others": True}),
         op="volume_logsumexp",
+        sides=(weights,),
     ),
     Loss(
         "triangle_loss",
@@ -200,6 +246,7 @@ LOSSES: tuple[Loss, ...] = (
         "arXiv:2509.24734",
         ({}, {"squared": True}),
         op=None,
+        sides=(weights,),
     ),
 )
 

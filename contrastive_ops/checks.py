@@ -73,17 +73,23 @@ AXES = {
 }
 
 
-def features(name: str, value: Any, *, expected: str = "(N, D)") -> None:
+def features(name: str, value: Any, *, expected: str = "(N, D)", axes: str | None = None) -> None:
     """Embeddings: a strided floating-point tensor of the expected shape, with D >= 1."""
     tensor(name, value)
     dim = expected.count(",") + 1
     if value.dim() != dim:
-        raise ValueError(f"{name} must have shape {expected}, got {shape(value)}; {AXES[expected]}.")
+        raise ValueError(f"{name} must have shape {expected}, got {shape(value)}; {axes or AXES[expected]}.")
     if value.dtype not in FEATURE_DTYPES:
         way_out = f"torch.view_as_real({name}).flatten(-2)" if value.is_complex() else f"{name}.float()"
         raise TypeError(f"{name} must be one of {names(FEATURE_DTYPES)}, got {names([value.dtype])}; call {way_out}.")
     if value.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one feature (D >= 1), got shape {shape(value)}.")
+
+
+def keys(value: Any) -> None:
+    """What anchors are compared with, each of a label."""
+    axes = "every row is a key with a label of its own; flatten its first axes, and repeat key_labels"
+    features("keys", value, expected="(M, D)", axes=axes)
 
 
 def views(name: str, value: Any) -> None:
@@ -156,6 +162,14 @@ def floating(name: str, value: Any) -> None:
 def weights(name: str, value: Any, size: int, device: torch.device, *, rows_of: str) -> None:
     floating(name, value)
     vector(name, value, size, device, rows_of=rows_of)
+
+
+def samples(ids: Any, sample_weight: Any, size: int, device: torch.device, *, rows_of: str) -> None:
+    """What may be said of each sample, if anything is."""
+    if ids is not None:
+        integer_vector("ids", ids, size, device, rows_of=rows_of)
+    if sample_weight is not None:
+        weights("sample_weight", sample_weight, size, device, rows_of=rows_of)
 
 
 def vector(name: str, value: Tensor, size: int, device: torch.device, *, rows_of: str) -> None:

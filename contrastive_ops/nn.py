@@ -219,7 +219,7 @@ class PairwiseViews(_Loss):
     def _known(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
         loss = multi_view.pair_loss(options.get("loss", "nt_xent"), return_stats=options.get("return_stats", False))
         _second, *of_loss = _parameters(loss)
-        return ("loss", *of_loss)
+        return tuple(dict.fromkeys(("loss", "ids", *of_loss)))
 
 
 class Uniformity(_Loss):

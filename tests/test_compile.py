@@ -21,6 +21,8 @@ GRADIENTS = [result.name for result in BACKWARD._schema.returns]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VARIANTS = [pytest.param(row, v, id=f"{row.name}-{'-'.join(map(str, v.values())) or 'plain'}")
             for row in LOSSES for v in row.variants]  # fmt: skip
+SIDES = [pytest.param(row, v, s, id=f"{row.name}-{'-'.join(map(str, v.values())) or 'plain'}-{s.__name__}")
+         for row in LOSSES for v in row.variants for s in row.sides]  # fmt: skip
 
 
 def forward_arguments(name, n, m, d, dtype, backend, transform=lambda x: x):
@@ -149,6 +151,17 @@ def test_compiled_loss(loss, variant):
         assert_close(evaluate(both, arguments, {}), evaluate(call, arguments, {}))
 
 
+@pytest.mark.parametrize(("loss", "variant", "side"), SIDES)
+def test_compiled_loss_with_sides(loss, variant, side):
+    def call(*arguments, **sides):
+        return loss.fused(*arguments, **variant, **sides)
+
+    both = compiled(call)
+    for n in (14, 33):
+        arguments, sides = (make(n, 6, torch.float32, torch.Generator().manual_seed(n)) for make in (loss.inputs, side))
+        assert_close(evaluate(both, arguments, sides), evaluate(call, arguments, sides))
+
+
 @pytest.mark.parametrize(
     "loss", [pytest.param(row, id=row.name) for row in LOSSES if row.name in ("clip_loss", "gram_loss")]
 )
@@ -170,7 +183,10 @@ SIDE_INPUTS = {
     "info_nce": {"query_ids": torch.arange(14) % 5, "key_ids": torch.arange(14) % 5, "label_smoothing": 0.1,
                  "sample_weight": torch.linspace(0.5, 1.0, 14), "target": torch.arange(14).flip(0)},
     "clip_loss": {"ids": torch.arange(14) % 5, "label_smoothing": 0.1, "sample_weight": torch.linspace(0.5, 1.0, 14)},
-    "supcon": {"empty": "drop"},
+    "nt_xent": {"ids": torch.arange(14) % 5, "sample_weight": torch.linspace(0.5, 1.0, 14)},
+    "dclw": {"ids": torch.arange(14) % 5, "sample_weight": torch.linspace(0.5, 1.0, 14)},
+    "supcon": {"empty": "drop", "keys": torch.eye(6), "key_labels": torch.arange(6) % 3,
+               "sample_weight": torch.linspace(0.5, 1.0, 14)},
     "gram_loss": {"sample_weight": torch.linspace(0.5, 1.0, 14)},
     "triangle_loss": {"sample_weight": torch.linspace(0.5, 1.0, 14)},
 }  # fmt: skip
@@ -278,6 +294,22 @@ def test_meta_tensors_have_the_shapes_of_real_ones(loss, variant):
         assert not x.requires_grad or (x.grad.device.type, x.grad.shape, x.grad.dtype) == ("meta", x.shape, x.dtype)
 
 
+@pytest.mark.parametrize(("loss", "variant", "side"), SIDES)
+def test_meta_tensors_of_sides(loss, variant, side):
+    drawn = [make(9, 6, torch.bfloat16, torch.Generator().manual_seed(0)) for make in (loss.inputs, side)]
+    real, sides = drawn
+    meta, meta_sides = torch.utils._pytree.tree_map(
+        lambda x: x.detach().to("meta").requires_grad_(x.requires_grad), drawn
+    )
+    for reduction in ("mean", "none"):
+        options = {**variant, "reduction": reduction}
+        value, expected = loss.fused(*meta, **options, **meta_sides), loss.fused(*real, **options, **sides)
+        assert (value.device.type, value.shape, value.dtype) == ("meta", expected.shape, expected.dtype)
+    loss.fused(*meta, **variant, **meta_sides).backward()
+    for x in (*meta, *meta_sides.values()):
+        assert not x.requires_grad or (x.grad.device.type, x.grad.shape, x.grad.dtype) == ("meta", x.shape, x.dtype)
+
+
 class Call(torch.nn.Module):
     """A loss with tensor options after its tensors: torch.export takes modules."""
 
@@ -323,6 +355,27 @@ def test_exported_loss(loss, options):
         call, arguments = exported(loss, n, options)
         for ours, eager in zip(*(torch.utils._pytree.tree_leaves(f(*arguments)) for f in (program, call)), strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "variant", "side"),
+    [param for param in SIDES if param.values[0].op is not None],  # not triangle_loss
+)
+def test_exported_loss_with_sides(loss, variant, side):
+    """For every batch size from 2 on, keys included."""
+    of_views = loss.inputs(2, 6, torch.float32, torch.Generator())[0].dim() == 3
+    batch = torch.export.Dim("batch", min=2)
+
+    def drawn(n):
+        sides = side(n, 6, torch.float32, torch.Generator().manual_seed(n))
+        return exported(loss, n, {**variant, **{name: value.detach() for name, value in sides.items()}})
+
+    call, arguments = drawn(14)
+    sizes = tuple({1 if of_views and k == 0 else 0: batch} if x.dim() else {} for k, x in enumerate(arguments))
+    program = torch.export.export(call, arguments, dynamic_shapes=(sizes,), strict=False).module()
+    for n in (2, 33):
+        call, arguments = drawn(n)
+        torch.testing.assert_close(program(*arguments), call(*arguments), rtol=1e-5, atol=1e-6)
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones(backend):

@@ -329,6 +329,55 @@ REFUSALS = {
     "aggregate": (
         lambda: co.pvc(VIEWS, aggregate="mean"), ValueError,
         "aggregate must be one of 'geometric', 'arithmetic', got 'mean'."),
+    "negatives-shape": (
+        lambda: co.info_nce(X, X, negatives=X), ValueError,
+        "negatives must have shape (N, H, D), got (4, 3); its axes are queries, the negatives of each, features; negatives "
+        "of all queries are more rows of key."),
+    "negatives-rows": (
+        lambda: co.info_nce(X, X, negatives=X[:3, None]), ValueError,
+        "negatives must have an entry for each row of query, N = 4, got shape (3, 1, 3); its first axis is that of the "
+        "rows."),
+    "views-ids": (
+        lambda: co.mv_infonce(VIEWS, ids=torch.arange(2)), ValueError,
+        "ids must have shape (4,), got (2,); give one value per row of views[0]."),
+    "views-weights": (
+        lambda: co.pvc(VIEWS, sample_weight=torch.ones(2, 4)), ValueError,
+        "sample_weight must have shape (4,), got (2, 4); give one value per row of views[0]."),
+    "pairwise-ids": (
+        lambda: co.pairwise_views(VIEWS, "info_nce", ids=torch.arange(8)), ValueError,
+        "ids must have shape (4,), got (8,); give one value per row of views[0]."),
+    "two_views-ids": (
+        lambda: co.nt_xent(X, X, ids=torch.arange(8)), ValueError,
+        "ids must have shape (4,), got (8,); give one value per row of z1."),
+    "two_views-ids-float": (
+        lambda: co.dcl(X, X, ids=torch.ones(4)), TypeError,
+        "ids must be an integer tensor, got float32; ids.long() keeps values that are whole."),
+    "two_views-weights": (
+        lambda: co.dhel(X, X, sample_weight=torch.ones(8)), ValueError,
+        "sample_weight must have shape (4,), got (8,); give one value per row of z1."),
+    # supcon against keys
+    "supcon-keys_alone": (
+        lambda: co.supcon(X, IDS, keys=Y), ValueError,
+        "key_labels must be given together with keys, got only keys; pass both or neither."),
+    "supcon-key_labels_alone": (
+        lambda: co.supcon(X, IDS, key_labels=IDS), ValueError,
+        "keys must be given together with key_labels, got only key_labels; pass both or neither."),
+    "supcon-keys_3d": (
+        lambda: co.supcon(X, IDS, keys=VIEWS, key_labels=IDS), ValueError,
+        "keys must have shape (M, D), got (2, 4, 3); every row is a key with a label of its own; "
+        "flatten its first axes, and repeat key_labels."),
+    "supcon-keys_size": (
+        lambda: co.supcon(X, IDS, keys=Y[:, :2], key_labels=torch.arange(5)), ValueError,
+        "keys must have the feature size of features, D = 3, got 2; project both to one size."),
+    "supcon-keys_dtype": (
+        lambda: co.supcon(X, IDS, keys=Y.double(), key_labels=torch.arange(5)), TypeError,
+        "keys must have the dtype of features, float32, got float64; call keys.to(features.dtype)."),
+    "supcon-key_labels": (
+        lambda: co.supcon(X, IDS, keys=Y, key_labels=IDS), ValueError,
+        "key_labels must have shape (5,), got (4,); give one value per row of keys."),
+    "supcon-weights": (
+        lambda: co.supcon(VIEWS, IDS[:2], sample_weight=torch.ones(2, 4)), ValueError,
+        "sample_weight must have shape (2,), got (2, 4); give one value per row of features."),
     "pairwise-loss": (
         lambda: co.pairwise_views(VIEWS, "dhel"), ValueError,
         "loss must be one of 'nt_xent', 'info_nce', 'dcl', got 'dhel'."),
@@ -515,12 +564,12 @@ REFUSALS = {
         "variant must be one of 'out', 'in', got 'both'."),
     "module-unknown": (
         lambda: co.nn.NTXent(tau=1.0), TypeError,
-        "NTXent has no option tau, got tau=1.0; its options are z2, temperature, normalize, reduction, return_stats, "
-        "backend."),
+        "NTXent has no option tau, got tau=1.0; its options are z2, temperature, ids, sample_weight, normalize, "
+        "reduction, return_stats, backend."),
     "module-unknown-pairwise": (
         lambda: co.nn.PairwiseViews(loss="dcl", tau=1.0), TypeError,
-        "PairwiseViews has no option tau, got tau=1.0; its options are loss, temperature, normalize, reduction, "
-        "return_stats, backend."),
+        "PairwiseViews has no option tau, got tau=1.0; its options are loss, ids, temperature, sample_weight, "
+        "normalize, reduction, return_stats, backend."),
     "module-pairwise-loss": (
         lambda: co.nn.PairwiseViews(loss="dhel"), ValueError,
         "loss must be one of 'nt_xent', 'info_nce', 'dcl', got 'dhel'."),
@@ -571,7 +620,8 @@ WRONG = {
     "reduction": "avg", "normalize": "yes", "backend": "gpu", "variant": "both", "empty": "keep", "aggregate": "mean",
     "include_same_view": 1.5, "detach_others": "no", "squared": 2, "temperature": 0.0, "logit_scale": torch.tensor(1),
     "sigma": -1.0, "t": 0.0, "alpha": float("nan"), "label_smoothing": 1.0, "sample_weight": IDS, "target": IDS.float(),
-    "logit_bias": "0", "output_dict": True, "ids": [0], "query_ids": X, "key_ids": IDS > 0,
+    "logit_bias": "0", "output_dict": True, "ids": [0], "query_ids": X, "key_ids": IDS > 0, "keys": IDS[:, None],
+    "key_labels": X[0],
 }  # fmt: skip
 
 
@@ -581,7 +631,17 @@ def test_modules_refuse_options_where_they_are_given(kind):
     known = kind._known({})
     with pytest.raises(TypeError, match=f"^{kind.__name__} has no option tau, got tau=1.0; its options are "):
         kind(tau=1.0)
-    assert set(known) - set(WRONG) <= {"z2", "key", "labels", "text_features", "x", "y", "loss", "return_stats"}
+    assert set(known) - set(WRONG) <= {
+        "z2",
+        "key",
+        "negatives",
+        "labels",
+        "text_features",
+        "x",
+        "y",
+        "loss",
+        "return_stats",
+    }
     for name in set(known) & set(WRONG):
         with pytest.raises((ValueError, TypeError), match=rf"^{name} must be "):
             kind(**{name: WRONG[name]})
@@ -589,7 +649,7 @@ def test_modules_refuse_options_where_they_are_given(kind):
 
 def test_every_refusal_of_checks_is_above():
     """Counts the `raise` statements, so that a new check can't come without its sentence here."""
-    assert inspect.getsource(checks).count("    raise ") == 37
+    assert inspect.getsource(checks).count("    raise ") == 38
 
 
 # it says of every size that is compared that the comparison is not recorded

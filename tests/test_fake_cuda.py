@@ -137,6 +137,25 @@ def test_losses(loss, variant, backend):
             assert (value.dim() == 0) == (reduction == "mean")
 
 
+SIDES = [pytest.param(row, v, s, id=f"{row.name}-{'-'.join(map(str, v.values())) or 'plain'}-{s.__name__}")
+         for row in LOSSES for v in row.variants for s in row.sides]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("loss", "variant", "side"), SIDES)
+def test_sides_of_losses(loss, variant, side, backend):
+    """Nor by what the sides ask for."""
+    drawn = [make(8, 6, torch.float16, torch.Generator().manual_seed(0)) for make in (loss.inputs, side)]
+    if loss.op is None:
+        backend = "tiled"
+    with FakeTensorMode(), WithoutGuard():
+        fakes, sides = tree_map_only(Tensor, lambda x: on_cuda(*x.shape, dtype=x.dtype), drawn)
+        for reduction in ("mean", "none"):
+            value = loss.fused(*fakes, **variant, **sides, reduction=reduction, backend=backend)
+            assert (value.device.type, value.dtype) == ("cuda", torch.float32)
+            assert (value.dim() == 0) == (reduction == "mean")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_traced_loss_has_the_op_as_one_node(backend, mode):
     def call(x, y):

@@ -128,14 +128,12 @@ def test_the_module_takes_them():
 
 
 WRONG = {
-    "negatives must have shape \\(N, H, D\\), got \\(9, 8\\); .*more rows of key": torch.zeros(N, D),
-    "negatives must have an entry for each row of query, N = 9, got shape \\(3, 4, 8\\)": torch.zeros(3, H, D),
     "negatives must have the feature size of query, D = 8, got 5": torch.zeros(N, H, 5),
     "negatives must have the dtype of query, float32, got float64": torch.zeros(N, H, D, dtype=torch.float64),
 }
 
 
-@pytest.mark.parametrize(("sentence", "negatives"), WRONG.items(), ids=("shape", "rows", "features", "dtype"))
+@pytest.mark.parametrize(("sentence", "negatives"), WRONG.items(), ids=("features", "dtype"))
 def test_sentences(sentence, negatives):
     query, key, _ = inputs()
     with pytest.raises((TypeError, ValueError), match=sentence):

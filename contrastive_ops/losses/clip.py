@@ -100,10 +100,7 @@ def clip_loss(
     if logit_bias is not None:
         checks.logit_bias(logit_bias, device)
     checks.no_dict(output_dict)
-    if ids is not None:
-        checks.integer_vector("ids", ids, n, device, rows_of="image_features")
-    if sample_weight is not None:
-        checks.weights("sample_weight", sample_weight, n, device, rows_of="image_features")
+    checks.samples(ids, sample_weight, n, device, rows_of="image_features")
 
     scale = terms.flat(logit_scale, image_features)
     image_features, image_scale = terms.with_logit_scale(image_features, scale, 1.0, normalize, backend)

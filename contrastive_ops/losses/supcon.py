@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from contrastive_ops import checks
+from contrastive_ops.dtypes import promoted, statistics_dtype
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
 from contrastive_ops.ops import (
+    Classes,
+    SimilarityLSE,
     by_class,
     class_contrast,
     class_contrast_sum,
     in_order,
+    matches,
     similarity_logsumexp,
     with_class_mean,
 )
@@ -22,6 +28,9 @@ def supcon(
     features: Tensor,
     labels: Tensor,
     *,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     temperature: float | Tensor = 0.07,
     variant: str = "out",
     empty: str = "zero",
@@ -38,7 +47,8 @@ def supcon(
         \mathrm{in:} \quad \ell_a = \log \sum_{b \ne a} e^{s_{ab}}
                     - \log \Big( \frac{1}{|P(a)|} \sum_{p \in P(a)} e^{s_{ap}} \Big)
 
-    with :math:`s_{ab} = \langle z_a, z_b \rangle / \tau` and :math:`P(a)` the other rows of the anchor's class.
+    with :math:`s_{ab} = \langle z_a, z_b \rangle / \tau` and :math:`P(a)` the other rows of the anchor's class. With
+    keys, b runs over all keys, and :math:`P(a)` are the keys of the anchor's class.
     Computed as :math:`\mathrm{softplus}(\mathrm{lse}_N - \mathrm{lse}_P)` plus what is left, so that it is exact
     where it is tiny.
 
@@ -48,13 +58,20 @@ def supcon(
         Samples, or V views of each sample; every view is an anchor.
     labels : integer Tensor of shape (N,)
         Classes. Unique labels with V = 2 views make NT-Xent.
+    keys : Tensor of shape (M, D), dtype of `features`, optional
+        What the anchors are compared with in place of each other: a queue, captions, a gathered batch. A key is never
+        left out for being the anchor itself.
+    key_labels : integer Tensor of shape (M,), optional
+        Classes of the keys; with `keys`.
+    sample_weight : floating-point Tensor of shape (N,), optional
+        Weights of the samples in the sum, each for all its views; the mean divides by their sum.
     temperature : float or Tensor of one element
         Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     variant : "out" or "in"
         Whether the mean over the positives is taken outside or inside the logarithm.
     empty : "zero" or "drop"
         An anchor without positives, or without negatives, contributes 0 with zero gradient; "drop" also leaves it
-        out of the mean's denominator, as pytorch-metric-learning does.
+        out of the mean's denominator (and so its weight), as pytorch-metric-learning does.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -65,7 +82,7 @@ def supcon(
 
     Returns
     -------
-    Tensor of shape (), or (N,) / (N, V) for ``reduction="none"``, float32 (float64 for float64)
+    Tensor of shape (), or (N,) / (N, V) for ``reduction="none"`` (unweighted), float32 (float64 for float64)
         With `return_stats`, a pair of it and `LossStats` with tensors of that shape; the accuracy counts the anchors
         whose nearest row is of their class.
 
@@ -76,8 +93,9 @@ def supcon(
 
     Notes
     -----
-    Extra memory is O(N V D). Rows are sorted by label, so that the sweep over the positives visits only the tiles
-    of equal labels. Gradients reach `features` and `temperature`.
+    Extra memory is O((N V + M) D). Rows and keys are sorted by label, so that the sweep over the positives visits only
+    the tiles of equal labels. Gradients reach `features`, `keys`, `temperature` and `sample_weight`; keys that require
+    none cost no products.
 
     References
     ----------
@@ -92,31 +110,38 @@ def supcon(
     checks.tensor("features", features)
     checks.features("features", features, expected="(N, D)" if features.dim() < 3 else "(N, V, D)")
     checks.integer_vector("labels", labels, features.shape[0], features.device, rows_of="features")
+    checks.both_or_neither("keys", keys, "key_labels", key_labels)
+    if keys is not None and key_labels is not None:
+        checks.keys(keys)
+        features, keys = promoted(features, keys)
+        checks.same_kind("keys", keys, "features", features)
+        checks.integer_vector("key_labels", key_labels, keys.shape[0], keys.device, rows_of="keys")
+    checks.samples(None, sample_weight, features.shape[0], features.device, rows_of="features")
     checks.temperature("temperature", temperature, features.device)
 
     shape = features.shape[:-1]
-    label = labels if features.dim() == 2 else labels[:, None].expand(shape).flatten()
+
+    def of_views(values: Tensor) -> Tensor:
+        return values if features.dim() == 2 else values[:, None].expand(shape)
+
+    label = of_views(labels).flatten()
     x = features.reshape(-1, features.shape[-1])
     classes = by_class(label, x, backend)
     z = in_order(x, classes)
 
     temperature = terms.flat(temperature, z)
-    # both sides of the symmetric product carry the root of the logit scale
-    z, row_scale = terms.with_logit_scale(z, temperature, -0.5, normalize, backend)
-    (z, row_scale), (other_z, other_scale), mean = with_class_mean(z, row_scale, classes, backend)
-    positives = similarity_logsumexp(
-        z,
-        row_scale=row_scale,
-        row_ids=classes.group,
-        ids="restrict",
-        exclude=classes.place,
-        backend=backend,
-    )
-    negatives = similarity_logsumexp(other_z, row_scale=other_scale, row_ids=classes.group, backend=backend)
-
-    vectors = (negatives.row_lse, positives.row_lse, mean, classes.others, variant == "in")
-    if reduction == "none":
-        loss = class_contrast(*vectors)[0][classes.inverse].reshape(shape)
+    if keys is None or key_labels is None:
+        parts = _among_themselves(z, classes, temperature, normalize, backend)
+    else:
+        parts = _against_keys(z, label[classes.order], keys, key_labels, temperature, normalize, backend)
+    positives, negatives, mean, others = parts
+    vectors = (negatives.row_lse, positives.row_lse, mean, others, variant == "in")
+    if reduction == "none" or sample_weight is not None:
+        per_row, invalid = (value[classes.inverse].reshape(shape) for value in class_contrast(*vectors))
+        weight = None if sample_weight is None else of_views(sample_weight)
+        if weight is not None and empty == "drop":
+            weight = weight.masked_fill(invalid, 0.0)
+        loss = terms.reduce(per_row, reduction, weight)
     else:
         divisor = 1 if reduction == "sum" else None if empty == "drop" else max(z.shape[0], 1)
         loss = class_contrast_sum(*vectors, divisor=divisor, backend=backend)
@@ -131,3 +156,64 @@ def supcon(
         positive_similarity=in_given_order(mean * temperature),
         accuracy=terms.accuracy(positives.row_max, negatives.row_max),
     )
+
+
+class Parts(NamedTuple):
+    """Of every anchor, in the order of their classes: its positives, its negatives.
+
+    mean : logit of the positives, 0 without any
+    others : how many positives
+    """
+
+    positives: SimilarityLSE
+    negatives: SimilarityLSE
+    mean: Tensor
+    others: Tensor
+
+
+def _among_themselves(z: Tensor, classes: Classes, temperature: float | Tensor, normalize: bool, backend: str) -> Parts:
+    # both sides of the symmetric product carry the root of the logit scale
+    z, row_scale = terms.with_logit_scale(z, temperature, -0.5, normalize, backend)
+    (z, row_scale), (other_z, other_scale), mean = with_class_mean(z, row_scale, classes, backend)
+    positives = similarity_logsumexp(
+        z,
+        row_scale=row_scale,
+        row_ids=classes.group,
+        ids="restrict",
+        exclude=classes.place,
+        backend=backend,
+    )
+    negatives = similarity_logsumexp(other_z, row_scale=other_scale, row_ids=classes.group, backend=backend)
+    return Parts(positives, negatives, mean, classes.others)
+
+
+def _against_keys(
+    z: Tensor,
+    label: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    backend: str,
+) -> Parts:
+    classes = by_class(key_labels, keys, backend)
+    group, size = matches(key_labels[classes.order], label)
+    keys = in_order(keys, classes)
+    z, row_scale = terms.with_logit_scale(z, temperature, -1.0, normalize, backend)
+    keys, col_scale = terms.with_norm_scale(keys, normalize, backend)
+    cols = terms.scaled(None if col_scale is None else col_scale[:, None], keys.to(statistics_dtype(keys)))
+    total, others = terms.total_of_group(z, cols, row_scale, group, classes.group), size.to(cols.dtype)
+    positives, negatives = (
+        similarity_logsumexp(
+            z,
+            keys,
+            row_scale=row_scale,
+            col_scale=col_scale,
+            row_ids=group,
+            col_ids=classes.group,
+            ids=ids,
+            backend=backend,
+        )
+        for ids in ("restrict", "exclude")
+    )
+    return Parts(positives, negatives, total / others.clamp(min=1.0), others)

@@ -14,6 +14,7 @@ from contrastive_ops.ops import (
     BACKENDS,
     contrast,
     contrast_sum,
+    matches,
     row_dot,
     sums_of_groups,
     with_inverse_norm,
@@ -112,21 +113,21 @@ def uniform_similarity(
         total, m = total + own.sum(1), m + own.shape[1]
     if x_ids is None or y_ids is None:
         return total / max(m, 1)
-    group, x_group = _groups(y_ids, x_ids)
-    sums, sizes = sums_of_groups(cols, group), sums_of_groups(cols.new_ones(y.shape[0]), group)
-    known = x_group >= 0
-    x_group = x_group.clamp(min=0)
-    same = scaled(x_scale, row_dot(x, sums[x_group])) * known
+    y_ids = y_ids.long().contiguous()
+    ordered = y_ids.sort().values
+    x_group, group_size = matches(ordered, x_ids)
+    same = total_of_group(x, cols, x_scale, x_group, torch.searchsorted(ordered, y_ids))
     positive_in_group = (x_ids == y_ids[target]).to(cols.dtype)
-    size = m - sizes[x_group] * known + positive_in_group
+    size = m - group_size + positive_in_group
     return (total - same + positive_in_group * positive) / size
 
 
-def _groups(ids: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each id the group of those that equal it, a number in [0, M), and of each query id; -1 without one."""
-    ordered = ids.sort().values
-    place = torch.searchsorted(ordered, queries.contiguous()).clamp(max=max(ids.shape[0] - 1, 0))
-    return torch.searchsorted(ordered, ids.contiguous()), torch.where(ordered[place] == queries, place, -1)
+def total_of_group(x: Tensor, cols: Tensor, x_scale: float | Tensor | None, x_group: Tensor, group: Tensor) -> Tensor:
+    """The sum of row i over the columns of its group, 0 for the group -1; columns with their scale, as statistics."""
+    if cols.shape[0] == 0:
+        return cols.new_zeros(x.shape[0])
+    sums = sums_of_groups(cols, group)[x_group.clamp(min=0)]
+    return scaled(x_scale, row_dot(x, sums)).masked_fill(x_group < 0, 0.0)
 
 
 def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:
@@ -196,7 +197,8 @@ OPTIONS: dict[str, Check] = {
     "logit_bias": _optional(checks.number),
     "output_dict": lambda _, value: checks.no_dict(value),
     "sample_weight": _optional(checks.floating),
-    **dict.fromkeys(("target", "ids", "query_ids", "key_ids"), _optional(checks.integers)),
+    **dict.fromkeys(("target", "ids", "query_ids", "key_ids", "key_labels"), _optional(checks.integers)),
+    "keys": _optional(lambda _, value: checks.keys(value)),
 }
 
 

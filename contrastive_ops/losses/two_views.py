@@ -25,6 +25,7 @@ class Anchors(NamedTuple):
     negative_max: Tensor
     positive: Tensor  # logit
     temperature: float | Tensor
+    weight: Tensor | None
 
     @property
     def similarity(self) -> Tensor:
@@ -33,7 +34,14 @@ class Anchors(NamedTuple):
 
 
 def _anchors(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: str, normalize: bool, backend: str
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    ids: Tensor | None,
+    sample_weight: Tensor | None,
+    reduction: str,
+    normalize: bool,
+    backend: str,
 ) -> Anchors:
     terms.check_options(reduction=reduction, normalize=normalize)
     checks.features("z1", z1)
@@ -42,6 +50,7 @@ def _anchors(
     checks.same_kind("z2", z2, "z1", z1)
     checks.same_shape("z2", z2, "z1", z1)
     checks.temperature("temperature", temperature, z1.device)
+    checks.samples(ids, sample_weight, z1.shape[0], z1.device, rows_of="z1")
     temperature = terms.flat(temperature, z1)
     with without_autocast(z1):  # its rule for cat fails on float16 tensors on CPU
         z = torch.cat([z1, z2])
@@ -52,10 +61,12 @@ def _anchors(
         z,
         row_scale=row_scale,
         exclude=anchor.roll(z1.shape[0]),  # the positive
-        row_ids=anchor,  # an id of its own takes each anchor out of its own negatives
+        # an id of its own takes each anchor out of its own negatives
+        row_ids=anchor if ids is None else ids.repeat(2),
         backend=backend,
     )
-    return Anchors(negatives.row_lse, negatives.row_max, negatives.excluded_logit, temperature)
+    weight = None if sample_weight is None else sample_weight.repeat(2)
+    return Anchors(negatives.row_lse, negatives.row_max, negatives.excluded_logit, temperature, weight)
 
 
 def _finish(loss: Tensor, anchors: Anchors, return_stats: bool) -> Tensor | tuple[Tensor, LossStats]:
@@ -73,6 +84,8 @@ def nt_xent(
     z2: Tensor,
     *,
     temperature: float | Tensor = 0.5,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -84,7 +97,8 @@ def nt_xent(
         \ell_a = \mathrm{softplus}\Big(\log \sum_{b \in N(a)} e^{\langle z_a, z_b \rangle / \tau}
                  - \langle z_a, z_{a^+} \rangle / \tau\Big), \qquad a = 1 \dots 2N
 
-    :math:`N(a)` are both views of all other samples, :math:`a^+` the other view of the same sample.
+    :math:`N(a)` are both views of all other samples and, with ids, of another id; :math:`a^+` is the other view of the
+    same sample.
 
     Parameters
     ----------
@@ -92,6 +106,10 @@ def nt_xent(
         Row i of both are two views of sample i.
     temperature : float or Tensor of one element
         Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
+    ids : integer Tensor of shape (N,), optional
+        Samples of the same id are not negatives of each other.
+    sample_weight : floating-point Tensor of shape (N,), optional
+        Weights of the samples in the sum, each for both views; the mean divides by their sum.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -102,7 +120,7 @@ def nt_xent(
 
     Returns
     -------
-    Tensor of shape (), or (2N,) for ``reduction="none"``: the anchors of `z1`, then of `z2`; float32 (or float64)
+    Tensor of shape (), or (2N,) for ``reduction="none"`` (unweighted), anchors of `z1`, then `z2`; float32 (float64)
         With `return_stats`, a pair of it and `LossStats` with vectors of shape (2N,).
 
     Raises
@@ -112,8 +130,9 @@ def nt_xent(
 
     Notes
     -----
-    Extra memory is O(N D); only the upper triangle of the 2N x 2N similarities is computed. For N = 1 there are no
-    negatives: the loss is 0 with zero gradient. Gradients reach both views and `temperature`.
+    Extra memory is O(N D); only the upper triangle of the 2N x 2N similarities is computed. A sample without negatives
+    contributes 0 with zero gradient and stays in the mean. Gradients reach both views, `temperature` and
+    `sample_weight`.
 
     References
     ----------
@@ -124,8 +143,11 @@ def nt_xent(
     >>> nt_xent(torch.eye(3), torch.eye(3), temperature=1.0)
     tensor(0.9048)
     """
-    anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
-    loss = terms.cross_entropy(anchors.positive, (anchors.negative_lse,), reduction=reduction, backend=backend)
+    anchors = _anchors(z1, z2, temperature, ids, sample_weight, reduction, normalize, backend)
+    lse = (anchors.negative_lse,)
+    loss = terms.cross_entropy(
+        anchors.positive, lse, reduction=reduction, sample_weight=anchors.weight, backend=backend
+    )
     return _finish(loss, anchors, return_stats)
 
 
@@ -134,6 +156,8 @@ def dcl(
     z2: Tensor,
     *,
     temperature: float | Tensor = 0.1,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -144,9 +168,9 @@ def dcl(
     .. math::
         \ell_a = \log \sum_{b \in N(a)} e^{\langle z_a, z_b \rangle / \tau} - \langle z_a, z_{a^+} \rangle / \tau
 
-    :math:`N(a)` are both views of all other samples, :math:`a^+` the other view of the same sample. It may be
-    negative. This is the ``DCLLoss`` of lightly from 1.5.21 on; earlier ones add up two log-sum-exps, of the negatives
-    of each view.
+    :math:`N(a)` are both views of all other samples and, with ids, of another id; :math:`a^+` is the other view of the
+    same sample. It may be negative. This is the ``DCLLoss`` of lightly from 1.5.21 on; earlier ones add up two
+    log-sum-exps, of the negatives of each view.
 
     Parameters
     ----------
@@ -154,6 +178,10 @@ def dcl(
         Row i of both are two views of sample i.
     temperature : float or Tensor of one element
         Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
+    ids : integer Tensor of shape (N,), optional
+        Samples of the same id are not negatives of each other.
+    sample_weight : floating-point Tensor of shape (N,), optional
+        Weights of the samples in the sum, each for both views; the mean divides by their sum.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -164,7 +192,7 @@ def dcl(
 
     Returns
     -------
-    Tensor of shape (), or (2N,) for ``reduction="none"``: the anchors of `z1`, then of `z2`; float32 (or float64)
+    Tensor of shape (), or (2N,) for ``reduction="none"`` (unweighted), anchors of `z1`, then `z2`; float32 (float64)
         With `return_stats`, a pair of it and `LossStats` with vectors of shape (2N,).
 
     Raises
@@ -174,8 +202,8 @@ def dcl(
 
     Notes
     -----
-    Extra memory is O(N D). For N = 1 there are no negatives: the loss is 0 with zero gradient.
-    Gradients reach both views and `temperature`.
+    Extra memory is O(N D). A sample without negatives contributes 0 with zero gradient and stays in the mean.
+    Gradients reach both views, `temperature` and `sample_weight`.
 
     References
     ----------
@@ -186,8 +214,9 @@ def dcl(
     >>> dcl(torch.eye(3), torch.eye(3), temperature=1.0)
     tensor(0.3863)
     """
-    anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
-    return _finish(terms.reduce(_decoupled(anchors, anchors.positive), reduction), anchors, return_stats)
+    anchors = _anchors(z1, z2, temperature, ids, sample_weight, reduction, normalize, backend)
+    per_anchor = _decoupled(anchors, anchors.positive)
+    return _finish(terms.reduce(per_anchor, reduction, anchors.weight), anchors, return_stats)
 
 
 def dclw(
@@ -196,6 +225,8 @@ def dclw(
     *,
     temperature: float | Tensor = 0.1,
     sigma: float = 0.5,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -208,8 +239,8 @@ def dclw(
                  - w_a \langle z_a, z_{a^+} \rangle / \tau, \qquad
         w_i = 2 - N \, \mathrm{softmax}_i(\langle z_i, z_{i^+} \rangle / \sigma)
 
-    The weights are detached; their mean is 1. This is the ``DCLWLoss`` of lightly from 1.5.21 on; earlier ones differ
-    as those of `dcl` do.
+    :math:`N(a)` and :math:`a^+` are those of `dcl`. The weights are detached; their mean is 1. This is the
+    ``DCLWLoss`` of lightly from 1.5.21 on; earlier ones differ as those of `dcl` do.
 
     Parameters
     ----------
@@ -219,6 +250,11 @@ def dclw(
         Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     sigma : float
         Temperature of the weights, positive.
+    ids : integer Tensor of shape (N,), optional
+        Samples of the same id are not negatives of each other.
+    sample_weight : floating-point Tensor of shape (N,), optional
+        Weights of the samples in the sum, each for both views; the mean divides by their sum.
+        The weights of the positives stay those of the batch, whatever these are.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
@@ -229,7 +265,7 @@ def dclw(
 
     Returns
     -------
-    Tensor of shape (), or (2N,) for ``reduction="none"``: the anchors of `z1`, then of `z2`; float32 (or float64)
+    Tensor of shape (), or (2N,) for ``reduction="none"`` (unweighted), anchors of `z1`, then `z2`; float32 (float64)
         With `return_stats`, a pair of it and `LossStats` with vectors of shape (2N,).
 
     Raises
@@ -239,8 +275,8 @@ def dclw(
 
     Notes
     -----
-    Extra memory is O(N D). For N = 1 there are no negatives: the loss is 0 with zero gradient.
-    Gradients reach both views and `temperature`, none flows through the weights.
+    Extra memory is O(N D). A sample without negatives contributes 0 with zero gradient and stays in the mean.
+    Gradients reach both views, `temperature` and `sample_weight`, none flows through the weights of the positives.
 
     References
     ----------
@@ -252,11 +288,11 @@ def dclw(
     tensor(0.3863)
     """
     terms.check_options(sigma=sigma)
-    anchors = _anchors(z1, z2, temperature, reduction, normalize, backend)
+    anchors = _anchors(z1, z2, temperature, ids, sample_weight, reduction, normalize, backend)
     n = z1.shape[0]
     weight = 2.0 - n * (anchors.similarity[:n].detach() / sigma).softmax(0)
     per_anchor = _decoupled(anchors, weight.repeat(2) * anchors.positive)
-    return _finish(terms.reduce(per_anchor, reduction), anchors, return_stats)
+    return _finish(terms.reduce(per_anchor, reduction, anchors.weight), anchors, return_stats)
 
 
 def _decoupled(anchors: Anchors, positive: Tensor) -> Tensor:

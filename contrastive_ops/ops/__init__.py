@@ -2,10 +2,12 @@
 
 from contrastive_ops.backends import NAMES as BACKENDS
 from contrastive_ops.ops.classes import (
+    Classes,
     by_class,
     class_contrast,
     class_contrast_sum,
     in_order,
+    matches,
     sums_of_groups,
     with_class_mean,
 )
@@ -26,6 +28,7 @@ from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 
 __all__ = [
     "BACKENDS",
+    "Classes",
     "SimilarityLSE",
     "VolumeLSE",
     "by_class",
@@ -36,6 +39,7 @@ __all__ = [
     "gramian_volume",
     "in_order",
     "inverse_norm",
+    "matches",
     "orthogonalised",
     "row_dot",
     "row_dots",

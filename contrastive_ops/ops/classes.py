@@ -45,6 +45,14 @@ def by_class(labels: Tensor, x: Tensor, backend: str = "auto") -> Classes:
     return Classes(order, inverse, first, place.to(torch.int32), others)
 
 
+def matches(ordered: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each query its group among ids in order, the first place of those that equal it, -1 without one; its size."""
+    ordered, queries = ordered.long(), queries.long().contiguous()  # searchsorted takes two of one dtype
+    first = torch.searchsorted(ordered, queries, out_int32=True)
+    size = torch.searchsorted(ordered, queries, out_int32=True, right=True) - first
+    return first.where(size > 0, -1), size
+
+
 def sums_of_groups(x: Tensor, group: Tensor) -> Tensor:
     """The sum of the rows of each group, in the row of x that is its number."""
     zeros = torch.zeros_like(x)

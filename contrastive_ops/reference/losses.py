@@ -20,9 +20,9 @@ def _unit(x: Tensor, normalize: bool) -> Tensor:
 def _reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:
     if reduction == "none":
         return per_row
-    weight = torch.ones_like(per_row) if sample_weight is None else sample_weight
-    total = (weight * per_row).sum()
-    return total if reduction == "sum" else total / weight.sum()
+    weight = torch.ones_like(per_row) if sample_weight is None else sample_weight.expand_as(per_row)
+    total, mass = (weight * per_row).sum(), weight.sum()
+    return total if reduction == "sum" else total / mass.masked_fill(mass == 0, 1.0)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, out: Tensor, label_smoothing: float) -> Tensor:
@@ -85,18 +85,39 @@ def clip_loss(
     return _reduce((rows + cols) / 2, reduction, sample_weight)
 
 
-def _two_view_logits(z1: Tensor, z2: Tensor, temperature: float | Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def _equal(ids: Tensor | None, like: Tensor) -> Tensor:
+    """Which of N x N samples are not negatives of each other."""
+    ids = torch.arange(len(like), device=like.device) if ids is None else ids
+    return ids[:, None] == ids[None, :]
+
+
+def _two_views(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, ids: Tensor | None, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The 2N x 2N logits, which of them are no negatives, and where the positives are."""
     z = _unit(torch.cat([z1, z2]), normalize)
-    return z @ z.T / temperature, torch.arange(2 * len(z1), device=z.device).roll(len(z1))
+    positive = torch.arange(2 * len(z1), device=z.device).roll(len(z1))
+    return z @ z.T / temperature, _equal(ids, z1).repeat(2, 2), positive
+
+
+def _twice(sample_weight: Tensor | None) -> Tensor | None:
+    return None if sample_weight is None else sample_weight.repeat(2)
 
 
 def nt_xent(
-    z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.5, normalize: bool = True, reduction: str = "mean"
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy of the 2N x 2N logits without their diagonal."""
-    logits, positive = _two_view_logits(z1, z2, temperature, normalize)
-    logits = logits.masked_fill(torch.eye(len(logits), dtype=torch.bool, device=logits.device), -torch.inf)
-    return _reduce(F.cross_entropy(logits, positive, reduction="none"), reduction)
+    logits, out, positive = _two_views(z1, z2, temperature, ids, normalize)
+    logits = logits.masked_fill(out.scatter(1, positive[:, None], False), -torch.inf)
+    return _reduce(F.cross_entropy(logits, positive, reduction="none"), reduction, _twice(sample_weight))
 
 
 def dclw(
@@ -105,50 +126,67 @@ def dclw(
     *,
     temperature: float | Tensor = 0.1,
     sigma: float = 0.5,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """DCL with weights 2 - N softmax(similarity / sigma) on the positives."""
     similarity = (_unit(z1, normalize) * _unit(z2, normalize)).sum(1).detach()
     weight = 2 - len(z1) * (similarity / sigma).softmax(0)
-    return _decoupled(z1, z2, temperature, weight.repeat(2), normalize, reduction)
+    per_anchor = _decoupled(z1, z2, temperature, weight.repeat(2), ids, normalize)
+    return _reduce(per_anchor, reduction, _twice(sample_weight))
 
 
 def dcl(
-    z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.1, normalize: bool = True, reduction: str = "mean"
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
 ) -> Tensor:
     """The positive leaves the denominator."""
-    return _decoupled(z1, z2, temperature, torch.ones_like(z1[:, 0]).repeat(2), normalize, reduction)
+    per_anchor = _decoupled(z1, z2, temperature, torch.ones_like(z1[:, 0]).repeat(2), ids, normalize)
+    return _reduce(per_anchor, reduction, _twice(sample_weight))
 
 
 def _decoupled(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, weight: Tensor, normalize: bool, reduction: str
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, weight: Tensor, ids: Tensor | None, normalize: bool
 ) -> Tensor:
-    if len(z1) < 2:  # no negatives
-        return _reduce(0.0 * torch.cat([z1, z2]).sum(1), reduction)
-    logits, positive = _two_view_logits(z1, z2, temperature, normalize)
-    sample = torch.arange(len(z1), device=z1.device).repeat(2)
-    negatives = logits.masked_fill(sample[:, None] == sample[None, :], -torch.inf)
-    return _reduce(negatives.logsumexp(1) - weight * logits.gather(1, positive[:, None]).squeeze(1), reduction)
+    logits, out, positive = _two_views(z1, z2, temperature, ids, normalize)
+    empty = out.all(1)  # no negatives
+    lse = logits.masked_fill(out & ~empty[:, None], -torch.inf).logsumexp(1)
+    return (lse - weight * logits.gather(1, positive[:, None]).squeeze(1)).masked_fill(empty, 0.0)
 
 
 def supcon(
     features: Tensor,
     labels: Tensor,
     *,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     temperature: float | Tensor = 0.07,
     variant: str = "out",
     empty: str = "zero",
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    """The printed formula, with the N V x N V masks of the positives and of everything but the anchor."""
-    shape = features.shape[:-1]
+    """The printed formula, with the masks of the positives and of what there is: without keys all but the anchor."""
+    shape, singles = features.shape[:-1], [1] * (features.dim() - 2)
     z = _unit(features.flatten(0, -2), normalize)
-    label = labels.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).flatten()
-    logits = z @ z.T / temperature
-    others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    same = (label[:, None] == label[None, :]) & others
+    label = labels.reshape(-1, *singles).expand(shape).flatten()
+    if keys is None or key_labels is None:
+        keys, key_labels = z, label
+        others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    else:
+        keys = _unit(keys, normalize)
+        others = torch.ones(len(z), len(keys), dtype=torch.bool, device=z.device)
+    logits = z @ keys.T / temperature
+    same = (label[:, None] == key_labels[None, :]) & others
     valid = same.any(1) & (same != others).any(1)
     log_p = logits - logits.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
     size = same.sum(1).clamp(min=1)
@@ -156,7 +194,6 @@ def supcon(
         per_row = -log_p.masked_fill(~same, 0.0).sum(1) / size
     else:
         per_row = size.to(z.dtype).log() - log_p.masked_fill(~(same | ~valid[:, None]), -torch.inf).logsumexp(1)
-    per_row = per_row.masked_fill(~valid, 0.0)
-    if reduction == "mean" and empty == "drop":
-        return per_row.sum() / valid.sum().clamp(min=1)
-    return _reduce(per_row.reshape(shape), reduction)
+    per_row, valid = per_row.masked_fill(~valid, 0.0).reshape(shape), valid.reshape(shape)
+    weight = torch.ones_like(per_row) if sample_weight is None else sample_weight.reshape(-1, *singles).expand(shape)
+    return _reduce(per_row, reduction, weight * valid if empty == "drop" else weight)

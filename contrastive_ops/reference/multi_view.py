@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops.reference import losses
-from contrastive_ops.reference.losses import _reduce, _unit
+from contrastive_ops.reference.losses import _equal, _reduce, _unit
 
 
 def _logits(views: Tensor, temperature: float | Tensor, normalize: bool) -> list[list[Tensor]]:
@@ -19,54 +19,67 @@ def _logits(views: Tensor, temperature: float | Tensor, normalize: bool) -> list
     return [[x @ y.T / temperature for y in z] for x in z]
 
 
-def _eye(views: Tensor) -> Tensor:
-    return torch.eye(views.shape[1], dtype=torch.bool, device=views.device)
-
-
 def mv_infonce(
     views: Tensor,
     *,
     temperature: float | Tensor = 0.1,
     include_same_view: bool = True,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """log(D / A): A over the ordered pairs of views of an instance, D over all pairs of an own view and another row."""
-    logits, eye = _logits(views, temperature, normalize), _eye(views)
+    logits, same = _logits(views, temperature, normalize), _equal(ids, views[0])
     pairs = list(permutations(range(len(views)), 2))
     numerator = torch.stack([logits[a][b].diagonal() for a, b in pairs], dim=1)
-    denominator = [logits[a][b] for a, b in pairs]
+    others = same & ~_equal(None, views[0])  # of the same id
+    denominator = [logits[a][b].masked_fill(others, -torch.inf) for a, b in pairs]
     if include_same_view:
-        denominator += [logits[a][a].masked_fill(eye, -torch.inf) for a in range(len(views))]
-    return _reduce(torch.cat(denominator, dim=1).logsumexp(1) - numerator.logsumexp(1), reduction)
+        denominator += [logits[a][a].masked_fill(same, -torch.inf) for a in range(len(views))]
+    per_instance = torch.cat(denominator, dim=1).logsumexp(1) - numerator.logsumexp(1)
+    return _reduce(per_instance, reduction, sample_weight)
+
+
+def _log_uniformity(logits: Tensor, same: Tensor) -> Tensor:
+    """Log of the sum over the others; where there are none it takes what is there, which counts for nothing."""
+    return logits.masked_fill(same & ~same.all(1)[:, None], -torch.inf).logsumexp(1)
 
 
 def mv_dhel(
-    views: Tensor, *, temperature: float | Tensor = 0.1, normalize: bool = True, reduction: str = "mean"
+    views: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
 ) -> Tensor:
     """-log of the sum over the pairs of views of an instance, plus the log of the sum over the others in each view."""
-    if views.shape[1] < 2:  # no negatives
-        return _reduce(0.0 * views.sum((0, 2)), reduction)
-    logits, eye = _logits(views, temperature, normalize), _eye(views)
+    logits, same = _logits(views, temperature, normalize), _equal(ids, views[0])
     numerator = torch.stack([logits[a][b].diagonal() for a, b in combinations(range(len(views)), 2)], dim=1)
     loss = -numerator.logsumexp(1)
     for a in range(len(views)):
-        loss = loss + logits[a][a].masked_fill(eye, -torch.inf).logsumexp(1)
-    return _reduce(loss, reduction)
+        loss = loss + _log_uniformity(logits[a][a], same)
+    return _reduce(loss.masked_fill(same.all(1), 0.0), reduction, sample_weight)
 
 
 def dhel(
-    z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.1, normalize: bool = True, reduction: str = "mean"
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
 ) -> Tensor:
     """The positive across the views, the negatives of each view within it."""
-    if len(z1) < 2:  # no negatives
-        return _reduce(0.0 * (z1 + z2).sum(1), reduction)
-    x, y = _unit(z1, normalize), _unit(z2, normalize)
-    eye = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    x, y, same = _unit(z1, normalize), _unit(z2, normalize), _equal(ids, z1)
     loss = -(x * y).sum(1) / temperature
     for z in (x, y):
-        loss = loss + (z @ z.T / temperature).masked_fill(eye, -torch.inf).logsumexp(1)
-    return _reduce(loss, reduction)
+        loss = loss + _log_uniformity(z @ z.T / temperature, same)
+    return _reduce(loss.masked_fill(same.all(1), 0.0), reduction, sample_weight)
 
 
 def pvc(
@@ -74,14 +87,16 @@ def pvc(
     *,
     temperature: float | Tensor = 0.1,
     aggregate: str = "geometric",
+    ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """The mean over the positives of an anchor of their log-probability, or the log of their mean probability."""
-    logits, eye = _logits(views, temperature, normalize), _eye(views)
+    logits, same = _logits(views, temperature, normalize), _equal(ids, views[0])
     per_view = []
     for a in range(len(views)):
-        negatives = torch.cat([block.masked_fill(eye, -torch.inf) for block in logits[a]], dim=1)
+        negatives = torch.cat([block.masked_fill(same, -torch.inf) for block in logits[a]], dim=1)
         log_p = []
         for b in range(len(views)):
             if b != a:
@@ -91,16 +106,18 @@ def pvc(
             per_view.append(-torch.stack(log_p).mean(0))
         else:
             per_view.append(-(torch.stack(log_p).logsumexp(0) - torch.ones_like(log_p[0]).mul(len(log_p)).log()))
-    return _reduce(torch.stack(per_view), reduction)
+    return _reduce(torch.stack(per_view), reduction, sample_weight)
 
 
-def pairwise_views(views: Tensor, loss: str = "nt_xent", **options: Any) -> Tensor:
+def pairwise_views(views: Tensor, loss: str = "nt_xent", *, ids: Tensor | None = None, **options: Any) -> Tensor:
     """The mean of the naive loss over all pairs of views."""
     naive: dict[str, Callable[..., Tensor]] = {
         "nt_xent": losses.nt_xent,
         "info_nce": losses.info_nce,
         "dcl": losses.dcl,
     }
+    options |= {"query_ids": ids, "key_ids": ids} if loss == "info_nce" and ids is not None else {}
+    options |= {"ids": ids} if loss != "info_nce" else {}
     pairs = list(combinations(range(len(views)), 2))
     return torch.stack([naive[loss](views[a], views[b], **options) for a, b in pairs]).mean(0)
 
