@@ -329,6 +329,24 @@ def test_labels_of_keys_have_a_dtype_of_their_own(backend):
         assert torch.equal(call(co.supcon, labels.to(one), key_labels.to(other))(x, k, backend=backend), expected)
 
 
+def test_ids_of_two_dtypes_with_label_smoothing(backend):
+    query, key = torch.randn(8, 5), torch.randn(9, 5)
+    ids, of_keys = torch.arange(8) % 3, torch.arange(9) % 3
+    options = {"label_smoothing": 0.1, "backend": backend}
+    expected = co.info_nce(query, key, query_ids=ids, key_ids=of_keys, **options)
+    assert torch.equal(co.info_nce(query, key, query_ids=ids.int(), key_ids=of_keys, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype, backend):
+    x, k, labels, key_labels = sets(21, 30, 6, dtype)
+    options = {"temperature": 0.3, "backend": backend, "sample_weight": torch.rand(21)}
+    plain = evaluate(call(co.supcon, labels, key_labels), (x, k), options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = evaluate(call(co.supcon, labels, key_labels), (x, k), options)
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
 def test_stats_of_keys(backend):
     x, k, labels, key_labels = sets(27, 40, 5, torch.float32)
     loss = call(co.supcon, labels, key_labels, temperature=0.2, backend=backend)
