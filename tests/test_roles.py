@@ -370,10 +370,12 @@ def test_frozen_keys_cost_no_gradient(backend, monkeypatch):
     def sweep(x, y, **options):
         seen.append((x.requires_grad, y.requires_grad, options["col_scale"].requires_grad))
         assert all((options[side].diff() >= 0).all() for side in ("row_ids", "col_ids"))
+        assert not torch.isin(*(options[side] for side in ("row_ids", "col_ids"))).all()  # labels that no key has
         return run(x, y, **options)
 
     monkeypatch.setattr(page, "similarity_logsumexp", sweep)
-    x, k, labels, key_labels = sets(20, 30, 6, torch.float32)
+    x, k, labels, _ = sets(20, 30, 6, torch.float32)
+    key_labels = torch.tensor([3, 5, 6]).repeat(10)
     (expected,) = torch.autograd.grad(call(co.supcon, labels, key_labels)(x, k, backend=backend), x)
     assert seen == [(True, True, True)] * 2
     loss = call(co.supcon, labels, key_labels)(x, k.detach(), backend=backend)
