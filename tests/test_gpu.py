@@ -315,6 +315,27 @@ def test_losses(loss, variant, backend, dtype):
     judge(moved(loss.fused), loss.naive, arguments, options, **given)
 
 
+SIDES = [
+    pytest.param(*param.values, side, id=f"{param.id}-{side.__name__}")
+    for param in VARIANTS
+    for side in param.values[0].sides[-1:]  # the one that has most
+    if param.values[1] in param.values[0].variants[:1]
+]
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("loss", "variant", "backend", "side"), SIDES)
+def test_sides_of_losses(loss, variant, backend, side, dtype):
+    n, d = each((129, 96), (20, 10))
+    options = variant | loss_tests.temperature_of(loss, dtype) | {"reduction": "mean"}
+    options |= side(n, d, dtype, torch.Generator().manual_seed(7))
+    arguments = loss_tests.arguments_of(loss, n, d, dtype)
+    given = {"fused_options": {"backend": backend}, "logits": loss_tests.LOGITS}
+    judge(moved(loss.fused), loss.naive, arguments, options, **given)
+
+
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """What makes the host wait for the device raises."""
@@ -347,6 +368,20 @@ def test_no_loss_waits_for_the_device(loss, variant, backend, dtype):
         with waiting:
             value = loss.fused(*arguments, **options, backend=backend)
             value.sum().backward()
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("loss", "variant", "backend", "side"), SIDES)
+def test_no_side_waits_for_the_device(loss, variant, backend, side, dtype):
+    n, d = each((129, 96), (20, 10))
+    arguments = on_device(loss_tests.arguments_of(loss, n, d, dtype))
+    drawn = side(n, d, dtype, torch.Generator().manual_seed(7))
+    options = variant | dict(zip(drawn, on_device([*drawn.values()]), strict=True))
+    for waiting in (nullcontext(), no_waiting()):
+        with waiting:
+            loss.fused(*arguments, **options, backend=backend).backward()
 
 
 @gpu

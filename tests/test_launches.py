@@ -99,7 +99,7 @@ LOSSES: dict[str, tuple[int, int, Callable[..., Tensor]]] = {
     "clip_loss": (20, 2, lambda t, x, y: co.clip_loss(x, y, t, backend="triton")),
     "nt_xent": (16, 2, lambda t, x, y: co.nt_xent(x, y, temperature=t, backend="triton")),
     "supcon": (28, 1, lambda t, x: co.supcon(x, LABELS, temperature=t, backend="triton")),
-    "supcon of frozen keys": (55, 1, lambda t, x: co.supcon(x, LABELS, temperature=t, backend="triton", **KEYS)),
+    "supcon of frozen keys": (57, 1, lambda t, x: co.supcon(x, LABELS, temperature=t, backend="triton", **KEYS)),
     "gram_loss": (45, 3, lambda t, *x: co.gram_loss(*x, temperature=t, backend="triton")),
 }
 

@@ -329,6 +329,24 @@ def test_labels_of_keys_have_a_dtype_of_their_own(backend):
         assert torch.equal(call(co.supcon, labels.to(one), key_labels.to(other))(x, k, backend=backend), expected)
 
 
+def test_ids_of_two_dtypes_with_label_smoothing(backend):
+    query, key = torch.randn(8, 5), torch.randn(9, 5)
+    ids, of_keys = torch.arange(8) % 3, torch.arange(9) % 3
+    options = {"label_smoothing": 0.1, "backend": backend}
+    expected = co.info_nce(query, key, query_ids=ids, key_ids=of_keys, **options)
+    assert torch.equal(co.info_nce(query, key, query_ids=ids.int(), key_ids=of_keys, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype, backend):
+    x, k, labels, key_labels = sets(21, 30, 6, dtype)
+    options = {"temperature": 0.3, "backend": backend, "sample_weight": torch.rand(21)}
+    plain = evaluate(call(co.supcon, labels, key_labels), (x, k), options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = evaluate(call(co.supcon, labels, key_labels), (x, k), options)
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
 def test_stats_of_keys(backend):
     x, k, labels, key_labels = sets(27, 40, 5, torch.float32)
     loss = call(co.supcon, labels, key_labels, temperature=0.2, backend=backend)
@@ -352,10 +370,12 @@ def test_frozen_keys_cost_no_gradient(backend, monkeypatch):
     def sweep(x, y, **options):
         seen.append((x.requires_grad, y.requires_grad, options["col_scale"].requires_grad))
         assert all((options[side].diff() >= 0).all() for side in ("row_ids", "col_ids"))
+        assert not torch.isin(*(options[side] for side in ("row_ids", "col_ids"))).all()  # labels that no key has
         return run(x, y, **options)
 
     monkeypatch.setattr(page, "similarity_logsumexp", sweep)
-    x, k, labels, key_labels = sets(20, 30, 6, torch.float32)
+    x, k, labels, _ = sets(20, 30, 6, torch.float32)
+    key_labels = torch.tensor([3, 5, 6]).repeat(10)
     (expected,) = torch.autograd.grad(call(co.supcon, labels, key_labels)(x, k, backend=backend), x)
     assert seen == [(True, True, True)] * 2
     loss = call(co.supcon, labels, key_labels)(x, k.detach(), backend=backend)

@@ -202,15 +202,18 @@ def _against_keys(
     z, row_scale = terms.with_logit_scale(z, temperature, -1.0, normalize, backend)
     keys, col_scale = terms.with_norm_scale(keys, normalize, backend)
     cols = terms.scaled(None if col_scale is None else col_scale[:, None], keys.to(statistics_dtype(keys)))
-    total, others = terms.total_of_group(z, cols, row_scale, group, classes.group), size.to(cols.dtype)
+    total = terms.total_of_group(z, cols, row_scale, group, size, classes.group)
+    others = size.to(cols.dtype)
+    # still in order, so that tiles are skipped: a label that no key has comes between two that some have
+    row_ids, col_ids = 2 * group - (size == 0).int(), 2 * classes.group
     positives, negatives = (
         similarity_logsumexp(
             z,
             keys,
             row_scale=row_scale,
             col_scale=col_scale,
-            row_ids=group,
-            col_ids=classes.group,
+            row_ids=row_ids,
+            col_ids=col_ids,
             ids=ids,
             backend=backend,
         )

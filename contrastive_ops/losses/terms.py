@@ -116,18 +116,21 @@ def uniform_similarity(
     y_ids = y_ids.long().contiguous()
     ordered = y_ids.sort().values
     x_group, group_size = matches(ordered, x_ids)
-    same = total_of_group(x, cols, x_scale, x_group, torch.searchsorted(ordered, y_ids))
+    same = total_of_group(x, cols, x_scale, x_group, group_size, torch.searchsorted(ordered, y_ids))
     positive_in_group = (x_ids == y_ids[target]).to(cols.dtype)
     size = m - group_size + positive_in_group
     return (total - same + positive_in_group * positive) / size
 
 
-def total_of_group(x: Tensor, cols: Tensor, x_scale: float | Tensor | None, x_group: Tensor, group: Tensor) -> Tensor:
-    """The sum of row i over the columns of its group, 0 for the group -1; columns with their scale, as statistics."""
-    if cols.shape[0] == 0:
+def total_of_group(
+    x: Tensor, cols: Tensor, x_scale: float | Tensor | None, x_group: Tensor, size: Tensor, group: Tensor
+) -> Tensor:
+    """The sum of row i over the `size` columns of its group; columns with their scale, in the dtype of statistics."""
+    m = cols.shape[0]
+    if m == 0:
         return cols.new_zeros(x.shape[0])
-    sums = sums_of_groups(cols, group)[x_group.clamp(min=0)]
-    return scaled(x_scale, row_dot(x, sums)).masked_fill(x_group < 0, 0.0)
+    sums = sums_of_groups(cols, group)[x_group.clamp(max=m - 1)]
+    return scaled(x_scale, row_dot(x, sums)).masked_fill(size == 0, 0.0)
 
 
 def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:

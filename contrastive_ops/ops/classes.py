@@ -46,11 +46,10 @@ def by_class(labels: Tensor, x: Tensor, backend: str = "auto") -> Classes:
 
 
 def matches(ordered: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each query its group among ids in order, the first place of those that equal it, -1 without one; its size."""
+    """Of each query the first place among ids in order that equal it, or where it would be; and how many do."""
     ordered, queries = ordered.long(), queries.long().contiguous()  # searchsorted takes two of one dtype
     first = torch.searchsorted(ordered, queries, out_int32=True)
-    size = torch.searchsorted(ordered, queries, out_int32=True, right=True) - first
-    return first.where(size > 0, -1), size
+    return first, torch.searchsorted(ordered, queries, out_int32=True, right=True) - first
 
 
 def sums_of_groups(x: Tensor, group: Tensor) -> Tensor:
