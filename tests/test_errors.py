@@ -331,8 +331,8 @@ REFUSALS = {
         "aggregate must be one of 'geometric', 'arithmetic', got 'mean'."),
     "negatives-shape": (
         lambda: co.info_nce(X, X, negatives=X), ValueError,
-        "negatives must have shape (N, H, D), got (4, 3); its axes are queries, the negatives of each, features; negatives "
-        "of all queries are more rows of key."),
+        "negatives must have shape (N, H, D), got (4, 3); its axes are queries, the negatives of each, features; "
+        "negatives of all queries are more rows of key."),
     "negatives-rows": (
         lambda: co.info_nce(X, X, negatives=X[:3, None]), ValueError,
         "negatives must have an entry for each row of query, N = 4, got shape (3, 1, 3); its first axis is that of the "
