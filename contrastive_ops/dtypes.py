@@ -15,11 +15,14 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context that autocast leaves alone on the device of x; an exported graph has it for those who run it."""
-    kind = x.device.type
-    available = torch.amp.is_autocast_available(kind)  # not for meta
-    if available and (torch.is_autocast_enabled(kind) or torch.compiler.is_compiling()):
-        return torch.autocast(kind, enabled=False)
+    if x.device.type != "meta" and (_in_autocast(x) or torch.compiler.is_compiling()):
+        return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+def _in_autocast(x: Tensor) -> bool:
+    # meta has no autocast; torch.amp.is_autocast_available says so, but Dynamo of torch 2.11 can't trace it
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def promoted(*features: Tensor, to: torch.dtype | None = None) -> tuple[Tensor, ...]:
@@ -31,8 +34,7 @@ def promoted(*features: Tensor, to: torch.dtype | None = None) -> tuple[Tensor, 
     dtypes = {x.dtype for x in features}
     if len(dtypes) == 1 or torch.float64 in dtypes:
         return features
-    kind = features[0].device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not _in_autocast(features[0]):
         return features
-    dtype = torch.get_autocast_dtype(kind) if to is None else to
+    dtype = torch.get_autocast_dtype(features[0].device.type) if to is None else to
     return tuple(x.to(dtype) for x in features)
