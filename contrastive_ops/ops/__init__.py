@@ -1,6 +1,7 @@
 """Differentiable ops that read embeddings and return vectors: the streaming reductions, and what is done row by row."""
 
 from contrastive_ops.backends import NAMES as BACKENDS
+from contrastive_ops.ops.area_logsumexp import area_logsumexp, of_parallelogram
 from contrastive_ops.ops.classes import (
     by_class,
     class_contrast,
@@ -28,6 +29,7 @@ __all__ = [
     "BACKENDS",
     "SimilarityLSE",
     "VolumeLSE",
+    "area_logsumexp",
     "by_class",
     "class_contrast",
     "class_contrast_sum",
@@ -36,6 +38,7 @@ __all__ = [
     "gramian_volume",
     "in_order",
     "inverse_norm",
+    "of_parallelogram",
     "orthogonalised",
     "row_dot",
     "row_dots",
