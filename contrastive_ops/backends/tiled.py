@@ -133,7 +133,10 @@ class Tiles:
         grad_x: Tensor | None,
         grad_y: Tensor | None,
     ) -> None:
-        """Add what the gradients of the pairs of a tile give to those of x and y, where wanted."""
+        """Add what the gradients of the pairs of a tile give to those of x and y, where wanted.
+
+        `beside` and `weighted` may be overwritten.
+        """
         if grad_x is not None:
             grad_x[i] += self.product(weighted, self.cols(j))
             if self.mirrored and i != j:
@@ -215,8 +218,8 @@ class LineTiles(Tiles):
         foot, direction = self.cols(j).unbind(1)
         lengths = self.square[i, None] + self.foot_square[None, j]
         along = self.product(self.rows(i), direction.T)
-        distance = lengths - along.square() - 2 * self.product(self.rows(i), foot.T)
-        distance.masked_fill_(distance <= 8 * torch.finfo(self.dtype).eps * lengths, 0.0)
+        distance = torch.addcmul(lengths, along, along, value=-1).sub_(self.product(self.rows(i), foot.T), alpha=2)
+        distance.masked_fill_(distance <= lengths.mul_(8 * torch.finfo(self.dtype).eps), 0.0)
         return (distance if self.squared else distance.sqrt_()).neg_(), along
 
     def add_gradients(
@@ -229,8 +232,10 @@ class LineTiles(Tiles):
         grad_x: Tensor | None,
         grad_y: Tensor | None,
     ) -> None:
-        q = torch.where(pairs == 0.0, 0.0, -2 * weighted if self.squared else weighted / pairs)
-        along = q * beside
+        # in place: a tile less of each
+        q = weighted.mul_(-2) if self.squared else weighted.div_(pairs)
+        q.masked_fill_(pairs == 0.0, 0.0)
+        along = beside.mul_(q)
         points, (foot, direction) = self.rows(i), self.cols(j).unbind(1)
         if grad_x is not None:
             to_line = self.product(q, foot) + self.product(along, direction)
@@ -342,6 +347,7 @@ def _backward(
                 grad_row_bias[j] += grad.sum(0)
         if need_col_bias:
             grad_col_bias[j] += grad.sum(0)
+        del pairs, beside, logits, grad  # not beside those of the next tile
     none = tiles.x.new_empty(0)
     return (none if grad_x is None else grad_x, none.clone() if grad_y is None else grad_y, *vectors)
 
