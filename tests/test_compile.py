@@ -149,6 +149,22 @@ def test_compiled_loss(loss, variant):
         assert_close(evaluate(both, arguments, {}), evaluate(call, arguments, {}))
 
 
+@pytest.mark.parametrize("loss", [pytest.param(row, id=row.name) for row in LOSSES])
+def test_one_graph_for_ten_batch_sizes(loss):
+    """More than Dynamo's limit of graphs for one function; forward decides it."""
+    seen = []
+
+    def counted(graph, _inputs):
+        seen.append(graph)
+        return graph.forward
+
+    both = compiled(lambda *arguments: loss.fused(*arguments), counted)
+    for n in range(5, 35, 3):
+        arguments = loss.inputs(n, 6, torch.float32, torch.Generator().manual_seed(n))
+        torch.testing.assert_close(both(*arguments), loss.fused(*arguments), rtol=1e-5, atol=1e-6)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize(
     "loss", [pytest.param(row, id=row.name) for row in LOSSES if row.name in ("clip_loss", "gram_loss")]
 )
