@@ -28,6 +28,7 @@ from contrastive_ops.dtypes import statistics_dtype, without_autocast
 
 OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume", "area_logsumexp")
 TILE = 1024  # rows and columns; 4 MB of float32 logits
+STRIP = 256  # terms of a sum that is one thread's
 
 
 def why_not(op: str, x: Tensor) -> str | None:
@@ -213,6 +214,14 @@ class LineTiles(Tiles):
         super().__init__(points, lines, row_scale, col_scale, exclude=exclude)
         self.squared = squared
         self.square, self.foot_square = points.square().sum(1), lines[:, 0].square().sum(1)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """In strips, whose sums a library leaves to one thread each: the bits are those of any number of threads."""
+        with self.exact():
+            result = a[:, :STRIP] @ b[:STRIP]
+            for start in range(STRIP, a.shape[1], STRIP):
+                result.addmm_(a[:, start : start + STRIP], b[start : start + STRIP])
+        return result
 
     def pairs(self, i: slice, j: slice) -> tuple[Tensor, Any]:
         foot, direction = self.cols(j).unbind(1)
