@@ -22,7 +22,7 @@ import contrastive_ops
 from bench import contenders
 from bench.cases import LOSSES, Case
 from bench.device import DEVICES, Device
-from contrastive_ops import build
+from contrastive_ops import backends, build
 
 MODES = ("forward", "backward", "both")
 # largest error of the loss, and of each gradient over its largest element, against the dense twin in float64 on the
@@ -49,8 +49,10 @@ class Settings:
         return DEVICES[self.device]
 
     def backend_of(self, loss: str) -> str:
-        """What ours is called with; a loss without an op is plain PyTorch and knows no other."""
-        return self.on.backend if self.backend == "auto" and LOSSES[loss].op is not None else self.backend
+        """What ours is called with: for "auto" the device's engine, or tiled where that has no such op."""
+        if self.backend != "auto" or self.on.backend == "auto":
+            return self.backend
+        return self.on.backend if LOSSES[loss].op in backends.module(self.on.backend).OPS else "tiled"
 
 
 @dataclass
@@ -151,8 +153,7 @@ def _row(case: Case, name: str, settings: Settings, mode: str, **values: Any) ->
         op, asked = LOSSES[case.loss].op, settings.backend_of(case.loss)
         try:
             features = torch.empty(1, case.d, dtype=getattr(torch, case.dtype), device=settings.on.place)
-            chosen = None if op is None else contrastive_ops.explain(features, op=op, backend=asked).chosen
-            backend = chosen or "tiled"  # without an op: plain PyTorch
+            backend = contrastive_ops.explain(features, op=op, backend=asked).chosen
         except RuntimeError:  # a named backend that can't run; the row's status has the sentence
             backend = asked
     return Row(case.loss, contenders.label(name), backend, mode, case.n, case.d, case.dtype, **values)

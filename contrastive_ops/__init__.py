@@ -23,13 +23,21 @@ from contrastive_ops.losses import (
     triangle_loss,
     uniformity,
 )
-from contrastive_ops.ops import SimilarityLSE, VolumeLSE, gramian_volume, similarity_logsumexp, volume_logsumexp
+from contrastive_ops.ops import (
+    SimilarityLSE,
+    VolumeLSE,
+    area_logsumexp,
+    gramian_volume,
+    similarity_logsumexp,
+    volume_logsumexp,
+)
 
 __all__ = [
     "LossStats",
     "SimilarityLSE",
     "VolumeLSE",
     "alignment",
+    "area_logsumexp",
     "clip_loss",
     "dcl",
     "dclw",

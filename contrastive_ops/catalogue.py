@@ -33,7 +33,7 @@ class Loss:
     paper: str
     variants: tuple[dict[str, Any], ...] = field(default=({},))
     sides: tuple[Callable[[int, int, torch.dtype, torch.Generator], dict[str, Tensor]], ...] = ()
-    op: str | None = "similarity_logsumexp"  # the streaming reduction below it; None for plain PyTorch
+    op: str = "similarity_logsumexp"  # the streaming reduction below it
 
 
 def unit(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -245,7 +245,7 @@ LOSSES: tuple[Loss, ...] = (
         "softmax over the areas of triangles of three modalities, in both directions",
         "arXiv:2509.24734",
         ({}, {"squared": True}),
-        op=None,
+        op="area_logsumexp",
         sides=(weights,),
     ),
 )

@@ -289,6 +289,11 @@ def enough_keys(queries: int, keys: int) -> None:
         )
 
 
+def a_direction(rows: bool, cols: bool) -> None:
+    if not rows and not cols:
+        raise ValueError("rows or cols must be True, got rows=False, cols=False; there would be nothing to do.")
+
+
 def target_range(target: Tensor, keys: int) -> None:
     """Where values are not read no kernel reads beyond the keys: such a row has no positive, and its loss is inf."""
     if not readable(target) or target.numel() == 0:

@@ -26,8 +26,6 @@ BACKENDS = ("tiled", "cpu")
 
 
 def refusal(name: str, loss: Loss | None = None) -> str | None:
-    if loss is not None and loss.op is None:
-        return None if name == "tiled" else f"{loss.name} is plain PyTorch, its backend is tiled."
     return backends.why_not(name, "similarity_logsumexp" if loss is None else loss.op, torch.empty(1, 1))
 
 

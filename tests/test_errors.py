@@ -307,6 +307,25 @@ REFUSALS = {
     "volume-exclude": (
         lambda: co.volume_logsumexp(X, Y[:, None], exclude=torch.ones(4)), TypeError,
         "exclude must be an integer tensor, got float32; exclude.long() keeps values that are whole."),
+    # area_logsumexp
+    "area-side": (
+        lambda: co.area_logsumexp(X, Y, X), ValueError,
+        "y must have an entry for each row of x, N = 5, got shape (4, 3); its first axis is that of the rows."),
+    "area-dtype": (
+        lambda: co.area_logsumexp(X, Y, Y.double()), TypeError,
+        "y must have the dtype of anchor, float32, got float64; call y.to(anchor.dtype)."),
+    "area-squared": (
+        lambda: co.area_logsumexp(X, Y, Y, squared="no"), ValueError,
+        "squared must be one of True, False, got 'no'."),
+    "area-no_direction": (
+        lambda: co.area_logsumexp(X, Y, Y, rows=False), ValueError,
+        "rows or cols must be True, got rows=False, cols=False; there would be nothing to do."),
+    "area-scale": (
+        lambda: co.area_logsumexp(X, Y, Y, col_scale=torch.ones(4)), ValueError,
+        "col_scale must have shape (5,), got (4,); give one value per row of x."),
+    "area-backend": (
+        lambda: co.triangle_loss(X, X, X, backend="cpu"), RuntimeError,
+        'backend="cpu" can\'t run area_logsumexp: cpu has no area_logsumexp. Pass backend="auto".'),
     # views
     "views-list": (
         lambda: co.mv_infonce([X, X]), TypeError,
@@ -553,7 +572,8 @@ REFUSALS = {
         "x must have shape (N, D), got (3,); {axes (N, D)}."),
     "explain-op": (
         lambda: co.explain(X, op="attention"), ValueError,
-        "op must be one of 'similarity_logsumexp', 'volume_logsumexp', 'gramian_volume', got 'attention'."),
+        "op must be one of 'similarity_logsumexp', 'volume_logsumexp', 'gramian_volume', 'area_logsumexp', "
+        "got 'attention'."),
     "explain-backend": (
         lambda: co.explain(X.to("meta"), backend="cpu"), RuntimeError,
         'backend="cpu" can\'t run similarity_logsumexp: cpu runs CPU tensors, got a tensor on meta. '
@@ -649,7 +669,7 @@ def test_modules_refuse_options_where_they_are_given(kind):
 
 def test_every_refusal_of_checks_is_above():
     """Counts the `raise` statements, so that a new check can't come without its sentence here."""
-    assert inspect.getsource(checks).count("    raise ") == 38
+    assert inspect.getsource(checks).count("    raise ") == 39
 
 
 # it says of every size that is compared that the comparison is not recorded
@@ -660,6 +680,7 @@ def test_jit_trace_is_refused():
     for op, call in {
         "similarity_logsumexp": lambda x, **options: co.info_nce(x, x.roll(1, 0), **options),
         "volume_logsumexp": lambda x, **options: co.gram_loss(x, x.roll(1, 0), **options),
+        "area_logsumexp": lambda x, **options: co.triangle_loss(x, x.roll(1, 0), x.roll(2, 0), **options),
     }.items():
         sentence = (
             f"{op} can't be recorded by torch.jit.trace, got a call under it; "

@@ -23,6 +23,7 @@ from contrastive_ops.backends import sweep
 from contrastive_ops.catalogue import LOSSES
 
 OPS = ("similarity_logsumexp", "volume_logsumexp")
+OF_TILED = "area_logsumexp"  # no other engine has it
 NO_TRITON = backends.why_not("triton", OPS[0], torch.empty(1, 1))
 BACKENDS = ("tiled", *(() if NO_TRITON is not None and "imported" in NO_TRITON else ("triton",)))
 
@@ -50,7 +51,9 @@ def on_cuda(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-@pytest.mark.parametrize("name", [f"contrastive_ops::{op}{suffix}" for op in OPS for suffix in ("", "_backward")])
+@pytest.mark.parametrize(
+    "name", [f"contrastive_ops::{op}{suffix}" for op in (*OPS, OF_TILED) for suffix in ("", "_backward")]
+)
 def test_cuda_tensors_reach_the_implementation(name):
     """One for every device, CompositeExplicitAutograd, so that none is registered for CUDA and one is found for it."""
     dispatched = torch._C._dispatch_dump_table(name).splitlines()
@@ -90,11 +93,13 @@ def test_results_of_the_ops(backend, dtype, mode):
     x, y, tuples = on_cuda(n, d, dtype=dtype), on_cuda(m, d, dtype=dtype), on_cuda(m, 3, d, dtype=dtype)
     exclude = torch.arange(n, device="cuda")
     options = {"row_scale": 2.0, "col_bias": on_cuda(m), "exclude": exclude}
-    results = (
+    results = [
         (co.similarity_logsumexp(x, backend=backend), (n, 0, n, 0, 0)),
         (co.similarity_logsumexp(x, y, **options, cols=True, backend=backend), (n, m, n, m, n)),
         (co.volume_logsumexp(x, tuples, cols=True, totals=True, backend=backend), (n, m, n, m, n, m)),
-    )
+    ]
+    if backend == "tiled":
+        results.append((co.area_logsumexp(x, y, y, cols=True, totals=True), (n, m, n, m, n, m)))
     for outputs, sizes in results:
         for value, size in zip(outputs, sizes, strict=True):
             assert (value.device.type, value.dtype, value.shape) == ("cuda", torch.float32, (size,))
@@ -126,8 +131,8 @@ VARIANTS = [pytest.param(row, v, id=f"{row.name}-{'-'.join(map(str, v.values()))
 def test_losses(loss, variant, backend):
     """Nothing in a loss is made on the CPU by default."""
     arguments = loss.inputs(8, 6, torch.float16, torch.Generator().manual_seed(0))
-    if loss.op is None:
-        backend = "tiled"
+    if loss.op not in backends.module(backend).OPS:
+        pytest.skip(backends.why_not(backend, loss.op, torch.empty(1, 1)))
     with FakeTensorMode(), WithoutGuard():
         fakes = [on_cuda(*argument.shape, dtype=argument.dtype) for argument in arguments]
         for reduction in ("mean", "none") if loss.name != "uniformity" else ("mean",):

@@ -34,6 +34,8 @@ def step(n):
     ballast = torch.ones(max(peak() - resident(), 0), dtype=torch.uint8)
     before = peak()
     arguments = (x, y, 10.0) if name == "clip_loss" else (x, y)
+    if name == "triangle_loss":
+        arguments = (x, y, y.roll(1, 0))
     if name.startswith("mv"):
         arguments = (torch.cat([x, y]).unflatten(0, (4, -1)),)
     getattr(co, name)(*arguments, backend=backend).backward()
@@ -69,6 +71,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, an
 )
 def test_extra_memory_is_far_below_one_matrix(name, n, backend):
     assert extra_bytes(backend, name, n) < MATRIX / 2
+
+
+def test_extra_memory_of_areas():
+    assert extra_bytes("tiled", "triangle_loss", N) < MATRIX / 2
 
 
 def test_the_measurement_sees_a_matrix():

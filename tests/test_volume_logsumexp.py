@@ -43,7 +43,7 @@ def problem(n: int, m: int, members: int, d: int, dtype: torch.dtype = torch.flo
     return arguments, options | {"cols": True, "totals": True}
 
 
-def requested(outputs: Any, rows: bool, cols: bool, totals: bool) -> tuple[Tensor, ...]:
+def requested(outputs: Any, rows: bool = True, cols: bool = False, totals: bool = False) -> tuple[Tensor, ...]:
     row_lse, col_lse, row_max, col_max, row_total, col_total = outputs
     return (
         *((row_lse, row_max) if rows else ()),
@@ -71,7 +71,10 @@ def naive(
         value = options.get(name)
         if value is not None:
             options[name] = torch.as_tensor(value, dtype=statistics_dtype(anchor)).reshape(-1).expand(size)
-    logits = volume_logits(anchor, tuples, **options)
+    return reduced(volume_logits(anchor, tuples, **options), rows, cols, totals)
+
+
+def reduced(logits: Tensor, rows: bool = True, cols: bool = False, totals: bool = False) -> tuple[Tensor, ...]:
     largest = [
         logits.detach().amax(dim) if logits.shape[dim] else logits.new_full((logits.shape[1 - dim],), -torch.inf)
         for dim in (1, 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from bench import contenders, measure
 from bench.cases import Case
 from bench.device import machine, stage
-from contrastive_ops import catalogue
+from contrastive_ops import backends, catalogue
 
 ENGINES = ("triton", "cuda", "tiled")
 LARGEST_EAGER = {"bfloat16": 65536, "float32": 16384}  # the dense forms take several matrices of N x N
@@ -87,7 +87,7 @@ def step(function: Callable[..., Tensor], inputs: Sequence[Any]) -> tuple[Tensor
 def functions_of(case: Case, this: stage.Stage) -> dict[str, Callable[..., Tensor]]:
     """By the name of the contender; ours by that of the engine."""
     ours, op = contenders.load("ours"), catalogue_op(case)
-    found = {name: ours.function(case.loss, name) for name in ENGINES if op is not None or name == "tiled"}
+    found = {name: ours.function(case.loss, name) for name in ENGINES if op in backends.module(name).OPS}
     if this.rehearse:
         found = {name: found[name] for name in ("triton", "tiled")}
     elif case.n > LARGEST_TILED:
@@ -103,7 +103,7 @@ def functions_of(case: Case, this: stage.Stage) -> dict[str, Callable[..., Tenso
     return found
 
 
-def catalogue_op(case: Case) -> str | None:
+def catalogue_op(case: Case) -> str:
     return next(row.op for row in catalogue.LOSSES if row.name == case.loss)
 
 

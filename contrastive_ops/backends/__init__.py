@@ -63,10 +63,10 @@ def choose(op: str, x: Tensor, backend: str) -> str:
     """The backend that runs `op` on tensors like `x`: the named one or an error, for "auto" the first that can.
 
     On a GPU that is the first that agrees with `tiled`, which is checked at its first use. The environment variable
-    CONTRASTIVE_OPS_BACKEND stands in for "auto". Where that finds no engine on a CPU, one warning says so.
+    CONTRASTIVE_OPS_BACKEND stands in for "auto". Where that misses the engine of a CPU, one warning says so.
     """
     chosen = would_choose(op, x, backend)
-    if chosen == "tiled" and requested(backend) == "auto" and x.device.type == "cpu":
+    if chosen == "tiled" and requested(backend) == "auto" and x.device.type == "cpu" and op in cpu.OPS:
         _warn_of_tiled()
     return chosen
 

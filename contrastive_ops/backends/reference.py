@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from contrastive_ops.reference.area_logsumexp import line_logits
 from contrastive_ops.reference.similarity_logsumexp import logits_at, logsumexp, similarity_logits
 from contrastive_ops.reference.volume_logsumexp import volume_logits
 
-OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
+OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume", "area_logsumexp")
 
 
 def why_not(op: str, x: Tensor) -> str | None:
@@ -65,6 +66,25 @@ def volume_logsumexp(
     totals: bool,
 ) -> tuple[Tensor, ...]:
     logits = volume_logits(anchor, tuples, row_scale=row_scale, col_scale=col_scale, exclude=exclude)
+    return _with_totals(logits, rows, cols, totals)
+
+
+def area_logsumexp(
+    anchor: Tensor,
+    lines: Tensor,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    exclude: Tensor | None,
+    squared: bool,
+    rows: bool,
+    cols: bool,
+    totals: bool,
+) -> tuple[Tensor, ...]:
+    logits = line_logits(anchor, lines, squared=squared, row_scale=row_scale, col_scale=col_scale, exclude=exclude)
+    return _with_totals(logits, rows, cols, totals)
+
+
+def _with_totals(logits: Tensor, rows: bool, cols: bool, totals: bool) -> tuple[Tensor, ...]:
     nothing = logits.new_empty(0)
     taking_part = logits.where(logits > -torch.inf, 0.0)
     return (

@@ -9,8 +9,9 @@ Backward, for every tile:
     grad_x[I] += (g w) y[J], grad_y[J] += (g w)^T x[I], and sums of g for scales and biases        (w_ij = a_i b_j)
 In self-similarity J >= I: a tile above the diagonal also stands for its mirror image.
 
-Logits are s_ij = a_i b_j pair_ij + c_i + d_j. A pair is a dot product, or for volumes minus the distance of x_i from
-the span of the tuple y_j, whose gradient reaches the vectors through the coordinates y_ijt of x_i in the span.
+Logits are s_ij = a_i b_j pair_ij + c_i + d_j. A pair is a dot product; or for volumes minus the distance of x_i from
+the span of the tuple y_j, whose gradient reaches the vectors through the coordinates y_ijt of x_i in the span; or for
+areas minus the distance of x_i from the line y_j, or its square.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from torch import Tensor
 from contrastive_ops.backends import tuples as tuple_basis
 from contrastive_ops.dtypes import statistics_dtype, without_autocast
 
-OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
+OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume", "area_logsumexp")
 TILE = 1024  # rows and columns; 4 MB of float32 logits
+STRIP = 256  # terms of a sum that is one thread's
 
 
 def why_not(op: str, x: Tensor) -> str | None:
@@ -92,13 +94,13 @@ class Tiles:
     def weight(self, i: slice, j: slice) -> Tensor:
         return self.row_scale[i, None] * self.col_scale[None, j]
 
-    def pairs(self, i: slice, j: slice) -> Tensor:
-        return self.product(self.rows(i), self.cols(j).T)
+    def pairs(self, i: slice, j: slice) -> tuple[Tensor, Any]:
+        """The pairs of a tile, and what else of it their gradients need."""
+        return self.product(self.rows(i), self.cols(j).T), None
 
-    def pairs_and_logits(self, i: slice, j: slice) -> tuple[Tensor, Tensor]:
-        """The pairs of a tile and their logits, of all pairs."""
-        pairs = self.pairs(i, j)
-        return pairs, pairs * self.weight(i, j) + (self.row_bias[i, None] + self.col_bias[None, j])
+    def logits(self, i: slice, j: slice, pairs: Tensor) -> Tensor:
+        """Of all pairs."""
+        return pairs * self.weight(i, j) + (self.row_bias[i, None] + self.col_bias[None, j])
 
     def excluded_pairs(self, i: slice, j: slice) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
         """The pairs (row, exclude[row]) of a tile, as (rows, dim, place along dim, whether there is one).
@@ -123,9 +125,19 @@ class Tiles:
         return logits
 
     def add_gradients(
-        self, i: slice, j: slice, pairs: Tensor, weighted: Tensor, grad_x: Tensor | None, grad_y: Tensor | None
+        self,
+        i: slice,
+        j: slice,
+        pairs: Tensor,
+        beside: Any,
+        weighted: Tensor,
+        grad_x: Tensor | None,
+        grad_y: Tensor | None,
     ) -> None:
-        """Add what the gradients of the pairs of a tile give to those of x and y, where wanted."""
+        """Add what the gradients of the pairs of a tile give to those of x and y, where wanted.
+
+        `beside` and `weighted` may be overwritten.
+        """
         if grad_x is not None:
             grad_x[i] += self.product(weighted, self.cols(j))
             if self.mirrored and i != j:
@@ -157,16 +169,24 @@ class SpanTiles(Tiles):
         with self.exact():
             return torch.einsum("jts,sij->tij", self.inverse[j], dots)
 
-    def pairs(self, i: slice, j: slice) -> Tensor:
-        return -(self.square[i, None] - self.coordinates(i, j).square().sum(0)).clamp(min=0.0).sqrt()
+    def pairs(self, i: slice, j: slice) -> tuple[Tensor, Any]:
+        y = self.coordinates(i, j)
+        return -(self.square[i, None] - y.square().sum(0)).clamp(min=0.0).sqrt(), y
 
     def add_gradients(
-        self, i: slice, j: slice, pairs: Tensor, weighted: Tensor, grad_x: Tensor | None, grad_y: Tensor | None
+        self,
+        i: slice,
+        j: slice,
+        pairs: Tensor,
+        beside: Any,
+        weighted: Tensor,
+        grad_x: Tensor | None,
+        grad_y: Tensor | None,
     ) -> None:
         # |x|^2 - |y|^2 is off by about as many units in the last place of |x|^2: the distance is 0, at its minimum
         smallest = (4 * torch.finfo(self.dtype).eps * self.square[i, None]).sqrt()
         q = torch.where(-pairs <= smallest, 0.0, weighted / -pairs)
-        y = self.coordinates(i, j)
+        y = beside
         if grad_x is not None:
             with self.exact():
                 b = torch.einsum("jst,sij->tij", self.inverse[j], y)
@@ -174,6 +194,64 @@ class SpanTiles(Tiles):
             grad_x[i] += along - q.sum(1, keepdim=True) * self.rows(i)
         if grad_y is not None:
             grad_y[j] += self.product((q * y).mT, self.rows(i)).transpose(0, 1)
+
+
+class LineTiles(Tiles):
+    """Pairs of points a and lines [M, 2, D]: the foot f, which is the point nearest to 0, and the unit direction d.
+
+    The squared distance is |a|^2 + |f|^2 - 2 <a, f> - <a, d>^2; below its rounding errors it is 0, with zero gradient.
+    """
+
+    def __init__(
+        self,
+        points: Tensor,
+        lines: Tensor,
+        row_scale: Tensor | None,
+        col_scale: Tensor | None,
+        exclude: Tensor | None,
+        squared: bool,
+    ) -> None:
+        super().__init__(points, lines, row_scale, col_scale, exclude=exclude)
+        self.squared = squared
+        self.square, self.foot_square = points.square().sum(1), lines[:, 0].square().sum(1)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """In strips, whose sums a library leaves to one thread each: the bits are those of any number of threads."""
+        with self.exact():
+            result = a[:, :STRIP] @ b[:STRIP]
+            for start in range(STRIP, a.shape[1], STRIP):
+                result.addmm_(a[:, start : start + STRIP], b[start : start + STRIP])
+        return result
+
+    def pairs(self, i: slice, j: slice) -> tuple[Tensor, Any]:
+        foot, direction = self.cols(j).unbind(1)
+        lengths = self.square[i, None] + self.foot_square[None, j]
+        along = self.product(self.rows(i), direction.T)
+        distance = torch.addcmul(lengths, along, along, value=-1).sub_(self.product(self.rows(i), foot.T), alpha=2)
+        distance.masked_fill_(distance <= lengths.mul_(8 * torch.finfo(self.dtype).eps), 0.0)
+        return (distance if self.squared else distance.sqrt_()).neg_(), along
+
+    def add_gradients(
+        self,
+        i: slice,
+        j: slice,
+        pairs: Tensor,
+        beside: Any,
+        weighted: Tensor,
+        grad_x: Tensor | None,
+        grad_y: Tensor | None,
+    ) -> None:
+        # in place: a tile less of each
+        q = weighted.mul_(-2) if self.squared else weighted.div_(pairs)
+        q.masked_fill_(pairs == 0.0, 0.0)
+        along = beside.mul_(q)
+        points, (foot, direction) = self.rows(i), self.cols(j).unbind(1)
+        if grad_x is not None:
+            to_line = self.product(q, foot) + self.product(along, direction)
+            grad_x[i] += q.sum(1, keepdim=True) * points - to_line
+        if grad_y is not None:
+            grad_y[j, 0] += q.sum(0)[:, None] * foot - self.product(q.T, points)
+            grad_y[j, 1] -= self.product(along.T, points)
 
 
 def _fold(running: tuple[Tensor, Tensor], part: slice, logits: Tensor, dim: int) -> None:
@@ -192,7 +270,7 @@ def _forward(tiles: Tiles, rows: bool, cols: bool, totals: bool = False) -> dict
     row_total, col_total = tiles.full(n if totals else 0, 0.0), tiles.full(m if totals else 0, 0.0)
     excluded = tiles.full(0 if tiles.exclude is None else tiles.n, -torch.inf)
     for i, j in tiles:
-        _, logits = tiles.pairs_and_logits(i, j)
+        logits = tiles.logits(i, j, tiles.pairs(i, j)[0])
         for rows_of, dim, place, inside in tiles.excluded_pairs(i, j):
             found = logits.gather(dim, place).where(inside, -torch.inf).squeeze(dim)
             excluded[rows_of] = torch.maximum(excluded[rows_of], found)
@@ -250,8 +328,8 @@ def _backward(
     ]
     grad_row_scale, grad_col_scale, grad_row_bias, grad_col_bias = vectors
     for i, j in tiles:
-        pairs, logits = tiles.pairs_and_logits(i, j)
-        tiles.mask(i, j, logits)
+        pairs, beside = tiles.pairs(i, j)
+        logits = tiles.mask(i, j, tiles.logits(i, j, pairs))
         grad = torch.zeros_like(logits)
         if rows:
             grad += grad_row_lse[i, None] * (logits - row_max[i, None] - row_log_sum[i, None]).exp()
@@ -264,7 +342,7 @@ def _backward(
         for rows_of, dim, place, inside in tiles.excluded_pairs(i, j):
             if "excluded" in incoming:
                 grad.scatter_add_(dim, place, incoming["excluded"][rows_of].unsqueeze(dim).where(inside, 0.0))
-        tiles.add_gradients(i, j, pairs, grad * tiles.weight(i, j), grad_x, grad_y)
+        tiles.add_gradients(i, j, pairs, beside, grad * tiles.weight(i, j), grad_x, grad_y)
         mirror = tiles.mirrored and i != j
         if need_row_scale:
             grad_row_scale[i] += (grad * pairs * tiles.col_scale[None, j]).sum(1)
@@ -278,6 +356,7 @@ def _backward(
                 grad_row_bias[j] += grad.sum(0)
         if need_col_bias:
             grad_col_bias[j] += grad.sum(0)
+        del pairs, beside, logits, grad  # not beside those of the next tile
     none = tiles.x.new_empty(0)
     return (none if grad_x is None else grad_x, none.clone() if grad_y is None else grad_y, *vectors)
 
@@ -309,14 +388,15 @@ def similarity_logsumexp_backward(
     return (grad_x.to(x.dtype), grad_y.to(x.dtype), *vectors)
 
 
+_WITH_TOTALS = (
+    "row_max", "col_max", "row_log_sum", "col_log_sum", "kept", "row_total", "col_total", "row_lse", "col_lse"
+)  # fmt: skip
+
+
 def volume_logsumexp_forward(anchor: Tensor, tuples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *options, rows, cols, totals, _needs = arguments
-    tiles = SpanTiles(anchor, tuples, tuple_basis.factor(tuples), *options)
-    results = _forward(tiles, rows, cols, totals)
-    names = (
-        "row_max", "col_max", "row_log_sum", "col_log_sum", "kept", "row_total", "col_total", "row_lse", "col_lse"
-    )  # fmt: skip
-    return tuple(results[name] for name in names)
+    results = _forward(SpanTiles(anchor, tuples, tuple_basis.factor(tuples), *options), rows, cols, totals)
+    return tuple(results[name] for name in _WITH_TOTALS)
 
 
 def volume_logsumexp_backward(
@@ -349,3 +429,31 @@ def volume_logsumexp_backward(
         tiles, incoming, row_max, col_max, row_log_sum, col_log_sum, rows, cols, needed
     )
     return tuple_basis.gradients(tuples, basis, col_scale, (grad_anchor.to(anchor.dtype), *sweep), needs)
+
+
+def area_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *options, rows, cols, totals, _needs = arguments
+    results = _forward(LineTiles(*options), rows, cols, totals)
+    return tuple(results[name] for name in _WITH_TOTALS)
+
+
+def area_logsumexp_backward(
+    grad_row_lse: Tensor,
+    grad_col_lse: Tensor,
+    grad_row_total: Tensor,
+    grad_col_total: Tensor,
+    row_max: Tensor,
+    col_max: Tensor,
+    row_log_sum: Tensor,
+    col_log_sum: Tensor,
+    _kept: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *options, rows, cols, totals, needs = arguments
+    incoming = {"row_lse": grad_row_lse, "col_lse": grad_col_lse}
+    if totals:
+        incoming |= {"row_total": grad_row_total, "col_total": grad_col_total}
+    gradients = _backward(
+        LineTiles(*options), incoming, row_max, col_max, row_log_sum, col_log_sum, rows, cols, [*needs, False, False]
+    )
+    return gradients[:4]

@@ -1,6 +1,7 @@
 """Differentiable ops that read embeddings and return vectors: the streaming reductions, and what is done row by row."""
 
 from contrastive_ops.backends import NAMES as BACKENDS
+from contrastive_ops.ops.area_logsumexp import area_logsumexp, of_parallelogram
 from contrastive_ops.ops.classes import (
     Classes,
     by_class,
@@ -31,6 +32,7 @@ __all__ = [
     "Classes",
     "SimilarityLSE",
     "VolumeLSE",
+    "area_logsumexp",
     "by_class",
     "class_contrast",
     "class_contrast_sum",
@@ -40,6 +42,7 @@ __all__ = [
     "in_order",
     "inverse_norm",
     "matches",
+    "of_parallelogram",
     "orthogonalised",
     "row_dot",
     "row_dots",

@@ -124,8 +124,7 @@ def similarity_logsumexp(
         checks.same_kind("y", y, "x", x)
         m, col_name = y.shape[0], "y"
         checks.both_or_neither("row_ids", row_ids, "col_ids", col_ids)
-        if not rows and not cols:
-            raise ValueError("rows or cols must be True, got rows=False, cols=False; there would be nothing to do.")
+        checks.a_direction(rows, cols)
     checks.choice("ids", ids, ("exclude", "restrict"))
     if ids == "restrict" and row_ids is None:
         raise ValueError('row_ids must be given with ids="restrict", got None; pass ids="exclude" for no groups.')

@@ -5,7 +5,7 @@ From top to bottom: the public function, the op's schema, its fakes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ MOST_VECTORS = 4
 
 
 class VolumeLSE(NamedTuple):
-    """What `volume_logsumexp` returns; what was not asked for is empty."""
+    """What `volume_logsumexp` and `area_logsumexp` return; what was not asked for is empty."""
 
     row_lse: Tensor
     col_lse: Tensor
@@ -115,8 +115,7 @@ def volume_logsumexp(
             f"tuples must have 1 to {MOST_VECTORS} vectors each (P of (M, P, D)), got shape {checks.shape(tuples)}; "
             "another loss leaves modalities out, or averages some."
         )
-    if not rows and not cols:
-        raise ValueError("rows or cols must be True, got rows=False, cols=False; there would be nothing to do.")
+    checks.a_direction(rows, cols)
     chosen = backends.choose("volume_logsumexp", anchor, backend)
     arguments = (
         anchor,
@@ -128,26 +127,30 @@ def volume_logsumexp(
         cols,
         totals,
     )
-    if chosen == "reference":  # dense PyTorch, autograd sees through it
-        outputs = reference.volume_logsumexp(*arguments)
+    return call("volume_logsumexp", arguments, chosen)
+
+
+def call(name: str, arguments: tuple[Any, ...], chosen: str) -> VolumeLSE:
+    """Run the op by the backend that is chosen: dense PyTorch, which autograd sees through, or an engine."""
+    if chosen == "reference":
+        outputs = getattr(reference, name)(*arguments)
     else:
-        outputs = autograd.call("volume_logsumexp", len(_GRADIENTS), arguments, chosen)
+        outputs = autograd.call(name, 4, arguments, chosen)
     row_lse, col_lse, row_total, col_total, row_max, col_max = outputs
     return VolumeLSE(row_lse, col_lse, row_max, col_max, row_total, col_total)
 
 
-_GRADIENTS = ("anchor", "tuples", "row_scale", "col_scale")
 autograd.define(
     "volume_logsumexp",
     "Tensor anchor, Tensor tuples, Tensor? row_scale, Tensor? col_scale, Tensor? exclude",
-    _GRADIENTS,
+    ("anchor", "tuples", "row_scale", "col_scale"),
     "bool rows, bool cols, bool totals",
     others=("row_total", "col_total"),
 )
 
 
-@torch.library.register_fake("contrastive_ops::volume_logsumexp")
-def _forward_fake(anchor, tuples, row_scale, col_scale, exclude, rows, cols, totals, needs, backend):
+def forward_fake(anchor, tuples, *arguments):
+    *_, rows, cols, totals, needs, backend = arguments
     n, m = anchor.shape[0], tuples.shape[0]
     row, col = n if rows else 0, m if cols else 0
     kept = backends.module(backend).kept(anchor, tuples, cols, needs)
@@ -155,8 +158,7 @@ def _forward_fake(anchor, tuples, row_scale, col_scale, exclude, rows, cols, tot
     return tuple(anchor.new_empty(size, dtype=statistics_dtype(anchor)) for size in sizes)
 
 
-@torch.library.register_fake("contrastive_ops::volume_logsumexp_backward")
-def _backward_fake(*arguments):
+def backward_fake(*arguments):
     anchor, tuples, *_, needs, _backend = arguments[9:]  # after the gradients, the statistics and what forward kept
     dtype = statistics_dtype(anchor)
     sizes = (anchor.shape, tuples.shape, anchor.shape[:1], tuples.shape[:1])
@@ -165,3 +167,7 @@ def _backward_fake(*arguments):
         anchor.new_empty(size if need else (0,), dtype=dtype)
         for size, dtype, need in zip(sizes, dtypes, needs, strict=True)
     )
+
+
+torch.library.register_fake("contrastive_ops::volume_logsumexp", forward_fake)
+torch.library.register_fake("contrastive_ops::volume_logsumexp_backward", backward_fake)

@@ -1,5 +1,6 @@
 """The dense, naive twin of every op and every loss: the specification in code."""
 
+from contrastive_ops.reference.area_logsumexp import line_logits
 from contrastive_ops.reference.gram import gram_loss, gram_volumes, triangle_areas, triangle_loss
 from contrastive_ops.reference.losses import clip_loss, dcl, dclw, info_nce, nt_xent, supcon
 from contrastive_ops.reference.multi_view import (
@@ -25,6 +26,7 @@ __all__ = [
     "gram_volumes",
     "info_nce",
     "joint_entropy",
+    "line_logits",
     "logits_at",
     "logsumexp",
     "mv_dhel",

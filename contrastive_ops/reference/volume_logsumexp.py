@@ -32,11 +32,15 @@ def volume_logits(
     exclude: Tensor | None = None,
 ) -> Tensor:
     """The N x M logits, -inf where a pair does not take part."""
-    logits = -volumes(anchor, tuples)
+    return logits_of(-volumes(anchor, tuples), row_scale, col_scale, exclude)
+
+
+def logits_of(logits: Tensor, row_scale: Tensor | None, col_scale: Tensor | None, exclude: Tensor | None) -> Tensor:
+    """The N x M pairs, scaled, -inf where one does not take part."""
     if row_scale is not None:
         logits = logits * row_scale[:, None]
     if col_scale is not None:
         logits = logits * col_scale[None, :]
     if exclude is not None:
-        logits = logits.masked_fill(torch.arange(len(tuples), device=anchor.device) == exclude[:, None], -torch.inf)
+        logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) == exclude[:, None], -torch.inf)
     return logits
