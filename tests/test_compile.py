@@ -373,10 +373,7 @@ def test_exported_loss(loss, options):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("loss", "variant", "side"),
-    [param for param in SIDES if param.values[0].op is not None],  # not triangle_loss
-)
+@pytest.mark.parametrize(("loss", "variant", "side"), SIDES)
 def test_exported_loss_with_sides(loss, variant, side):
     """For every batch size from 2 on, keys included."""
     of_views = loss.inputs(2, 6, torch.float32, torch.Generator())[0].dim() == 3
