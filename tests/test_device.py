@@ -110,6 +110,12 @@ def test_a_report_does_not_name_the_checkout(tmp_path):
     assert row["engine"].endswith("-e .`")
 
 
+def test_nor_the_folder_of_packages():
+    """Also where the end of a text begins in the middle of its name."""
+    text = f"warned by {stage.PACKAGES}/torch/_ops.py"
+    assert stage.tail(text, 30) == "warned by site-packages/torch/_ops.py"[-30:]
+
+
 def test_rehearsal(tmp_path):
     """Every stage on the CPU; the report can be read."""
     sentence = backends.why_not("triton", "similarity_logsumexp", torch.empty(1, 1))

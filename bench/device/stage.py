@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = sysconfig.get_path("purelib")
 REHEARSAL = {"TRITON_INTERPRET": "1", "CONTRASTIVE_OPS_TEST_DEVICE": "cpu"}
 
 
@@ -41,7 +43,7 @@ class Stage:
     def write(self, **row: Any) -> None:
         with self.rows.open("a") as file:
             # a report is passed on, and commands in sentences name the checkout
-            file.write(json.dumps(row).replace(str(ROOT), ".") + "\n")
+            file.write(without_folders(json.dumps(row)) + "\n")
 
 
 @dataclass
@@ -117,7 +119,12 @@ def read(rows: Path) -> list[dict[str, Any]]:
 
 
 def tail(text: str, size: int = 3000) -> str:
-    return text[-size:]
+    return without_folders(text)[-size:]
+
+
+def without_folders(text: str) -> str:
+    """A report is for others: without the folders of this machine."""
+    return text.replace(str(ROOT), ".").replace(PACKAGES, "site-packages")
 
 
 def parallel(commands: Sequence[list[str]], seconds: float) -> list[tuple[str, str]]:

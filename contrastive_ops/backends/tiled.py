@@ -393,6 +393,13 @@ _WITH_TOTALS = (
 )  # fmt: skip
 
 
+def _incoming(
+    row_lse: Tensor, col_lse: Tensor, row_total: Tensor, col_total: Tensor, totals: bool
+) -> dict[str, Tensor]:
+    of_lse = {"row_lse": row_lse, "col_lse": col_lse}
+    return of_lse | {"row_total": row_total, "col_total": col_total} if totals else of_lse
+
+
 def volume_logsumexp_forward(anchor: Tensor, tuples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *options, rows, cols, totals, _needs = arguments
     results = _forward(SpanTiles(anchor, tuples, tuple_basis.factor(tuples), *options), rows, cols, totals)
@@ -421,9 +428,7 @@ def volume_logsumexp_backward(
 ) -> tuple[Tensor, ...]:
     basis = tuple_basis.factor(tuples)
     tiles = SpanTiles(anchor, tuples, basis, row_scale, col_scale, exclude)
-    incoming = {"row_lse": grad_row_lse, "col_lse": grad_col_lse}
-    if totals:
-        incoming |= {"row_total": grad_row_total, "col_total": grad_col_total}
+    incoming = _incoming(grad_row_lse, grad_col_lse, grad_row_total, grad_col_total, totals)
     needed = [*tuple_basis.needs_of_sweep(needs), False, False]
     grad_anchor, *sweep, _row_bias, _col_bias = _backward(
         tiles, incoming, row_max, col_max, row_log_sum, col_log_sum, rows, cols, needed
@@ -450,9 +455,7 @@ def area_logsumexp_backward(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     *options, rows, cols, totals, needs = arguments
-    incoming = {"row_lse": grad_row_lse, "col_lse": grad_col_lse}
-    if totals:
-        incoming |= {"row_total": grad_row_total, "col_total": grad_col_total}
+    incoming = _incoming(grad_row_lse, grad_col_lse, grad_row_total, grad_col_total, totals)
     gradients = _backward(
         LineTiles(*options), incoming, row_max, col_max, row_log_sum, col_log_sum, rows, cols, [*needs, False, False]
     )

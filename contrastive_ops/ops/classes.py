@@ -37,9 +37,8 @@ def by_class(labels: Tensor, x: Tensor, backend: str = "auto") -> Classes:
     ordered, order = labels.sort(stable=True)
     if rowwise.in_kernels(backend, x):
         return Classes(order, *torch.ops.contrastive_ops.classes(ordered, order))
-    first = torch.searchsorted(ordered, ordered, out_int32=True)
-    end = torch.searchsorted(ordered, ordered, out_int32=True, right=True)
-    others = (end - first - 1).to(statistics_dtype(x))
+    first, size = matches(ordered, ordered)
+    others = (size - 1).to(statistics_dtype(x))
     place = torch.arange(order.shape[0], device=order.device)
     inverse = torch.empty_like(order).scatter(0, order, place)
     return Classes(order, inverse, first, place.to(torch.int32), others)
