@@ -110,8 +110,10 @@ def test_a_report_does_not_name_the_checkout(tmp_path):
     assert row["engine"].endswith("-e .`")
 
 
-def test_nor_the_folder_of_packages():
-    """Also where the end of a text begins in the middle of its name."""
+@pytest.mark.parametrize("packages", ["/usr/lib/python3/site-packages", f"{ROOT}/.venv/lib/python3.12/site-packages"])
+def test_nor_the_folder_of_packages(packages, monkeypatch):
+    """Also where the end of a text begins in the middle of its name, and where the packages are in the checkout."""
+    monkeypatch.setattr(stage, "PACKAGES", packages)
     text = f"warned by {stage.PACKAGES}/torch/_ops.py"
     assert stage.tail(text, 30) == "warned by site-packages/torch/_ops.py"[-30:]
 

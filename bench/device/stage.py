@@ -123,8 +123,8 @@ def tail(text: str, size: int = 3000) -> str:
 
 
 def without_folders(text: str) -> str:
-    """A report is for others: without the folders of this machine."""
-    return text.replace(str(ROOT), ".").replace(PACKAGES, "site-packages")
+    """A report is for others: without the folders of this machine. The packages first: a `.venv` is in the checkout."""
+    return text.replace(PACKAGES, "site-packages").replace(str(ROOT), ".")
 
 
 def parallel(commands: Sequence[list[str]], seconds: float) -> list[tuple[str, str]]:
