@@ -1,0 +1,146 @@
+// The means of s under the softmax of z over rows and columns, and the log-sum-exps of s.
+//
+//   forward: the statistics of the log-sum-exps of z, and sums of e^(z - maximum) s beside them; those of s
+//   dL/ds_ij = u_i t_ij + p_ij,  dL/dz_ij = u_i t_ij (s_ij - mean_i), and the same of column j
+//       t_ij = e^(z_ij - lse of z), u: the gradients of the means;  p_ij: the gradient of the log-sum-exp of s
+//
+// Where z is s, forward has one softmax, and dL/ds the sum of both.
+#pragma once
+
+#include "logsumexp.cuh"
+
+namespace contrastive_ops::cuda {
+
+struct Expectation {
+  using Shape = Tile<0, 2>;
+  static constexpr With with = With::teacher;
+  static constexpr float nothing = -INF;
+
+  struct Statistics {
+    Softmax<Shape, Totals::weighted>::Statistics mean;
+    Softmax<Shape, Totals::nothing>::Statistics logits;
+  };
+
+  struct Reduced {
+    Softmax<Shape, Totals::weighted> mean;
+    Softmax<Shape, Totals::nothing> logits;
+
+    __device__ __forceinline__ void fold_row(Statistics& into, int row, bool taught) const {
+      mean.fold_row(into.mean, row, false);
+      if (taught) {
+        logits.fold_row(into.logits, row, false);
+      }
+    }
+
+    __device__ __forceinline__ void fold_col(Statistics& into, int col, bool taught) const {
+      mean.fold_col(into.mean, col, false);
+      if (taught) {
+        logits.fold_col(into.logits, col, false);
+      }
+    }
+  };
+
+  static __device__ __forceinline__ bool asked(const Parts& parts) {
+    return parts.mean.maximum != nullptr;
+  }
+
+  // Whether z is not s.
+  static __device__ __forceinline__ bool more(const Parts& row, const Parts& col) {
+    return row.logits.maximum != nullptr || col.logits.maximum != nullptr;
+  }
+
+  static __device__ __forceinline__ float value(const Problem&, float logit) {
+    return logit;
+  }
+
+  static __device__ __forceinline__ void reduce(
+      Reduced& reduced,
+      const Shape::Dots& logits,
+      const SecondValues<Shape, with>& teacher,
+      const Shape::Place& place,
+      bool rows,
+      bool cols,
+      bool taught) {
+    if (taught) {
+      reduced.logits.reduce(logits, logits, place, rows, cols, false);
+    }
+    reduced.mean.reduce(teacher.dots, logits, place, rows, cols, false);
+  }
+
+  static __device__ __forceinline__ void write(const Parts& parts, int64_t index, const Statistics& statistics) {
+    Softmax<Shape, Totals::weighted>::write(parts.mean, index, statistics.mean);
+    if (parts.logits.maximum != nullptr) {
+      Softmax<Shape, Totals::nothing>::write(parts.logits, index, statistics.logits);
+    }
+  }
+
+  static __device__ __forceinline__ Statistics read(const Parts& parts, int64_t index) {
+    Statistics statistics;
+    statistics.mean = Softmax<Shape, Totals::weighted>::read(parts.mean, index);
+    if (parts.logits.maximum != nullptr) {
+      statistics.logits = Softmax<Shape, Totals::nothing>::read(parts.logits, index);
+    }
+    return statistics;
+  }
+
+  // backward
+
+  template <int SIZE>
+  struct Weights {
+    SoftmaxWeights<SIZE> of_lse, of_mean;
+    float mean[SIZE];
+
+    __device__ void load_rows(const Incoming& incoming, int first, int last) {
+      for_side<SIZE>(first, last, [&](int i, int index, bool inside) {
+        of_lse.set(i, index, inside, incoming.row_weight, incoming.row_max);
+        of_mean.set(i, index, inside, incoming.row_mean_weight, incoming.row_mean_max);
+        mean[i] = inside && incoming.row_mean != nullptr ? incoming.row_mean[index] : 0.0f;
+      });
+    }
+
+    __device__ void load_cols(const Incoming& incoming, int first, int last) {
+      for_side<SIZE>(first, last, [&](int i, int index, bool inside) {
+        of_lse.set(i, index, inside, incoming.col_weight, incoming.col_max);
+        of_mean.set(i, index, inside, incoming.col_mean_weight, incoming.col_mean_max);
+        mean[i] = inside && incoming.col_mean != nullptr ? incoming.col_mean[index] : 0.0f;
+      });
+    }
+  };
+
+  template <typename Place>
+  struct Gradient {
+    SoftmaxGradient<Place> of_lse, of_mean;
+
+    template <int ROWS, int COLS>
+    __device__ __forceinline__ Gradient(
+        const Problem&, const Weights<ROWS>& rows, const Weights<COLS>& cols, const Place& place)
+        : of_lse(rows.of_lse, cols.of_lse, place), of_mean(rows.of_mean, cols.of_mean, place) {}
+
+    // dL/ds, and dL/dz in `of_teacher`.
+    template <int ROWS, int COLS>
+    __device__ __forceinline__ float of_pair(
+        float logit,
+        float teacher,
+        bool takes_part,
+        const Weights<ROWS>& rows,
+        const Weights<COLS>& cols,
+        int i,
+        int j,
+        int k,
+        int l,
+        float& of_teacher) const {
+      of_teacher = 0.0f;
+      if (!takes_part) {
+        return 0.0f;
+      }
+      float of_row, of_col;
+      of_mean.terms(teacher, rows.of_mean, cols.of_mean, i, j, k, l, of_row, of_col);
+      // a pair without a share adds nothing, whatever its logit is
+      of_teacher += of_row == 0.0f ? 0.0f : of_row * (logit - rows.mean[i]);
+      of_teacher += of_col == 0.0f ? 0.0f : of_col * (logit - cols.mean[j]);
+      return of_row + of_col + of_lse.of_pair(logit, rows.of_lse, cols.of_lse, i, j, k, l);
+    }
+  };
+};
+
+}  // namespace contrastive_ops::cuda
