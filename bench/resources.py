@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from contrastive_ops import build as installed
+from contrastive_ops import plane
 from contrastive_ops.backends import sweep
 from contrastive_ops.backends import triton as backend
 
@@ -204,7 +205,7 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
     part, vector = _part(totals=volumes), _vector()
     sizes = (SIZE, SIZE, FEATURES)
     unit = vector if name == "float16" else None
-    incoming = sweep.Incoming(
+    incoming = plane.Incoming(
         vector,
         vector,
         vector,
@@ -215,8 +216,8 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
         col_total=vector if volumes else None,
     )
     matrix = part.maximum
-    row_sums = sweep.Sums(matrix, matrix if everything else None, matrix if volumes else None)
-    col_sums = sweep.Sums(matrix if everything or volumes else None, matrix if everything else None)
+    row_sums = plane.Sums(matrix, matrix if everything else None, matrix if volumes else None)
+    col_sums = plane.Sums(matrix if everything or volumes else None, matrix if everything else None)
     inputs = (problem.x, problem.y, problem.vectors)
     block = (SIZE, SIZE, sweep.padded(SIZE))
 
@@ -255,7 +256,7 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
         if tiling is not None:
             yield build("rows", tiling, (*inputs, incoming, unit, problem.x, row_sums, *sizes, 64))
         if launch.TritonKernels().takes_attention(problem.x.dtype, features) and not (volumes or problem.mirrored):
-            slopes = sweep.Slopes(problem.x.float(), matrix)
+            slopes = plane.Slopes(problem.x.float(), matrix)
             yield build("attention", tilings.attention_tiling(problem), (*inputs, unit, part, slopes, *sizes, 64))
 
 
@@ -264,18 +265,18 @@ def _problem(name: str, mirrored: bool, options: str) -> Any:
     x = torch.zeros(SIZE, FEATURES, dtype=_dtype(name))
     col_exclude = index if mirrored else None
     if options == "few":
-        vectors = sweep.Vectors(vector, None, None, None, index, col_exclude, None, None)
+        vectors = plane.Vectors(vector, None, None, None, index, col_exclude, None, None)
     else:
-        vectors = sweep.Vectors(vector, vector, vector, vector, index, col_exclude, index, index)
-    return sweep.Problem(x, x, vectors, sweep.Span(None, None), mirrored=mirrored)
+        vectors = plane.Vectors(vector, vector, vector, vector, index, col_exclude, index, index)
+    return plane.Problem(x, x, vectors, plane.Span(None, None), mirrored=mirrored)
 
 
 def _volume_problem(name: str, members: int) -> Any:
     vector, index = _vector(), torch.zeros(SIZE, dtype=torch.int32)
     anchor = torch.zeros(SIZE, FEATURES, dtype=_dtype(name))
     tuples = torch.zeros(SIZE, members, FEATURES, dtype=_dtype(name))
-    vectors = sweep.Vectors(vector, vector, None, None, index, None, None, None)
-    return sweep.Problem(anchor, tuples, vectors, sweep.Span(vector, vector))
+    vectors = plane.Vectors(vector, vector, None, None, index, None, None, None)
+    return plane.Problem(anchor, tuples, vectors, plane.Span(vector, vector))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -287,7 +288,7 @@ def _vector() -> torch.Tensor:
 
 
 def _part(totals: bool) -> Any:
-    return sweep.Part(*[torch.zeros(16, SIZE) for _ in range(3 if totals else 2)])
+    return plane.Part(*[torch.zeros(16, SIZE) for _ in range(3 if totals else 2)])
 
 
 def _warmup(kernel: Any, arguments: Sequence[Any], flags: dict[str, Any]) -> Callable[[], Any]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from contrastive_ops.backends.sweep import Block, Incoming, Kernels, Part, Problem, Slopes, Sums, cdiv
 from contrastive_ops.kernels import rowwise, tilings
 from contrastive_ops.kernels.sweep import (
     attention_kernel,
@@ -20,6 +19,7 @@ from contrastive_ops.kernels.sweep import (
     product_kernel,
     rows_kernel,
 )
+from contrastive_ops.plane import Block, Incoming, Kernels, Part, Problem, Slopes, Sums, cdiv
 
 EXCLUDED = 32  # rows of a program that looks up the excluded logits
 MERGE = 1024  # rows of a program that merges partials
@@ -77,7 +77,15 @@ class TritonKernels(Kernels):
         )
 
     def merge(
-        self, part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor, lse: Tensor
+        self,
+        part: Part,
+        parts: int,
+        mirror: Part,
+        mirrors: int,
+        maximum: Tensor,
+        log_sum: Tensor,
+        lse: Tensor | None,
+        mean: Tensor | None,
     ) -> None:
         size = maximum.shape[0]
         merge_kernel[(cdiv(size, MERGE),)](part, parts, mirror, mirrors, maximum, log_sum, lse, size, BLOCK=MERGE)
@@ -135,8 +143,8 @@ class TritonKernels(Kernels):
     def rowwise(self, x: Tensor) -> ModuleType | None:
         return rowwise
 
-    def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
-        return dtype.itemsize == 2 and features <= tilings.ATTENTION_FEATURES
+    def takes_attention(self, op: str, dtype: torch.dtype, features: int) -> bool:
+        return op == "similarity_logsumexp" and dtype.itemsize == 2 and features <= tilings.ATTENTION_FEATURES
 
     def attention_tiling(self, problem: Problem) -> tuple[int, int]:
         return tilings.attention_tiling(problem)[:2]

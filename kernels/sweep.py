@@ -19,7 +19,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from contrastive_ops.backends.sweep import AT_MINIMUM
 from contrastive_ops.kernels.tile import (
     exp,
     fold,
@@ -36,6 +35,7 @@ from contrastive_ops.kernels.tile import (
     shift_of,
     those_taking_part,
 )
+from contrastive_ops.plane import AT_MINIMUM
 
 SMALLEST = tl.constexpr(AT_MINIMUM)
 

@@ -4,7 +4,7 @@
     pair_ij = <x_i, y_j>, or for volumes minus the distance of x_i from the span of the vectors y_j1 .. y_jP
 
 Functions of values in registers: they read the inputs and write nothing. vectors, span and incoming are the tuples of
-contrastive_ops/backends/sweep.py; what is None was not given, and costs nothing: Triton compiles a kernel for each set
+contrastive_ops/plane.py; what is None was not given, and costs nothing: Triton compiles a kernel for each set
 of arguments that are there.
 
 A multiprocessor takes about as long for ten operations on every pair as for its products with 256 features. So masks

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_ops.backends.sweep import Problem
+from contrastive_ops.plane import Problem
 
 
 class Tiling(NamedTuple):

@@ -22,7 +22,7 @@ from problems import ALL_OPTIONS, frozen, problem
 from tolerance import evaluate, judge
 
 import contrastive_ops as co
-from contrastive_ops import backends
+from contrastive_ops import backends, plane
 from contrastive_ops.backends import cuda, sweep
 
 DTYPES = {"triton": (torch.float32, torch.float16), "cuda-host": cuda.DTYPES}
@@ -81,7 +81,7 @@ def test_shapes(shape, name, engine, dtype):
 )
 @pytest.mark.parametrize("name", ["everything-restrict", "self-everything", "self-ids-restrict-sorted"])
 def test_many_tiles(name, d, engine, dtype, monkeypatch):
-    monkeypatch.setattr(sweep, "PROGRAMS", 9)
+    monkeypatch.setattr(plane, "PROGRAMS", 9)
     monkeypatch.setattr(sweep, "WORKSPACE", 192 * dtype.itemsize // 2)  # blocks of 192 rows, of every dtype
     if engine == "triton":
         monkeypatch.setattr(backends.triton.kernels("launch"), "MERGE", 64)
@@ -216,7 +216,7 @@ def test_gradient_that_forward_was_not_told_of(engine):
 def test_tf32(engine, monkeypatch):
     """Where it is allowed, logits are those of operands rounded to 10 bits, ties away from zero."""
     (x, y), _ = problem("rows", 70, 130, 33)
-    monkeypatch.setattr(sweep.Problem, "tf32", True)
+    monkeypatch.setattr(plane.Problem, "tf32", True)
     lse = op_tests.fused(x, y, backend=engine)[0]
     bits = [value.detach().view(torch.int32) for value in (x, y)]
     rounded = [((value + 0x1000) & ~0x1FFF).view(torch.float32).double() for value in bits]

@@ -13,7 +13,7 @@
 No atomics: the results are bitwise repeatable where the vendor's products are. In self-similarity (no y) forward and
 the blocks visit the tiles on and above the diagonal; a tile above it also stands for its mirror image.
 
-An engine is a set of `Kernels`: Triton's in kernels/launch.py, those of CUDA in contrastive_ops/backends/cuda.py.
+An engine is a set of `Kernels`, see contrastive_ops/plane.py.
 """
 
 from __future__ import annotations
@@ -21,213 +21,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from contrastive_ops.backends import tuples as tuple_basis
+from contrastive_ops.plane import (
+    AT_MINIMUM,
+    Block,
+    Incoming,
+    Kernels,
+    Part,
+    Problem,
+    Slopes,
+    Span,
+    Sums,
+    Vectors,
+    cdiv,
+    swapped,
+)
 
-PROGRAMS = 256  # of a launch, about two for each multiprocessor of an H100, where the device doesn't say
 # rows and columns of a block of 16-bit coefficients, 128 MiB; a block of float32 has half of them. On an H200 backward
 # of 16384 x 768 takes 2.4 ms so, and 2.8 with blocks of half the side: they stay in L2, but are four times as many
 WORKSPACE = 8192
-# |x|^2 - |y|^2 is off by about 4 units in the last place of |x|^2: there the distance is 0, at its minimum
-AT_MINIMUM = 4 * torch.finfo(torch.float32).eps
-
-
-class Vectors(NamedTuple):
-    """What the options of the op say of every row and every column."""
-
-    row_scale: Tensor | None
-    col_scale: Tensor | None
-    row_bias: Tensor | None
-    col_bias: Tensor | None
-    row_exclude: Tensor | None  # the column that a row leaves out, -1 for none
-    col_exclude: Tensor | None  # the row that a column leaves out: in self-similarity a pair has two sides
-    row_ids: Tensor | None
-    col_ids: Tensor | None
-
-
-class Span(NamedTuple):
-    """What distances need beside the vectors."""
-
-    inverse: Tensor | None  # [P (P + 1) / 2, M], the lower triangles of L^-1
-    square: Tensor | None  # [N], |x_i|^2
-
-
-class Incoming(NamedTuple):
-    """Gradients of what the op returned, and the maxima that go with those of the log-sum-exps.
-
-    dL/dlse_i e^(s - lse_i) = row_weight_i e^(s - row_max_i) with row_weight_i = dL/dlse_i e^-log_sum_i: the maximum
-    stays apart, as at logits of 1e4 the lse has no digits left for a gradient.
-    """
-
-    row_weight: Tensor | None = None
-    col_weight: Tensor | None = None
-    row_max: Tensor | None = None  # inf for an empty set: e^(s - max) = 0
-    col_max: Tensor | None = None
-    row_excluded: Tensor | None = None
-    col_excluded: Tensor | None = None
-    row_total: Tensor | None = None
-    col_total: Tensor | None = None
-
-
-class Part(NamedTuple):
-    """Partial statistics of one direction, [parts, size]."""
-
-    maximum: Tensor | None = None
-    sum: Tensor | None = None
-    total: Tensor | None = None
-
-
-class Sums(NamedTuple):
-    """Partial sums of the gradients of one direction, [parts, size]; None where not needed."""
-
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    along: Tensor | None = None  # of volumes: what x_i itself has of its gradient
-
-
-class Slopes(NamedTuple):
-    """Gradients of the log-sum-exps of rows, each over the columns of a strip."""
-
-    x: Tensor  # [strips, N, D], a_i times the mean of b_j y_j under the softmax of row i
-    scale: Tensor  # [strips, N], the mean of b_j pair_ij
-
-
-class Block(NamedTuple):
-    """A block of the plane, and the coefficients' rows in the workspace: `stride` elements, a multiple of 16."""
-
-    first_row: int
-    first_col: int
-    rows: int
-    cols: int
-    stride: int
-
-    def transposed(self) -> Block:
-        return Block(self.first_col, self.first_row, self.cols, self.rows, self.stride)
-
-
-class Problem:
-    """The inputs of a sweep as the kernels take them: contiguous, with the columns of self-similarity filled in."""
-
-    def __init__(
-        self, x: Tensor, y: Tensor, vectors: Vectors, span: Span, *, mirrored: bool = False, restrict: bool = False
-    ) -> None:
-        self.x = x.contiguous()
-        self.y = self.x if y is x else y.contiguous()
-        self.vectors = Vectors(*(None if vector is None else vector.contiguous() for vector in vectors))
-        self.span = span
-        self.n, self.m, self.features = x.shape[0], y.shape[0], x.shape[1]
-        self.members = y.shape[1] if y.dim() == 3 else 0
-        self.mirrored, self.restrict = mirrored, restrict
-
-    @property
-    def tf32(self) -> bool:
-        """PyTorch's own setting for float32 matrix products: TF32 only where the user allows it."""
-        nvidia = self.x.device.type == "cuda" and torch.version.hip is None
-        return nvidia and self.x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-    def transposed(self) -> Problem:
-        """Of pairs: x and y change places. Volumes have no such form."""
-        swapped = Vectors(*_swapped(self.vectors))
-        return Problem(self.y, self.x, swapped, self.span, mirrored=self.mirrored, restrict=self.restrict)
-
-    def full(self, shape: tuple[int, ...], value: float) -> Tensor:
-        return self.x.new_full(shape, value, dtype=torch.float32)
-
-    def empty(self, *shape: int) -> Tensor:
-        return self.x.new_empty(shape, dtype=torch.float32)
-
-
-class Kernels(Protocol):
-    """What an engine offers, csrc/cuda/sweep.h in C++; what has a body here may be left out.
-
-    Tilings are the rows and columns of a tile; groups of rows and strips of columns are whole tiles. None instead of a
-    tensor: an option that was not given, or a result that is not needed.
-    """
-
-    def programs(self, x: Tensor) -> int:
-        """Programs of a launch: two waves of the multiprocessors, or one if each holds two."""
-        if x.device.type != "cuda":
-            return PROGRAMS
-        return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count
-
-    def forward_tiling(self, problem: Problem) -> tuple[int, int]:
-        """In self-similarity the columns of a tile divide its rows: the diagonal is between tiles of rows."""
-
-    def block_tiling(self, problem: Problem) -> tuple[int, int]: ...
-
-    def rows_tiling(self, problem: Problem) -> tuple[int, int] | None:
-        """None where `rows` does not take the problem."""
-        return None
-
-    def forward(self, problem: Problem, row: Part, col: Part, rows_per_group: int, cols_per_strip: int) -> None:
-        """Partials of the statistics, of rows [strips, N] and of columns [groups, M]."""
-
-    def excluded(self, problem: Problem, logits: Tensor) -> None:
-        """The logit of every row with the column that it leaves out; -inf where it leaves out none."""
-
-    def merge(
-        self, part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor, lse: Tensor
-    ) -> None:
-        """Join the partials [parts, size], and those of the mirror [mirrors, size], in their order."""
-
-    def block(
-        self,
-        problem: Problem,
-        incoming: Incoming,
-        unit: Tensor | None,
-        coefficients: Tensor | None,
-        row: Sums,
-        col: Sums,
-        block: Block,
-    ) -> None:
-        """Coefficients g a b / unit of a block, [rows, stride] or for volumes [P, rows, stride], and partial sums."""
-
-    def product(
-        self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor, begins: bool
-    ) -> None:
-        """total += coefficients @ y of the rows of a block, in float32; of its columns with the sides of all swapped.
-
-        Where the total begins with it, there is nothing in it yet. An engine of its own may leave out tiles without a
-        pair that counts, whose coefficients `block` need not write.
-        """
-        _accumulate(total, coefficients, y, begins)
-
-    def product_tiling(self, problem: Problem) -> tuple[int, int] | None:
-        """Rows and features of a tile; None where `product` is the vendor's, of all pairs."""
-        return None
-
-    def rows(
-        self,
-        problem: Problem,
-        incoming: Incoming,
-        unit: Tensor | None,
-        gradient: Tensor | None,
-        sums: Sums,
-        cols_per_strip: int,
-    ) -> None:
-        """Gradients of all rows by strips of columns, [strips, N, D], in float32 or in the dtype of x."""
-
-    def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
-        """Asked of traced tensors, too, whose device need not be there."""
-        return False
-
-    def attention_tiling(self, problem: Problem) -> tuple[int, int]:
-        raise NotImplementedError
-
-    def attention(self, problem: Problem, unit: Tensor | None, row: Part, slopes: Slopes, cols_per_strip: int) -> None:
-        """Of rows, the partials of the statistics [strips, N] and the gradients of each strip's log-sum-exps."""
-
-    def factor(self, tuples: Tensor) -> tuple_basis.Basis:
-        return tuple_basis.factor(tuples)
-
-    def rowwise(self, x: Tensor) -> ModuleType | None:
-        """Kernels of what is done for every row, see backends/rowwise.py; None for PyTorch's."""
-        return None
 
 
 class Statistics(NamedTuple):
@@ -265,18 +82,14 @@ def forward(kernels: Kernels, problem: Problem, rows: bool, cols: bool, totals: 
         kernels.excluded(problem, results.excluded)
     if rows:
         mirror = (col_part, groups) if problem.mirrored else (Part(), 0)
-        kernels.merge(row_part, strips, *mirror, results.row_max, results.row_log_sum, results.row_lse)
+        kernels.merge(row_part, strips, *mirror, results.row_max, results.row_log_sum, results.row_lse, None)
     if cols:
-        kernels.merge(col_part, groups, Part(), 0, results.col_max, results.col_log_sum, results.col_lse)
+        kernels.merge(col_part, groups, Part(), 0, results.col_max, results.col_log_sum, results.col_lse, None)
     if row_part.total is not None:
         torch.sum(row_part.total, 0, out=results.row_total)
     if col_part.total is not None:
         torch.sum(col_part.total, 0, out=results.col_total)
     return results
-
-
-def cdiv(size: int, part: int) -> int:
-    return -(-size // part)
 
 
 def share(size: int, block: int, most: int) -> int:
@@ -305,16 +118,18 @@ def _part(problem: Problem, count: int, size: int, totals: bool) -> Part:
     return Part(*(problem.empty(count, size) for _ in range(3 if totals else 2)))
 
 
-def _attends(kernels: Kernels, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> bool:
-    """Whether forward computes the gradients, too: of pairs, of their rows alone."""
-    if y is None or y.dim() != 2 or cols or any(needs[1::2]) or not any(needs):
+def _attends(
+    kernels: Kernels, op: str, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool], second: bool
+) -> bool:
+    """Whether forward computes the gradients, too: of pairs, of their rows alone, where there is no second form."""
+    if y is None or y.dim() != 2 or second or cols or any(needs[1::2]) or not any(needs):
         return False
-    return x.shape[0] > 0 and y.shape[0] > 0 and kernels.takes_attention(x.dtype, x.shape[1])
+    return x.shape[0] > 0 and y.shape[0] > 0 and kernels.takes_attention(op, x.dtype, x.shape[1])
 
 
 def kept(kernels: Kernels, op: str, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool], second: bool) -> int:
     """Elements that forward keeps for backward: of every row d lse / dx and d lse / d row_scale."""
-    return x.shape[0] * (x.shape[1] + 1) if _attends(kernels, x, y, cols, needs) else 0
+    return x.shape[0] * (x.shape[1] + 1) if _attends(kernels, op, x, y, cols, needs, second) else 0
 
 
 def attention(kernels: Kernels, problem: Problem) -> tuple[Statistics, Tensor]:
@@ -328,7 +143,7 @@ def attention(kernels: Kernels, problem: Problem) -> tuple[Statistics, Tensor]:
     slopes = Slopes(problem.empty(strips, n, problem.features), problem.empty(strips, n))
     unit = _unit(kernels, problem, Incoming(row_weight=problem.full((1,), 1.0)))
     kernels.attention(problem, unit, Part(maxima, sums), slopes, cols_per_strip)
-    kernels.merge(Part(maxima, sums), strips, Part(), 0, results.row_max, results.row_log_sum, results.row_lse)
+    kernels.merge(Part(maxima, sums), strips, Part(), 0, results.row_max, results.row_log_sum, results.row_lse, None)
     if has_index:
         kernels.excluded(problem, results.excluded)
     if strips > 1:  # each has its share in the sum
@@ -421,17 +236,12 @@ def _unit(kernels: Kernels, problem: Problem, incoming: Incoming) -> Tensor | No
     return torch.where(bound >= torch.finfo(torch.float32).tiny, bound, 1.0).reshape(1)  # its reciprocal is finite
 
 
-def _swapped(pairs: tuple[Any, ...]) -> list[Any]:
-    """(row, col, row, col, ...) with the sides swapped."""
-    return [value for row, col in zip(pairs[::2], pairs[1::2], strict=True) for value in (col, row)]
-
-
 def _backward_by_rows(
     kernels: Kernels, problem: Problem, incoming: Incoming, unit: Tensor | None, needs: list[bool]
 ) -> Gradients:
     grad_x, row_scale, row_bias = _rows(kernels, problem, incoming, unit, needs[::2])
-    swapped = Incoming(*_swapped(incoming))
-    grad_y, col_scale, col_bias = _rows(kernels, problem.transposed(), swapped, unit, needs[1::2])
+    of_cols = Incoming(*swapped(incoming))
+    grad_y, col_scale, col_bias = _rows(kernels, problem.transposed(), of_cols, unit, needs[1::2])
     return Gradients(grad_x, None if grad_y is None else grad_y[None], row_scale, col_scale, row_bias, col_bias)
 
 
@@ -486,7 +296,7 @@ def _backward_by_blocks(
     side = max(side // block_rows, 1) * block_rows
     size = min(n, side) * padded(min(m, side)) if need_x or need_y else 0
     workspace = problem.x.new_empty(matrices * size)
-    swapped = problem if members else problem.transposed()  # asked for ids, which volumes have none of
+    of_cols = problem if members else problem.transposed()  # asked for ids, which volumes have none of
     for first_row in range(0, n, side):
         rows = slice(first_row, min(first_row + side, n))
         for first_col in range(first_row if mirrored else 0, m, side):
@@ -506,9 +316,9 @@ def _backward_by_blocks(
                 if total_x is not None and basis is not None:
                     _product(kernels, problem, block, total_x, rows, of_member, basis[cols, t])
                     if mirror:
-                        _product(kernels, swapped, block.transposed(), total_x, cols, of_member.T, problem.x[rows])
+                        _product(kernels, of_cols, block.transposed(), total_x, cols, of_member.T, problem.x[rows])
                 if totals_y:
-                    _product(kernels, swapped, block.transposed(), totals_y[t], cols, of_member.T, problem.x[rows])
+                    _product(kernels, of_cols, block.transposed(), totals_y[t], cols, of_member.T, problem.x[rows])
             _add_sums(row_grads, rows, row_sums)
             if mirror or not mirrored:
                 _add_sums(col_grads, cols, col_sums)
@@ -541,17 +351,6 @@ def _add_sums(totals: Sequence[Total | None], part: slice, sums: Sums) -> None:
             torch.sum(of_block, 0, out=total.value[part])
         else:
             total.value[part] += of_block.sum(0)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, begins: bool) -> None:
-    """total += a @ b, in float32."""
-    beta = 0.0 if begins else 1.0  # with 0 what is there is not read
-    if a.dtype == torch.float32:
-        total.addmm_(a, b, beta=beta)
-    elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
-    else:
-        total.addmm_(a.float(), b.float(), beta=beta)
 
 
 @contextmanager
@@ -657,7 +456,7 @@ def similarity_logsumexp_forward(kernels: Kernels, *arguments: Any) -> tuple[Ten
     with launching(x):
         index = _index_below(kernels, x, len(x if y is None else y), exclude)
         problem = _pairs(x, y, row_scale, col_scale, row_bias, col_bias, index, row_ids, col_ids, restrict)
-        if _attends(kernels, x, y, cols, needs):
+        if _attends(kernels, "similarity_logsumexp", x, y, cols, needs, second=False):
             results, kept = attention(kernels, problem)
         else:
             results, kept = forward(kernels, problem, rows, cols), problem.empty(0)
@@ -735,7 +534,8 @@ def _volumes(
         *factored, triangles, weight, square, q = rowwise.span(anchor, tuples, col_scale, orthonormal)
         basis = tuple_basis.Basis(*factored)
     else:
-        basis = kernels.factor(tuples)
+        engines_own = kernels.factor(tuples)
+        basis = tuple_basis.factor(tuples) if engines_own is None else tuple_basis.Basis(*engines_own)
         triangles, square = tuple_basis.triangles(basis, anchor), tuple_basis.squares(anchor)
         weight = tuple_basis.column_weight(basis, col_scale, anchor)
         q = tuple_basis.orthonormal(tuples, basis) if orthonormal else None

@@ -16,6 +16,7 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.backends import sweep
 from contrastive_ops.backends import tuples as tuple_basis
+from contrastive_ops.plane import Kernels
 
 OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +58,7 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
-def _engine() -> sweep.Kernels:
+def _engine() -> Kernels:
     return kernels("launch").TritonKernels()
 
 
