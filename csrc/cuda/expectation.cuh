@@ -16,14 +16,17 @@ struct Expectation {
   static constexpr With with = With::teacher;
   static constexpr float nothing = -INF;
 
+  using Mean = Softmax<Shape, Totals::weighted>;
+  using Logits = Softmax<Shape, Totals::nothing>;
+
   struct Statistics {
-    Softmax<Shape, Totals::weighted>::Statistics mean;
-    Softmax<Shape, Totals::nothing>::Statistics logits;
+    Mean::Statistics mean;
+    Logits::Statistics logits;
   };
 
   struct Reduced {
-    Softmax<Shape, Totals::weighted> mean;
-    Softmax<Shape, Totals::nothing> logits;
+    Mean mean;
+    Logits logits;
 
     __device__ __forceinline__ void fold_row(Statistics& into, int row, bool taught) const {
       mean.fold_row(into.mean, row, false);
@@ -40,18 +43,16 @@ struct Expectation {
     }
   };
 
-  static __device__ __forceinline__ bool asked(const Parts& parts) {
-    return parts.mean.maximum != nullptr;
+  static __device__ __forceinline__ bool asked(const Part& part) {
+    return part.maximum != nullptr;
   }
 
   // Whether z is not s.
-  static __device__ __forceinline__ bool more(const Parts& row, const Parts& col) {
-    return row.logits.maximum != nullptr || col.logits.maximum != nullptr;
+  static __device__ __forceinline__ bool more(const Part& row, const Part& col) {
+    return row.teacher_maximum != nullptr || col.teacher_maximum != nullptr;
   }
 
-  static __device__ __forceinline__ float value(const Problem&, float logit) {
-    return logit;
-  }
+  static __device__ __forceinline__ void evaluate(const Problem&, Shape::Dots&) {}
 
   static __device__ __forceinline__ void reduce(
       Reduced& reduced,
@@ -67,20 +68,22 @@ struct Expectation {
     reduced.mean.reduce(teacher.dots, logits, place, rows, cols, false);
   }
 
-  static __device__ __forceinline__ void write(const Parts& parts, int64_t index, const Statistics& statistics) {
-    Softmax<Shape, Totals::weighted>::write(parts.mean, index, statistics.mean);
-    if (parts.logits.maximum != nullptr) {
-      Softmax<Shape, Totals::nothing>::write(parts.logits, index, statistics.logits);
+  static __device__ __forceinline__ void write(const Part& part, int64_t index, const Statistics& statistics) {
+    if (part.teacher_maximum == nullptr) {
+      Mean::write(part.maximum, part.sum, part.moment, index, statistics.mean);
+    } else {
+      Mean::write(part.teacher_maximum, part.teacher_sum, part.moment, index, statistics.mean);
+      Logits::write(part.maximum, part.sum, nullptr, index, statistics.logits);
     }
   }
 
-  static __device__ __forceinline__ Statistics read(const Parts& parts, int64_t index) {
-    Statistics statistics;
-    statistics.mean = Softmax<Shape, Totals::weighted>::read(parts.mean, index);
-    if (parts.logits.maximum != nullptr) {
-      statistics.logits = Softmax<Shape, Totals::nothing>::read(parts.logits, index);
+  static __device__ __forceinline__ Statistics read(const Part& part, int64_t index) {
+    if (part.teacher_maximum == nullptr) {
+      return {Mean::read(part.maximum, part.sum, part.moment, index), {}};
     }
-    return statistics;
+    return {
+        Mean::read(part.teacher_maximum, part.teacher_sum, part.moment, index),
+        Logits::read(part.maximum, part.sum, nullptr, index)};
   }
 
   // backward
@@ -91,18 +94,27 @@ struct Expectation {
     float mean[SIZE];
 
     __device__ void load_rows(const Incoming& incoming, int first, int last) {
-      for_side<SIZE>(first, last, [&](int i, int index, bool inside) {
-        of_lse.set(i, index, inside, incoming.row_weight, incoming.row_max);
-        of_mean.set(i, index, inside, incoming.row_mean_weight, incoming.row_mean_max);
-        mean[i] = inside && incoming.row_mean != nullptr ? incoming.row_mean[index] : 0.0f;
-      });
+      const float* teacher_max = incoming.teacher_row_max == nullptr ? incoming.row_max : incoming.teacher_row_max;
+      load(incoming.row_weight, incoming.row_max, incoming.row_share, teacher_max, incoming.row_mean, first, last);
     }
 
     __device__ void load_cols(const Incoming& incoming, int first, int last) {
+      const float* teacher_max = incoming.teacher_col_max == nullptr ? incoming.col_max : incoming.teacher_col_max;
+      load(incoming.col_weight, incoming.col_max, incoming.col_share, teacher_max, incoming.col_mean, first, last);
+    }
+
+    __device__ void load(
+        const float* weights,
+        const float* maxima,
+        const float* shares,
+        const float* teacher_maxima,
+        const float* means,
+        int first,
+        int last) {
       for_side<SIZE>(first, last, [&](int i, int index, bool inside) {
-        of_lse.set(i, index, inside, incoming.col_weight, incoming.col_max);
-        of_mean.set(i, index, inside, incoming.col_mean_weight, incoming.col_mean_max);
-        mean[i] = inside && incoming.col_mean != nullptr ? incoming.col_mean[index] : 0.0f;
+        of_lse.set(i, index, inside, weights, maxima);
+        of_mean.set(i, index, inside, shares, teacher_maxima);
+        mean[i] = inside && means != nullptr ? means[index] : 0.0f;
       });
     }
   };

@@ -24,7 +24,7 @@ struct Shared {
   typename Reduction::Statistics statistics[Shape::rows];  // each row's own thread's
 };
 
-// The values of the tile in place of its products: f of the logits, and `nothing` where a pair takes no part.
+// The values of the tile in place of its products: of the logits what is added up, and `nothing` where a pair takes no part.
 template <typename T, typename Reduction>
 __device__ __forceinline__ void evaluate(
     typename Reduction::Shape::Dots& dots,
@@ -48,9 +48,7 @@ __device__ __forceinline__ void evaluate(
     }
   });
   pairs.compare(second, shared.second, [&](int mi, int nj, int e, int, int) { return dots[nj][mi][e]; });
-  Shape::Place::for_each([&](int mi, int nj, int e, int, int) {
-    dots[nj][mi][e] = Reduction::value(pairs.problem, dots[nj][mi][e]);
-  });
+  Reduction::evaluate(pairs.problem, dots);
   if (!mask.all() || pairs.guided()) {
     Shape::Place::for_each([&](int mi, int nj, int e, int k, int l) {
       const int i = place.row_of(k), j = place.col_of(l);
@@ -70,13 +68,13 @@ __device__ __forceinline__ void evaluate(
 
 template <typename T, typename Reduction>
 __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 : 1) forward_kernel(
-    Problem problem, Parts row_parts, Parts col_parts, int rows_per_group, int cols_per_strip, bool aligned) {
+    Problem problem, Part row_part, Part col_part, int rows_per_group, int cols_per_strip, bool aligned) {
   using Shape = typename Reduction::Shape;
   auto& shared = *reinterpret_cast<Shared<Reduction>*>(shared_memory());
   const int first_row = blockIdx.x * rows_per_group, last_row = min(first_row + rows_per_group, problem.n);
   const int first_col = blockIdx.y * cols_per_strip, last_col = min(first_col + cols_per_strip, problem.m);
-  const bool rows = Reduction::asked(row_parts), cols = Reduction::asked(col_parts);
-  const bool more = Reduction::more(row_parts, col_parts);
+  const bool rows = Reduction::asked(row_part), cols = Reduction::asked(col_part);
+  const bool more = Reduction::more(row_part, col_part);
   const bool mirrored = !Shape::volumes && problem.mirrored;
   // the row and the column of a tile whose statistics a thread folds, and where they are
   const auto has_row = [&](int row) { return rows && row < Shape::rows; };
@@ -85,7 +83,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
   const auto of_group = [&](int col) { return blockIdx.x * static_cast<int64_t>(problem.m) + col; };
   if (const int own_col = thread_index() - Shape::rows; has_col(own_col)) {
     for (int col = first_col + own_col; col < last_col; col += Shape::cols) {
-      Reduction::write(col_parts, of_group(col), {});
+      Reduction::write(col_part, of_group(col), {});
     }
   }
 
@@ -140,14 +138,14 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
       // in self-similarity the tiles on the diagonal have both sides of their pairs
       const bool mirrors = !mirrored || row + Shape::rows <= col;
       if (has_col(own_col) && mirrors && col + own_col < last_col) {
-        auto of_col = Reduction::read(col_parts, of_group(col + own_col));
+        auto of_col = Reduction::read(col_part, of_group(col + own_col));
         shared.reduced.fold_col(of_col, own_col, more);
-        Reduction::write(col_parts, of_group(col + own_col), of_col);
+        Reduction::write(col_part, of_group(col + own_col), of_col);
       }
       col = next_col;
     }
     if (const int own_row = thread_index(); has_row(own_row) && row + own_row < last_row) {
-      Reduction::write(row_parts, of_strip(row + own_row), shared.statistics[own_row]);
+      Reduction::write(row_part, of_strip(row + own_row), shared.statistics[own_row]);
     }
     __syncthreads();  // before the options of the next rows
   }
@@ -167,8 +165,8 @@ Tiling tiling(Reduction reduction, int members) {
 
 const char* forward(
     const Problem& problem,
-    const Parts& row,
-    const Parts& col,
+    const Part& row,
+    const Part& col,
     int rows_per_group,
     int cols_per_strip,
     cudaStream_t stream) {

@@ -158,7 +158,7 @@ struct Mask {
   // Whether row i and column j of the tile are a pair that counts, if it is not left out by index.
   template <int ROWS, int COLS>
   __device__ __forceinline__ bool takes_part(const Options<ROWS>& rows, const Options<COLS>& cols, int i, int j) const {
-    return row + i < n && col + j < m && (!ids || (rows.ids[i] == cols.ids[j]) == equal);
+    return all() || (row + i < n && col + j < m && (!ids || (rows.ids[i] == cols.ids[j]) == equal));
   }
 
   template <int ROWS, int COLS>

@@ -128,16 +128,18 @@ struct Softmax {
     fold(into, of_cols, col, totals, [&](int part) { return shift[part][col / Shape::warp_cols]; });
   }
 
-  static __device__ __forceinline__ void write(const Part& part, int64_t index, const Statistics& statistics) {
-    part.maximum[index] = statistics.maximum;
-    part.sum[index] = statistics.sum;
-    if (part.total != nullptr) {
-      part.total[index] = statistics.total;
+  static __device__ __forceinline__ void write(
+      float* maximum, float* sum, float* total, int64_t index, const Statistics& statistics) {
+    maximum[index] = statistics.maximum;
+    sum[index] = statistics.sum;
+    if (total != nullptr) {
+      total[index] = statistics.total;
     }
   }
 
-  static __device__ __forceinline__ Statistics read(const Part& part, int64_t index) {
-    return {part.maximum[index], part.sum[index], part.total == nullptr ? 0.0f : part.total[index]};
+  static __device__ __forceinline__ Statistics read(
+      const float* maximum, const float* sum, const float* total, int64_t index) {
+    return {maximum[index], sum[index], total == nullptr ? 0.0f : total[index]};
   }
 
  private:
@@ -269,18 +271,16 @@ struct LogSumExp {
   using Reduced = Softmax<Shape, Shape::volumes ? Totals::logits : Totals::nothing>;
   using Statistics = typename Reduced::Statistics;
 
-  static __device__ __forceinline__ bool asked(const Parts& parts) {
-    return parts.logits.maximum != nullptr;
+  static __device__ __forceinline__ bool asked(const Part& part) {
+    return part.maximum != nullptr;
   }
 
   // Whether totals are.
-  static __device__ __forceinline__ bool more(const Parts& row, const Parts& col) {
-    return Shape::volumes && (row.logits.total != nullptr || col.logits.total != nullptr);
+  static __device__ __forceinline__ bool more(const Part& row, const Part& col) {
+    return Shape::volumes && (row.total != nullptr || col.total != nullptr);
   }
 
-  static __device__ __forceinline__ float value(const Problem&, float logit) {
-    return logit;
-  }
+  static __device__ __forceinline__ void evaluate(const Problem&, typename Shape::Dots&) {}
 
   static __device__ __forceinline__ void reduce(
       Reduced& reduced,
@@ -293,12 +293,12 @@ struct LogSumExp {
     reduced.reduce(logits, logits, place, rows, cols, totals);
   }
 
-  static __device__ __forceinline__ void write(const Parts& parts, int64_t index, const Statistics& statistics) {
-    Reduced::write(parts.logits, index, statistics);
+  static __device__ __forceinline__ void write(const Part& part, int64_t index, const Statistics& statistics) {
+    Reduced::write(part.maximum, part.sum, part.total, index, statistics);
   }
 
-  static __device__ __forceinline__ Statistics read(const Parts& parts, int64_t index) {
-    return Reduced::read(parts.logits, index);
+  static __device__ __forceinline__ Statistics read(const Part& part, int64_t index) {
+    return Reduced::read(part.maximum, part.sum, part.total, index);
   }
 
   // backward

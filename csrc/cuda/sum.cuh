@@ -10,29 +10,34 @@
 
 namespace contrastive_ops::cuda {
 
-__device__ __forceinline__ float value_of(Function function, float s) {
-  switch (function) {
-    case Function::softplus:
-      return fmaxf(s, 0.0f) + log1pf(exponential(-fabsf(s)));
-    case Function::relu:
-      return s < 0.0f ? 0.0f : s;  // fmaxf would turn NaN into 0
-    case Function::sigmoid: {
-      const float e = exponential(-fabsf(s));
-      return (s < 0.0f ? e : 1.0f) / (1.0f + e);
-    }
-    case Function::square:
-      return s * s;
-    case Function::step:
-      return s > 0.0f ? 1.0f : 0.0f;
-    default:
-      return s;
+template <Function OF>
+__device__ __forceinline__ float value_of(float s) {
+  if constexpr (OF == Function::softplus) {
+    return fmaxf(s, 0.0f) + log1pf(exponential(-fabsf(s)));
+  } else if constexpr (OF == Function::relu) {
+    return s < 0.0f ? 0.0f : s;  // fmaxf would turn NaN into 0
+  } else if constexpr (OF == Function::sigmoid) {
+    const float e = exponential(-fabsf(s));
+    return (s < 0.0f ? e : 1.0f) / (1.0f + e);
+  } else if constexpr (OF == Function::square) {
+    return s * s;
+  } else if constexpr (OF == Function::step) {
+    return s > 0.0f ? 1.0f : 0.0f;
+  } else {
+    return s;
   }
+}
+
+// f of all of a thread's pairs.
+template <typename Place, Function OF, typename Dots>
+__device__ __forceinline__ void apply(Dots& dots) {
+  Place::for_each([&](int mi, int nj, int e, int, int) { dots[nj][mi][e] = value_of<OF>(dots[nj][mi][e]); });
 }
 
 __device__ __forceinline__ float derivative_of(Function function, float s) {
   switch (function) {
     case Function::softplus:
-      return value_of(Function::sigmoid, s);
+      return value_of<Function::sigmoid>(s);
     case Function::relu:
       return s > 0.0f ? 1.0f : 0.0f;
     case Function::sigmoid: {
@@ -84,16 +89,29 @@ struct Sum {
   using Reduced = SumsOfTile<Shape>;
   using Statistics = Reduced::Statistics;
 
-  static __device__ __forceinline__ bool asked(const Parts& parts) {
-    return parts.logits.values != nullptr;
+  static __device__ __forceinline__ bool asked(const Part& part) {
+    return part.values != nullptr;
   }
 
-  static __device__ __forceinline__ bool more(const Parts&, const Parts&) {
+  static __device__ __forceinline__ bool more(const Part&, const Part&) {
     return false;
   }
 
-  static __device__ __forceinline__ float value(const Problem& problem, float logit) {
-    return value_of(problem.function, logit);
+  static __device__ __forceinline__ void evaluate(const Problem& problem, Shape::Dots& dots) {
+    switch (problem.function) {
+      case Function::softplus:
+        return apply<Shape::Place, Function::softplus>(dots);
+      case Function::relu:
+        return apply<Shape::Place, Function::relu>(dots);
+      case Function::sigmoid:
+        return apply<Shape::Place, Function::sigmoid>(dots);
+      case Function::square:
+        return apply<Shape::Place, Function::square>(dots);
+      case Function::step:
+        return apply<Shape::Place, Function::step>(dots);
+      case Function::identity:
+        return;
+    }
   }
 
   static __device__ __forceinline__ void reduce(
@@ -112,12 +130,12 @@ struct Sum {
     store_sums<Shape>(reduced.of_rows, reduced.of_cols, row_sum, col_sum, place);
   }
 
-  static __device__ __forceinline__ void write(const Parts& parts, int64_t index, const Statistics& statistics) {
-    parts.logits.values[index] = statistics.value;
+  static __device__ __forceinline__ void write(const Part& part, int64_t index, const Statistics& statistics) {
+    part.values[index] = statistics.value;
   }
 
-  static __device__ __forceinline__ Statistics read(const Parts& parts, int64_t index) {
-    return {parts.logits.values[index]};
+  static __device__ __forceinline__ Statistics read(const Part& part, int64_t index) {
+    return {part.values[index]};
   }
 
   // backward

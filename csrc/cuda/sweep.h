@@ -43,20 +43,21 @@ struct Span {
 // What pairs are products of.
 struct Form {
   const void* x;  // [N, D]
-  const void* y;  // [M, D], for volumes [M, P, D]
+  const void* y;  // [M, D]
   int features;
 };
 
-// A second form, its x and y null where it is the logit itself; and what a teacher or a guide has beside it.
+// A second form of every pair, its x and y null where it is the logit itself: the logit of a teacher, with scales and
+// biases of its own, or the similarity of a guide. Pairs above the ceiling of their row or their column take no part.
 struct Second {
   Form form;
-  const float* row_scale;  // of a teacher's logits
+  const float* row_scale;
   const float* col_scale;
   const float* row_bias;
   const float* col_bias;
-  const float* row_ceiling;  // of a guide: pairs above that of their row or of their column take no part
+  const float* row_ceiling;
   const float* col_ceiling;
-  bool above;  // or they alone do
+  bool above;  // they alone take part
 };
 
 struct Problem {
@@ -64,7 +65,7 @@ struct Problem {
   Reduction reduction;
   Function function;  // of sums
   const void* x;      // [N, D]
-  const void* y;  // [M, D], for volumes [M, P, D]
+  const void* y;      // [M, D], for volumes [M, P, D]
   int n, m, features;
   int members;  // P of volumes, 1 to 4; 0 of pairs
   Vectors vectors;
@@ -77,9 +78,9 @@ struct Problem {
 
 // Gradients of what the op returned, and the maxima that go with those of the log-sum-exps.
 //   dL/dlse_i e^(s - lse_i) = row_weight_i e^(s - row_max_i), row_weight_i = dL/dlse_i e^-log_sum_i
-//   dL/dmean_i t_ij = row_mean_weight_i e^(z - row_mean_max_i), the same of the teacher's statistics
+//   dL/dmean_i t_ij = row_share_i e^(z - teacher_row_max_i)
 struct Incoming {
-  const float* row_weight;  // of sums their gradients, without maxima
+  const float* row_weight;  // of sums dL/dsum_i, without a maximum
   const float* col_weight;
   const float* row_max;  // inf for an empty set: e^(s - max) = 0
   const float* col_max;
@@ -87,10 +88,10 @@ struct Incoming {
   const float* col_excluded;
   const float* row_total;
   const float* col_total;
-  const float* row_mean_weight;
-  const float* col_mean_weight;
-  const float* row_mean_max;
-  const float* col_mean_max;
+  const float* row_share;
+  const float* col_share;
+  const float* teacher_row_max;  // null where the teacher's are those of the logits
+  const float* teacher_col_max;
   const float* row_mean;
   const float* col_mean;
 };
@@ -98,14 +99,12 @@ struct Incoming {
 // Partial statistics of one direction, [parts, size].
 struct Part {
   float* maximum;
-  float* sum;      // of e^(s - maximum); of means e^(z - maximum)
-  float* total;    // of volumes: of s; of means: of e^(z - maximum) s
-  double* values;  // of sums alone: of f(s)
-};
-
-// Those of a direction: of log-sum-exps or sums, and of means. Expectations have both, but for a teacher that is s.
-struct Parts {
-  Part logits, mean;
+  float* sum;    // of e^(s - maximum)
+  float* total;  // of volumes: of s
+  float* teacher_maximum;
+  float* teacher_sum;  // of e^(z - teacher_maximum)
+  float* moment;       // of e^(z - teacher_maximum) s; where z is s of e^(s - maximum) s
+  double* values;      // of sums, which have nothing else: of f(s)
 };
 
 // Partial sums of the gradients of one direction, [parts, size].
@@ -113,13 +112,8 @@ struct Sums {
   float* scale;
   float* bias;
   float* along;  // of volumes: what x_i itself has of its gradient
-};
-
-// Where the gradients of a form of the pairs of a block go.
-struct Target {
-  const float* unit;   // coefficients are stored in these, at most 2^14 in float16; 1 where it is null
-  void* coefficients;  // g a b / unit in the dtype of the features, [rows, stride] or for volumes [P, rows, stride]
-  Sums row, col;
+  float* teacher_scale;
+  float* teacher_bias;
 };
 
 // A block of the plane, of whole tiles or as far as the plane goes, and the coefficients' rows in the workspace:
@@ -140,8 +134,8 @@ Tiling rows_tiling(Dtype dtype, int features);
 // strips of columns are whole tiles.
 const char* forward(
     const Problem& problem,
-    const Parts& row,
-    const Parts& col,
+    const Part& row,
+    const Part& col,
     int rows_per_group,
     int cols_per_strip,
     cudaStream_t stream);
@@ -149,7 +143,8 @@ const char* forward(
 // The logit of every row with the column that it leaves out; -inf where it leaves out none.
 const char* excluded(const Problem& problem, float* logits, cudaStream_t stream);
 
-// Joins the partials [parts, size], and those of the mirror [mirrors, size], in their order; a mean if it is given.
+// Joins the partials [parts, size], and those of the mirror [mirrors, size], in their order: maxima, sums, and moments
+// where there is a mean.
 const char* merge(
     const Part& part,
     int parts,
@@ -161,12 +156,16 @@ const char* merge(
     int size,
     cudaStream_t stream);
 
-// Coefficients of a block and the partial sums of its tiles; of a teacher, too, where it has any.
+// Coefficients g a b / unit, at most 2^14 in float16, of a block in the dtype of the features, [planes, rows, stride],
+// and the partial sums of its tiles. Of volumes P planes; of pairs one, and a second one of a teacher with gradients.
 const char* block(
     const Problem& problem,
     const Incoming& incoming,
-    const Target& target,
-    const Target& of_teacher,
+    const float* unit,  // [planes], or of volumes one
+    void* coefficients,
+    int planes,
+    const Sums& row,
+    const Sums& col,
     const Block& block,
     cudaStream_t stream);
 
