@@ -24,17 +24,26 @@ from contrastive_ops.losses import (
     uniformity,
 )
 from contrastive_ops.ops import (
+    SimilarityExpectation,
     SimilarityLSE,
+    SimilaritySum,
+    SimilarityTopK,
     VolumeLSE,
     area_logsumexp,
     gramian_volume,
+    similarity_expectation,
     similarity_logsumexp,
+    similarity_sum,
+    similarity_topk,
     volume_logsumexp,
 )
 
 __all__ = [
     "LossStats",
+    "SimilarityExpectation",
     "SimilarityLSE",
+    "SimilaritySum",
+    "SimilarityTopK",
     "VolumeLSE",
     "alignment",
     "area_logsumexp",
@@ -56,7 +65,10 @@ __all__ = [
     "pvc",
     "reference",
     "sample_gram_negatives",
+    "similarity_expectation",
     "similarity_logsumexp",
+    "similarity_sum",
+    "similarity_topk",
     "supcon",
     "triangle_loss",
     "uniformity",

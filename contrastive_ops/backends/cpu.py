@@ -25,7 +25,7 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
-def kept(x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> int:
+def kept(op: str, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool], second: bool) -> int:
     """Dots that forward keeps for backward: whole tiles of 128 x 128, within 64 MB (kKeptDotsBytes in csrc/cpu)."""
     if not any(needs):
         return 0
@@ -38,12 +38,19 @@ def kept(x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> int:
 
 
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, needs = arguments
+    *inputs, needs = _without_guide(arguments, 0)
     return torch.ops.contrastive_ops_cpu.similarity_logsumexp(*inputs, any(needs))
 
 
 def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.contrastive_ops_cpu.similarity_logsumexp_backward(*arguments)
+    return torch.ops.contrastive_ops_cpu.similarity_logsumexp_backward(*_without_guide(arguments, 8))
+
+
+def _without_guide(arguments: tuple[Any, ...], first: int) -> tuple[Any, ...]:
+    guide, ceilings = first + 9, first + 13
+    if any(value is not None for value in arguments[guide:ceilings]):
+        raise RuntimeError('cpu has no guide yet; pass backend="tiled".')
+    return (*arguments[:guide], arguments[ceilings], *arguments[ceilings + 2 :])
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:

@@ -91,7 +91,9 @@ def _reduced(problem: Problem, size: int, totals: bool = False) -> Reduced:
     empty = problem.n == 0 or problem.m == 0
     return Reduced(
         **{
-            field: problem.full((size,), value) if empty and field in fields else problem.empty(size * (field in fields))
+            field: problem.full((size,), value)
+            if empty and field in fields
+            else problem.empty(size * (field in fields))
             for field, value in _NOTHING.items()
         }
     )

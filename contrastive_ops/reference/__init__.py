@@ -13,7 +13,7 @@ from contrastive_ops.reference.multi_view import (
     pvc,
     uniformity,
 )
-from contrastive_ops.reference.similarity_logsumexp import logits_at, logsumexp, similarity_logits
+from contrastive_ops.reference.similarity import logits_at, logsumexp, similarity_logits
 from contrastive_ops.reference.volume_logsumexp import volume_logits, volumes
 
 __all__ = [
