@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
         }
       } else {
         if constexpr (Reduction::with == With::guide) {
-          takes_part = takes_part && (!pairs.guided() || second.lets(k, l));
+          takes_part = takes_part && second.lets(k, l);
         }
         if (needed) {
           g = gradient_of_pair(logit, takes_part, gradient, shared.row, shared.col, mask, i, j, k, l);

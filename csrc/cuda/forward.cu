@@ -54,7 +54,7 @@ __device__ __forceinline__ void evaluate(
       const int i = place.row_of(k), j = place.col_of(l);
       bool takes_part = mask.takes_part(shared.row, shared.col, i, j) && !mask.excluded(shared.row, shared.col, i, j);
       if constexpr (Reduction::with == With::guide) {
-        takes_part = takes_part && (!pairs.guided() || second.lets(k, l));
+        takes_part = takes_part && second.lets(k, l);
       }
       if (!takes_part) {
         dots[nj][mi][e] = Reduction::nothing;

@@ -235,6 +235,13 @@ struct SecondValues<Shape, With::guide> {
   using Place = typename Shape::Place;
   uint32_t bits[(Place::row_count * Place::col_count + 31) / 32];
 
+  __device__ __forceinline__ SecondValues() {
+#pragma unroll
+    for (uint32_t& word : bits) {
+      word = ~0u;
+    }
+  }
+
   // `similarity_of` is what is compared with the ceilings, of the element (mi, nj, e) of row i and column j of the tile.
   template <typename Similarity>
   __device__ __forceinline__ void compare(
