@@ -178,9 +178,15 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
   }
 
   const auto place = Shape::place(thread_index());
-  pairs.compare(second, shared.second, [&](int mi, int nj, int e, int i, int j) {
-    return logit_of_pair<false>(dots[nj][mi][e], shared.row.options, shared.col.options, i, j);
-  });
+  pairs.choose(
+      second,
+      shared.second,
+      shared.row.options,
+      shared.col.options,
+      mask,
+      [&](int mi, int nj, int e, int i, int j) {
+        return logit_of_pair<false>(dots[nj][mi][e], shared.row.options, shared.col.options, i, j);
+      });
   const typename Reduction::template Gradient<Place> gradient(problem, shared.row.weights, shared.col.weights, place);
   const float reciprocal_unit = unit == nullptr ? 1.0f : 1.0f / *unit;
   [[maybe_unused]] const float teacher_unit = unit == nullptr || planes == 1 ? 1.0f : 1.0f / unit[1];
@@ -201,10 +207,14 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
         pair = minus_distance<Shape>(dots, shared.spans.square[i], mi, nj, e);
       }
       const float logit = logit_of_pair<Shape::volumes>(pair, shared.row.options, shared.col.options, i, j);
-      bool takes_part = mask.takes_part(shared.row.options, shared.col.options, i, j);
+      bool takes_part;
+      if constexpr (Reduction::with == With::nothing) {
+        takes_part = mask.takes_part(shared.row.options, shared.col.options, i, j);
+      } else {
+        takes_part = second.chosen.has(k, l);
+      }
       float g = 0.0f;
       if constexpr (taught) {
-        takes_part = takes_part && !mask.excluded(shared.row.options, shared.col.options, i, j);
         const auto& teacher_row = shared.second.row;
         const auto& teacher_col = shared.second.col;
         const float teacher_pair = second.dots[nj][mi][e];
@@ -221,9 +231,6 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
           g += h;
         }
       } else {
-        if constexpr (Reduction::with == With::guide) {
-          takes_part = takes_part && second.lets(k, l);
-        }
         if (needed) {
           g = gradient_of_pair(logit, takes_part, gradient, shared.row, shared.col, mask, i, j, k, l);
         }

@@ -47,20 +47,29 @@ __device__ __forceinline__ void evaluate(
                                  : dots[nj][mi][e];
     }
   });
-  pairs.compare(second, shared.second, [&](int mi, int nj, int e, int, int) { return dots[nj][mi][e]; });
-  Reduction::evaluate(pairs.problem, dots);
-  if (!mask.all() || pairs.guided()) {
-    Shape::Place::for_each([&](int mi, int nj, int e, int k, int l) {
-      const int i = place.row_of(k), j = place.col_of(l);
-      bool takes_part = mask.takes_part(shared.row, shared.col, i, j) && !mask.excluded(shared.row, shared.col, i, j);
-      if constexpr (Reduction::with == With::guide) {
-        takes_part = takes_part && second.lets(k, l);
-      }
-      if (!takes_part) {
-        dots[nj][mi][e] = Reduction::nothing;
-        if constexpr (Reduction::with == With::teacher) {
-          second.dots[nj][mi][e] = Reduction::nothing;
+  const auto leave_out = [&](int mi, int nj, int e) {
+    dots[nj][mi][e] = Reduction::nothing;
+    if constexpr (Reduction::with == With::teacher) {
+      second.dots[nj][mi][e] = Reduction::nothing;
+    }
+  };
+  if constexpr (Reduction::with == With::nothing) {
+    if (!mask.all()) {
+      Shape::Place::for_each([&](int mi, int nj, int e, int k, int l) {
+        const int i = place.row_of(k), j = place.col_of(l);
+        if (!mask.takes_part(shared.row, shared.col, i, j) || mask.excluded(shared.row, shared.col, i, j)) {
+          leave_out(mi, nj, e);
         }
+      });
+    }
+  } else {
+    pairs.choose(second, shared.second, shared.row, shared.col, mask, [&](int mi, int nj, int e, int, int) {
+      return dots[nj][mi][e];
+    });
+    Reduction::evaluate(pairs.problem, dots);
+    Shape::Place::for_each([&](int mi, int nj, int e, int k, int l) {
+      if (!second.chosen.has(k, l)) {
+        leave_out(mi, nj, e);
       }
     });
   }

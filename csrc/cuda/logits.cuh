@@ -226,58 +226,62 @@ struct SecondOptions<Shape, With::teacher> {
   }
 };
 
-// What a thread keeps of the second form of its pairs: of a guide, which of them it lets take part, a bit for each.
-template <typename Shape, With WITH>
-struct SecondValues {};
+// Which of a thread's pairs take part, a bit for each: all at first.
+template <typename Place>
+struct Chosen {
+  static constexpr int words = (Place::row_count * Place::col_count + 31) / 32;
+  uint32_t bits[words];
 
-template <typename Shape>
-struct SecondValues<Shape, With::guide> {
-  using Place = typename Shape::Place;
-  uint32_t bits[(Place::row_count * Place::col_count + 31) / 32];
-
-  __device__ __forceinline__ SecondValues() {
+  __device__ __forceinline__ Chosen() {
 #pragma unroll
     for (uint32_t& word : bits) {
       word = ~0u;
     }
   }
 
-  // `similarity_of` is what is compared with the ceilings, of the element (mi, nj, e) of row i and column j of the tile.
-  template <typename Similarity>
-  __device__ __forceinline__ void compare(
-      const SecondOptions<Shape, With::guide>& ceilings, bool above, Similarity similarity_of) {
-    const Place place = Shape::place(thread_index());
-#pragma unroll
-    for (uint32_t& word : bits) {
-      word = 0;
-    }
+  // Of these, those for which keeps(mi, nj, e, k, l), as in Place::for_each.
+  template <typename Keeps>
+  __device__ __forceinline__ void keep(Keeps keeps) {
+    uint32_t kept[words] = {};
     Place::for_each([&](int mi, int nj, int e, int k, int l) {
-      const int i = place.row_of(k), j = place.col_of(l), bit = k * Place::col_count + l;
-      const float similarity = similarity_of(mi, nj, e, i, j);
-      const bool is_above = similarity > ceilings.row_ceiling[i] || similarity > ceilings.col_ceiling[j];
-      bits[bit / 32] |= static_cast<uint32_t>(is_above == above) << bit % 32;
+      const int bit = k * Place::col_count + l;
+      kept[bit / 32] |= static_cast<uint32_t>(keeps(mi, nj, e, k, l)) << bit % 32;
     });
+#pragma unroll
+    for (int i = 0; i < words; ++i) {
+      bits[i] &= kept[i];
+    }
   }
 
-  __device__ __forceinline__ bool lets(int k, int l) const {
+  __device__ __forceinline__ bool has(int k, int l) const {
     const int bit = k * Place::col_count + l;
     return bits[bit / 32] >> bit % 32 & 1;
   }
 };
 
+// What a thread keeps of its pairs beside the logits.
+template <typename Shape, With WITH>
+struct SecondValues {};
+
+template <typename Shape>
+struct SecondValues<Shape, With::guide> {
+  Chosen<typename Shape::Place> chosen;
+};
+
 template <typename Shape>
 struct SecondValues<Shape, With::teacher> {
+  Chosen<typename Shape::Place> chosen;
   typename Shape::Dots dots;  // and then the logits
 };
 
-// The products of both forms of a tile's pairs, the second form's before the logits'.
+// The products of both forms of a tile's pairs, the second form's before the logits', and which of the pairs take part.
 template <typename T, typename Reduction>
 struct Pairs {
   using Shape = typename Reduction::Shape;
   static constexpr With with = Reduction::with;
   using Dots = typename Shape::Dots;
-  using Options = SecondOptions<Shape, with>;
   using Values = SecondValues<Shape, with>;
+  using Ceilings = SecondOptions<Shape, with>;
 
   const Problem& problem;
   Products<T, Shape> logits, second;
@@ -298,12 +302,15 @@ struct Pairs {
   }
 
   // Of the tile at (row, col), which `begin` began.
-  __device__ __forceinline__ void finish(Dots& dots, Values& values, const Options& options, int row, int col) {
+  __device__ __forceinline__ void finish(Dots& dots, Values& values, const Ceilings& ceilings, int row, int col) {
+    if constexpr (with != With::nothing) {
+      values.chosen = {};
+    }
     if constexpr (with == With::guide) {
       if (has_second) {
         second.finish(dots);
         logits.begin(row, col);
-        values.compare(options, problem.second.above, [&](int mi, int nj, int e, int, int) { return dots[nj][mi][e]; });
+        compare(values, ceilings, [&](int mi, int nj, int e, int, int) { return dots[nj][mi][e]; });
       }
     } else if constexpr (with == With::teacher) {
       if (has_second) {
@@ -314,19 +321,50 @@ struct Pairs {
     logits.finish(dots);
   }
 
-  // Whether there is a ceiling.
-  __device__ __forceinline__ bool guided() const {
-    return with == With::guide && (problem.second.row_ceiling != nullptr || problem.second.col_ceiling != nullptr);
-  }
-
-  // Compares the logits themselves where there is no other guide.
+  // Leaves out what the options do; and by their logits, where there is no other guide. `logit_of` is called as in
+  // Place::for_each, but with the row and column of the tile.
   template <typename Logit>
-  __device__ __forceinline__ void compare(Values& values, const Options& options, Logit logit_of) const {
+  __device__ __forceinline__ void choose(
+      Values& values,
+      const Ceilings& ceilings,
+      const Options<Shape::rows>& rows,
+      const Options<Shape::cols>& cols,
+      const Mask& mask,
+      Logit logit_of) const {
     if constexpr (with == With::guide) {
-      if (guided() && !has_second) {
-        values.compare(options, problem.second.above, logit_of);
+      const bool guided = problem.second.row_ceiling != nullptr || problem.second.col_ceiling != nullptr;
+      if (guided && !has_second) {
+        compare(values, ceilings, logit_of);
       }
     }
+    if constexpr (with != With::nothing) {
+      if (!mask.all()) {
+        keep(values, [&](int, int, int, int i, int j) {
+          return mask.takes_part(rows, cols, i, j) && !mask.excluded(rows, cols, i, j);
+        });
+      }
+    }
+  }
+
+ private:
+  template <typename Similarity>
+  __device__ __forceinline__ void compare(Values& values, const Ceilings& ceilings, Similarity similarity_of) const {
+    keep(values, [&](int mi, int nj, int e, int i, int j) {
+      const float similarity = similarity_of(mi, nj, e, i, j);
+      const bool is_above = similarity > ceilings.row_ceiling[i] || similarity > ceilings.col_ceiling[j];
+      return is_above == problem.second.above;
+    });
+  }
+
+  template <typename Keeps>
+  static __device__ __forceinline__ void keep(Values& values, Keeps keeps) {
+    auto place = Shape::place(thread_index());
+    values.chosen.keep([&](int mi, int nj, int e, int k, int l) {
+      if (l == 0) {  // so that what the columns have is read again for each row, and takes no registers
+        place = Shape::place(thread_index());
+      }
+      return keeps(mi, nj, e, place.row_of(k), place.col_of(l));
+    });
   }
 };
 
