@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
       [&](int mi, int nj, int e, int i, int j) {
         return logit_of_pair<false>(dots[nj][mi][e], shared.row.options, shared.col.options, i, j);
       });
-  const typename Reduction::template Gradient<Place> gradient(problem, shared.row.weights, shared.col.weights, place);
+  typename Reduction::template Gradient<Place> gradient(problem, shared.row.weights, shared.col.weights, place);
   const float reciprocal_unit = unit == nullptr ? 1.0f : 1.0f / *unit;
   [[maybe_unused]] const float teacher_unit = unit == nullptr || planes == 1 ? 1.0f : 1.0f / unit[1];
   Tally<Shape> tally;
@@ -197,6 +197,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
     const int i = place.row_of(k);
     const float a = shared.row.options.scale[i];
     float along = 0.0f;
+    gradient.begin_row(shared.row.weights, i);
 #pragma unroll
     for (int l = 0; l < Place::col_count; ++l) {
       const int mi = k / 2, nj = l / 2, e = 2 * (k % 2) + l % 2, j = place.col_of(l);
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
             pairs.has_second ? logit_of_pair<false>(teacher_pair, teacher_row, teacher_col, i, j) : logit;
         float h = 0.0f;
         if (needed) {
-          g = gradient.of_pair(logit, teacher, takes_part, shared.row.weights, shared.col.weights, i, j, k, l, h);
+          g = gradient.of_pair(logit, teacher, takes_part, shared.row.weights, shared.col.weights, i, j, l, h);
         }
         if (pairs.has_second) {
           of_teacher.add(h, teacher_pair, teacher_row.scale[i], teacher_col.scale[j], l);
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
         }
       } else {
         if (needed) {
-          g = gradient_of_pair(logit, takes_part, gradient, shared.row, shared.col, mask, i, j, k, l);
+          g = gradient_of_pair(logit, takes_part, gradient, shared.row, shared.col, mask, i, j, l);
         }
       }
       tally.add(g, pair, a, b, l);

@@ -128,6 +128,12 @@ struct Expectation {
         const Problem&, const Weights<ROWS>& rows, const Weights<COLS>& cols, const Place& place)
         : of_lse(rows.of_lse, cols.of_lse, place), of_mean(rows.of_mean, cols.of_mean, place) {}
 
+    template <int ROWS>
+    __device__ __forceinline__ void begin_row(const Weights<ROWS>& rows, int i) {
+      of_lse.begin_row(rows.of_lse, i);
+      of_mean.begin_row(rows.of_mean, i);
+    }
+
     // dL/ds, and dL/dz in `of_teacher`.
     template <int ROWS, int COLS>
     __device__ __forceinline__ float of_pair(
@@ -138,7 +144,6 @@ struct Expectation {
         const Weights<COLS>& cols,
         int i,
         int j,
-        int k,
         int l,
         float& of_teacher) const {
       of_teacher = 0.0f;
@@ -146,11 +151,11 @@ struct Expectation {
         return 0.0f;
       }
       float of_row, of_col;
-      of_mean.terms(teacher, rows.of_mean, cols.of_mean, i, j, k, l, of_row, of_col);
+      of_mean.terms(teacher, rows.of_mean, cols.of_mean, i, j, l, of_row, of_col);
       // a pair without a share adds nothing, whatever its logit is
       of_teacher += of_row == 0.0f ? 0.0f : of_row * (logit - rows.mean[i]);
       of_teacher += of_col == 0.0f ? 0.0f : of_col * (logit - cols.mean[j]);
-      return of_row + of_col + of_lse.of_pair(logit, rows.of_lse, cols.of_lse, i, j, k, l);
+      return of_row + of_col + of_lse.of_pair(logit, rows.of_lse, cols.of_lse, i, j, l);
     }
   };
 };

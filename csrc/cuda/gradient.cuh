@@ -13,7 +13,7 @@ struct Side {
   typename Reduction::template Weights<SIZE> weights;
 };
 
-// dL/ds of the pair (i, j) of a tile, which is the thread's (k, l), from its logit; `takes_part` if no index leaves it
+// dL/ds of the pair (i, j) of a tile, in the thread's column l, from its logit; `takes_part` if no index leaves it
 // out.
 template <typename Gradient, typename Row, typename Col>
 __device__ __forceinline__ float gradient_of_pair(
@@ -25,9 +25,8 @@ __device__ __forceinline__ float gradient_of_pair(
     const Mask& mask,
     int i,
     int j,
-    int k,
     int l) {
-  float g = gradient.of_pair(logit, takes_part, row.weights, col.weights, i, j, k, l);
+  float g = gradient.of_pair(logit, takes_part, row.weights, col.weights, i, j, l);
   if (mask.excludes) {
     const bool by_row = mask.excluded_by_row(row.options, i, j), by_col = mask.excluded_by_col(col.options, i, j);
     if (by_row || by_col) {

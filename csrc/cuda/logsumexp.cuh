@@ -191,11 +191,12 @@ struct SoftmaxWeights {
   }
 };
 
-// The gradients of a warp's part of a tile, element by element: what rows and columns have in them is prepared once.
-// One shift serves all maxima within SPREAD, and then a pair takes one exponential.
+// The gradients of a warp's part of a tile, element by element, row after row: what columns have in them is prepared
+// once, and what a row has when it begins. One shift serves all maxima within SPREAD, and then a pair takes one
+// exponential.
 template <typename Place>
 struct SoftmaxGradient {
-  float of_row[Place::row_count], of_col[Place::col_count];
+  float of_row, of_col[Place::col_count];
   float shift;
   bool common;
 
@@ -219,28 +220,26 @@ struct SoftmaxGradient {
     low = over_warp(low, Minimum());
     common = high - low <= SPREAD;
     shift = shift_of(high);
-    // the error of these is that of all pairs of their row or column, so it may not grow with the exponent
-#pragma unroll
-    for (int k = 0; k < Place::row_count; ++k) {
-      const int i = place.row_of(k);
-      of_row[k] = rows.weight[i] * (common ? expf(shift - rows.maximum[i]) : 1.0f);
-    }
 #pragma unroll
     for (int l = 0; l < Place::col_count; ++l) {
-      const int j = place.col_of(l);
-      of_col[l] = cols.weight[j] * (common ? expf(shift - cols.maximum[j]) : 1.0f);
+      of_col[l] = of_side(cols, place.col_of(l));
     }
   }
 
-  // Of the pair (i, j) of the tile, which is the thread's (k, l); its logit is -inf where it does not take part.
+  template <int ROWS>
+  __device__ __forceinline__ void begin_row(const SoftmaxWeights<ROWS>& rows, int i) {
+    of_row = of_side(rows, i);
+  }
+
+  // Of the pair (i, j) of the tile, in the thread's column l; its logit is -inf where it does not take part.
   template <int ROWS, int COLS>
   __device__ __forceinline__ float of_pair(
-      float logit, const SoftmaxWeights<ROWS>& rows, const SoftmaxWeights<COLS>& cols, int i, int j, int k, int l)
+      float logit, const SoftmaxWeights<ROWS>& rows, const SoftmaxWeights<COLS>& cols, int i, int j, int l)
       const {
     if (common) {
-      return (of_row[k] + of_col[l]) * exponential(logit - shift);
+      return (of_row + of_col[l]) * exponential(logit - shift);
     }
-    return of_row[k] * exponential(logit - rows.maximum[i]) + of_col[l] * exponential(logit - cols.maximum[j]);
+    return of_row * exponential(logit - rows.maximum[i]) + of_col[l] * exponential(logit - cols.maximum[j]);
   }
 
   // What the row and what the column have in it.
@@ -251,13 +250,19 @@ struct SoftmaxGradient {
       const SoftmaxWeights<COLS>& cols,
       int i,
       int j,
-      int k,
       int l,
       float& row_term,
       float& col_term) const {
     const float term = common ? exponential(logit - shift) : 0.0f;
-    row_term = of_row[k] * (common ? term : exponential(logit - rows.maximum[i]));
+    row_term = of_row * (common ? term : exponential(logit - rows.maximum[i]));
     col_term = of_col[l] * (common ? term : exponential(logit - cols.maximum[j]));
+  }
+
+ private:
+  // The error of this is that of all pairs of the row or column, so it may not grow with the exponent.
+  template <int SIZE>
+  __device__ __forceinline__ float of_side(const SoftmaxWeights<SIZE>& side, int i) const {
+    return side.weight[i] * (common ? expf(shift - side.maximum[i]) : 1.0f);
   }
 };
 
@@ -335,9 +340,9 @@ struct LogSumExp {
 
     template <int ROWS, int COLS>
     __device__ __forceinline__ float of_pair(
-        float logit, bool takes_part, const Weights<ROWS>& rows, const Weights<COLS>& cols, int i, int j, int k, int l)
+        float logit, bool takes_part, const Weights<ROWS>& rows, const Weights<COLS>& cols, int i, int j, int l)
         const {
-      float g = SoftmaxGradient<Place>::of_pair(takes_part ? logit : -INF, rows, cols, i, j, k, l);
+      float g = SoftmaxGradient<Place>::of_pair(takes_part ? logit : -INF, rows, cols, i, j, l);
       if constexpr (Shape::volumes) {
         g += takes_part ? rows.total[i] + cols.total[j] : 0.0f;
       }

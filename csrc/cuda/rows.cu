@@ -220,13 +220,16 @@ __global__ void __launch_bounds__(Shape::threads, 2) rows_kernel(
     multiply<T, Shape>(pairs, shared.x, shared.y[tiles.stage], problem.features);
     const Mask mask(problem, tiles.row, tiles.col, Shape::rows, Shape::cols);
     const Place place = place_of<Shape>(thread_index());
-    const Lse::Gradient<Place> of_tile(problem, shared.row.weights, cols.weights, place);
+    Lse::Gradient<Place> of_tile(problem, shared.row.weights, cols.weights, place);
     Place::for_each([&](int mi, int nj, int e, int k, int l) {
       const int i = place.row_of(k), j = place.col_of(l);
       const float pair = pairs[nj][mi][e], b = cols.options.scale[j];
       const float logit = logit_of_pair<false>(pair, shared.row.options, cols.options, i, j);
       const bool takes_part = mask.takes_part(shared.row.options, cols.options, i, j);
-      const float g = gradient_of_pair(logit, takes_part, of_tile, shared.row, cols, mask, i, j, k, l);
+      if (l == 0) {
+        of_tile.begin_row(shared.row.weights, i);
+      }
+      const float g = gradient_of_pair(logit, takes_part, of_tile, shared.row, cols, mask, i, j, l);
       scale_sum[k] += g * b * pair;
       bias_sum[k] += g;
       // all scales before it is rounded: in float16 the product, in units, is what has room

@@ -170,9 +170,12 @@ struct Sum {
         const Problem& problem, const Weights<ROWS>&, const Weights<COLS>&, const Place&)
         : function(problem.function) {}
 
+    template <int ROWS>
+    __device__ __forceinline__ void begin_row(const Weights<ROWS>&, int) {}
+
     template <int ROWS, int COLS>
     __device__ __forceinline__ float of_pair(
-        float logit, bool takes_part, const Weights<ROWS>& rows, const Weights<COLS>& cols, int i, int j, int, int)
+        float logit, bool takes_part, const Weights<ROWS>& rows, const Weights<COLS>& cols, int i, int j, int)
         const {
       return takes_part ? (rows.weight[i] + cols.weight[j]) * derivative_of(function, logit) : 0.0f;
     }
