@@ -164,7 +164,10 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
 
 Tiling tiling(Reduction reduction, int members) {
   Tiling found{};
-  for_reduction({.reduction = reduction, .members = members}, [&](auto chosen) -> const char* {
+  Problem problem{};
+  problem.reduction = reduction;
+  problem.members = members;
+  for_reduction(problem, [&](auto chosen) -> const char* {
     using Shape = typename decltype(chosen)::Shape;
     found = {Shape::rows, Shape::cols};
     return nullptr;
