@@ -178,7 +178,7 @@ class Problem:
     @property
     def teaches(self) -> bool:
         """Whether the logits of the teacher are others than those of the pairs."""
-        return self.reduction == "expectation" and self.second_features > 0
+        return self.reduction == "expectation" and self.second.u is not None
 
     @property
     def tf32(self) -> bool:

@@ -154,12 +154,14 @@ def forward_tiling(problem: Problem) -> Tiling:
     tilings = _of(problem)
     if problem.members:
         return tilings.volume if problem.members <= 2 else tilings.volume_many
+    if problem.second.u is not None:
+        return tilings.volume
     return tilings.forward_many if _many(problem) else tilings.forward
 
 
 def block_tiling(problem: Problem) -> Tiling:
     tilings = _of(problem)
-    if problem.members:
+    if problem.members or problem.second.u is not None:
         return forward_tiling(problem)
     return tilings.block_many if _many(problem) or problem.mirrored else tilings.block
 
@@ -177,7 +179,7 @@ def product_tiling(problem: Problem) -> Tiling:
 def rows_tiling(problem: Problem) -> Tiling | None:
     """None where rows_kernel does not take the problem."""
     tiling = _of(problem).rows
-    if tiling is None or problem.members or problem.features > ROWS_FEATURES:
+    if tiling is None or problem.members or problem.second.u is not None or problem.features > ROWS_FEATURES:
         return None
     return _of_all_features(tiling, problem)
 

@@ -8,7 +8,6 @@ code that they have on a GPU, see tests/cuda_host. Nothing here has run on a GPU
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -37,12 +36,7 @@ def host_backend() -> Iterator[None]:
     if sentence is None:
         torch.ops.load_library(host.backend())
     kernels = cuda.CudaKernels("contrastive_ops_cuda_host")
-    functions = {
-        f"{op}_{way}": partial(getattr(sweep, f"{op}_{way}"), kernels)
-        for op in cuda.OPS[:2]
-        for way in ("forward", "backward")
-    }
-    functions["kept"] = partial(sweep.kept, kernels)
+    functions = sweep.functions(lambda: kernels, cuda.OPS)
     module = SimpleNamespace(OPS=cuda.OPS, factor=kernels.factor, why_not=lambda _op, _x: sentence, **functions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends._MODULES, "cuda-host", module)

@@ -19,7 +19,7 @@ An engine is a set of `Kernels`, see contrastive_ops/plane.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -138,13 +138,13 @@ def _joined(
     if problem.reduction in SUMS:  # float64 until here
         total = part.sum.sum(0) if mirror.sum is None else part.sum.sum(0).add_(mirror.sum.sum(0))
         return reduced._replace(sum=total.float())
-    mean = reduced.mean if part.moment is not None else None
+    own = [Part(p.maximum, p.sum, moment=None if problem.teaches else p.moment) for p in (part, mirror)]
+    mean = None if own[0].moment is None else reduced.mean
+    kernels.merge(own[0], parts, own[1], mirrors, reduced.maximum, reduced.log_sum, reduced.lse, mean)
     if problem.teaches:
-        of_teacher, of_mirror = (Part(p.teacher_maximum, p.teacher_sum, moment=p.moment) for p in (part, mirror))
+        teachers = [Part(p.teacher_maximum, p.teacher_sum, moment=p.moment) for p in (part, mirror)]
         statistics = reduced.teacher_maximum, reduced.teacher_log_sum
-        kernels.merge(of_teacher, parts, of_mirror, mirrors, *statistics, None, mean)
-        mean = None
-    kernels.merge(part, parts, mirror, mirrors, reduced.maximum, reduced.log_sum, reduced.lse, mean)
+        kernels.merge(teachers[0], parts, teachers[1], mirrors, *statistics, None, reduced.mean)
     if part.total is not None:
         torch.sum(part.total, 0, out=reduced.total)
     return reduced
@@ -862,3 +862,13 @@ def volume_logsumexp_backward(
             empty if grads.col_scale is None else grads.col_scale,
         )
         return tuple_basis.gradients(tuples, basis, col_scale, sweep_grads, needs, of_tuples)
+
+
+def functions(kernels: Callable[[], Kernels], ops: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """What the module of a backend has for the ops that are sweeps, by the kernels of its engine."""
+
+    def run(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(kernels(), *arguments)
+
+    names = [f"{op}_{way}" for op in ops for way in ("forward", "backward")]
+    return {name: run(globals()[name]) for name in ("kept", *names) if name in globals()}
