@@ -165,10 +165,6 @@ def no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str 
     )
 
 
-def kept(*arguments: Any) -> int:
-    return sweep.kept(KERNELS, *arguments)
-
-
 def factor(vectors: Tensor) -> tuple_basis.Basis:
     return KERNELS.factor(vectors)
 
@@ -179,33 +175,4 @@ def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
     return torch.ops.contrastive_ops.volume_gradient(vectors, inverse, factor)
 
 
-def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_logsumexp_forward(KERNELS, *arguments)
-
-
-def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_logsumexp_backward(KERNELS, *arguments)
-
-
-def similarity_sum_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_sum_forward(KERNELS, *arguments)
-
-
-def similarity_sum_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_sum_backward(KERNELS, *arguments)
-
-
-def similarity_expectation_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_expectation_forward(KERNELS, *arguments)
-
-
-def similarity_expectation_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_expectation_backward(KERNELS, *arguments)
-
-
-def volume_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.volume_logsumexp_forward(KERNELS, *arguments)
-
-
-def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.volume_logsumexp_backward(KERNELS, *arguments)
+globals().update(sweep.functions(lambda: KERNELS, OPS))
