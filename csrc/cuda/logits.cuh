@@ -242,15 +242,10 @@ struct Chosen {
   // Of these, those for which keeps(mi, nj, e, k, l), as in Place::for_each.
   template <typename Keeps>
   __device__ __forceinline__ void keep(Keeps keeps) {
-    uint32_t kept[words] = {};
     Place::for_each([&](int mi, int nj, int e, int k, int l) {
       const int bit = k * Place::col_count + l;
-      kept[bit / 32] |= static_cast<uint32_t>(keeps(mi, nj, e, k, l)) << bit % 32;
+      bits[bit / 32] &= ~(static_cast<uint32_t>(!keeps(mi, nj, e, k, l)) << bit % 32);
     });
-#pragma unroll
-    for (int i = 0; i < words; ++i) {
-      bits[i] &= kept[i];
-    }
   }
 
   __device__ __forceinline__ bool has(int k, int l) const {

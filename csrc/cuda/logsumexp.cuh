@@ -77,7 +77,8 @@ struct Softmax {
     }
     high = over_warp(high, Maximum());
     low = over_warp(low, Minimum());
-    const bool common = rows && cols && high - low <= SPREAD;
+    // a mean takes a term of e^0 where a pair has all the weight: then it is that value, to the last bit
+    const bool common = TOTALS != Totals::weighted && rows && cols && high - low <= SPREAD;
     const float common_shift = shift_of(high);
     if (lane == 0) {
       shift[of_col][of_row] = common ? common_shift : NAN;
@@ -90,11 +91,9 @@ struct Softmax {
     };
     if (common) {
       Place::for_each([&](int mi, int nj, int e, int k, int l) {
-        const float term = exponential(logits[nj][mi][e] - common_shift), of_value = weighted(term, mi, nj, e);
+        const float term = exponential(logits[nj][mi][e] - common_shift);
         row_sum[k] += term;
         col_sum[l] += term;
-        row_total[k] += of_value;
-        col_total[l] += of_value;
       });
     } else {
       Place::for_each([&](int mi, int nj, int e, int k, int l) {

@@ -18,7 +18,7 @@ __device__ __forceinline__ float value_of(float s) {
     return s < 0.0f ? 0.0f : s;  // fmaxf would turn NaN into 0
   } else if constexpr (OF == Function::sigmoid) {
     const float e = exponential(-fabsf(s));
-    return (s < 0.0f ? e : 1.0f) / (1.0f + e);
+    return (s < 0.0f ? e : 1.0f) * reciprocal(1.0f + e);
   } else if constexpr (OF == Function::square) {
     return s * s;
   } else if constexpr (OF == Function::step) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ float derivative_of(Function function, float s) {
     case Function::relu:
       return s > 0.0f ? 1.0f : 0.0f;
     case Function::sigmoid: {
-      const float e = exponential(-fabsf(s)), share = 1.0f / (1.0f + e);
+      const float e = exponential(-fabsf(s)), share = reciprocal(1.0f + e);
       return e * share * share;
     }
     case Function::square:
