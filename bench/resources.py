@@ -134,7 +134,7 @@ def helper_builds() -> Iterator[Build]:
     tile = f"{launch.EXCLUDED} x 128"
     yield Build("excluded", "bfloat16", "x, y, all", tile, _warmup(launch.excluded_kernel, excluded, flags))
     flags = {"BLOCK": launch.MERGE, "grid": (1,)}
-    merge = _warmup(launch.merge_kernel, (part, 16, part, 16, vector, vector, vector, SIZE), flags)
+    merge = _warmup(launch.merge_kernel, (part, 16, part, 16, vector, vector, vector, None, SIZE), flags)
     yield Build("merge", "float32", "self", str(launch.MERGE), merge)
 
 
@@ -203,7 +203,8 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
     launch, tilings = backend.kernels("launch"), backend.kernels("tilings")
     volumes, everything = problem.members > 0, "all" in variant
     part, vector = _part(totals=volumes), _vector()
-    sizes = (SIZE, SIZE, FEATURES)
+    planes = max(problem.members, 1)
+    sizes, own = launch.sizes(problem), launch.sizes(problem)[:3]
     unit = vector if name == "float16" else None
     incoming = plane.Incoming(
         vector,
@@ -218,46 +219,50 @@ def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
     matrix = part.maximum
     row_sums = plane.Sums(matrix, matrix if everything else None, matrix if volumes else None)
     col_sums = plane.Sums(matrix if everything or volumes else None, matrix if everything else None)
-    inputs = (problem.x, problem.y, problem.vectors)
+    inputs = (problem.x, problem.y, problem.vectors, problem.second)
     block = (SIZE, SIZE, sweep.padded(SIZE))
 
     def build(kernel: str, tiling: Any, arguments: Sequence[Any], **flags: Any) -> Build:
         flags = {**launch.options(problem, tiling), **flags, "grid": (1, 1)}
+        if kernel != "product":
+            flags |= launch.choices(problem)
         if name == "tf32":
             flags["PRECISION"] = "tf32"
         shape = " x ".join(map(str, tiling[:3]))
         return Build(kernel, name, variant, shape, _warmup(getattr(launch, f"{kernel}_kernel"), arguments, flags))
 
     tiling = tilings.forward_tiling(problem)
-    x, y, described = launch.features(problem, tiling)
+    given, described = launch.inputs(problem, tiling)
     yield build(
-        "forward", tiling, (x, y, problem.vectors, problem.span, part, part, *sizes, 64, 64),
+        "forward", tiling, (*given, part, part, *sizes, 64, 64),
         MEMBERS=problem.members, MIRRORED=problem.mirrored, DESCRIBED=described,
     )  # fmt: skip
     tiling = tilings.block_tiling(problem)
-    x, y, described = launch.features(problem, tiling)
+    given, described = launch.inputs(problem, tiling)
     coefficients, where = problem.x, (*sizes, 0, 0, *block)
     yield build(
         "block", tiling,
-        (x, y, problem.vectors, problem.span, incoming, unit, coefficients, row_sums, col_sums, *where),
-        MEMBERS=problem.members, DESCRIBED=described,
+        (*given, incoming, unit, coefficients, row_sums, col_sums, *where),
+        MEMBERS=problem.members, PLANES=planes, DESCRIBED=described,
     )  # fmt: skip
     if everything and not volumes:
         stride = block[-1]
         strides = (1, stride) if problem.mirrored else (stride, 1)  # as for the rows, and as for the columns
         yield build(
             "product", tilings.product_tiling(problem),
-            (problem.x, problem.y, problem.x.float(), problem.vectors, *sizes, 0, 0, SIZE, SIZE, *strides, 0, 1.0),
+            (problem.x, problem.y, problem.x.float(), problem.vectors, *own, 0, 0, SIZE, SIZE, *strides, 0, 1.0),
             RESTRICT=True,
         )  # fmt: skip
     for features in sorted({tilings.ROWS_FEATURES, tilings.ATTENTION_FEATURES}):
         problem.features = features  # whatever those of x: the tiling has them all
         tiling = tilings.rows_tiling(problem)
         if tiling is not None:
-            yield build("rows", tiling, (*inputs, incoming, unit, problem.x, row_sums, *sizes, 64))
-        if launch.TritonKernels().takes_attention(problem.x.dtype, features) and not (volumes or problem.mirrored):
+            yield build("rows", tiling, (*inputs, incoming, unit, problem.x, row_sums, *own, 64))
+        if launch.TritonKernels().takes_attention("similarity_logsumexp", problem.x.dtype, features) and not (
+            volumes or problem.mirrored
+        ):
             slopes = plane.Slopes(problem.x.float(), matrix)
-            yield build("attention", tilings.attention_tiling(problem), (*inputs, unit, part, slopes, *sizes, 64))
+            yield build("attention", tilings.attention_tiling(problem), (*inputs, unit, part, slopes, *own, 64))
 
 
 def _problem(name: str, mirrored: bool, options: str) -> Any:

@@ -133,13 +133,18 @@ class Block(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best pairs of every row in each strip, [strips, N, K], K at least as many as are wanted or as columns."""
+    """The best pairs of every row in each strip, [N, strips, K], in any order; K at least as many as are wanted.
 
-    keys: Tensor | None  # None without noise: they are the values
-    values: Tensor
-    indices: Tensor  # int32
+    A candidate is an integer: the order of its key, the better the larger, and in the 32 bits below LAST_COLUMN less the
+    column. The order is the bits of float32, but for the sign flipped where that is set; of the smallest ~order.
+    """
+
+    keys: Tensor  # int64; NO_KEY where there is no more pair
+    values: Tensor | None  # the logits, where they are not the keys
 
 
+NO_KEY = -(2**31)
+LAST_COLUMN = 2**31 - 1
 NO_SPAN, NO_SECOND = Span(), Second()
 
 
@@ -350,10 +355,10 @@ class Kernels(Protocol):
         raise RuntimeError(f"{type(self).__name__} has no topk")
 
     def topk(self, problem: Problem, largest: bool, noise: int | None, best: Best, cols_per_strip: int) -> None:
-        """Of every row and strip of columns those that take part with the largest (smallest) keys, sorted.
+        """Of every row and strip of columns those that take part with the largest (smallest) keys.
 
-        The key is the logit, and with noise the logit and Gumbel noise of the pair. Ties: the lower column first.
-        NaN is the largest. Where a strip has fewer pairs: the index is -1, key and value -inf (inf of the smallest).
+        The key is the logit, and with noise the logit and Gumbel noise of the pair, see contrastive_ops/noise.py: it is
+        the start of its stream. -inf is no key, and NaN the largest.
         """
         raise RuntimeError(f"{type(self).__name__} has no topk")
 

@@ -19,7 +19,8 @@ from contrastive_ops.kernels.sweep import (
     product_kernel,
     rows_kernel,
 )
-from contrastive_ops.plane import Block, Incoming, Kernels, Part, Problem, Slopes, Sums, cdiv
+from contrastive_ops.kernels.topk import topk_kernel
+from contrastive_ops.plane import Best, Block, Incoming, Kernels, Part, Problem, Slopes, Sums, cdiv
 
 EXCLUDED = 32  # rows of a program that looks up the excluded logits
 MERGE = 1024  # rows of a program that merges partials
@@ -174,4 +175,17 @@ class TritonKernels(Kernels):
         attention_kernel[(cdiv(problem.n, tiling.block_m), cdiv(problem.m, cols_per_strip))](
             problem.x, problem.y, problem.vectors, problem.second, unit, row, slopes,
             problem.n, problem.m, problem.features, cols_per_strip, **choices(problem), **options(problem, tiling),
+        )  # fmt: skip
+
+    def topk_tiling(self, problem: Problem, k: int) -> tuple[int, int]:
+        return tilings.topk_tiling(problem, k)[:2]
+
+    def topk(self, problem: Problem, largest: bool, noise: int | None, best: Best, cols_per_strip: int) -> None:
+        k = best.keys.shape[2]
+        tiling = tilings.topk_tiling(problem, k)
+        given, described = inputs(problem, tiling)
+        x, y, vectors, span, *_, second = given
+        topk_kernel[(cdiv(problem.n, tiling.block_m), cdiv(problem.m, cols_per_strip))](
+            x, y, vectors, span, second, noise, best, problem.n, problem.m, problem.features, cols_per_strip,
+            LARGEST=largest, DESCRIBED=described, K=k, **options(problem, tiling),
         )  # fmt: skip

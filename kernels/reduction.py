@@ -85,21 +85,21 @@ def empty_state(part, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_state(part, index, last, BLOCK: tl.constexpr):
+def load_state(part, index, inside, BLOCK: tl.constexpr):
     nothing = empty_state(part, BLOCK)
     state = ()
     for k in tl.static_range(FIELDS):
         if part[k] is not None:
-            state = state + (tl.load(part[k] + index, mask=index < last, other=nothing[0]),)  # noqa: RUF005
+            state = state + (tl.load(part[k] + index, mask=inside, other=nothing[0]),)  # noqa: RUF005
             nothing = nothing[1:]
     return state
 
 
 @triton.jit
-def store_state(part, index, last, state):
+def store_state(part, index, inside, state):
     for k in tl.static_range(FIELDS):
         if part[k] is not None:
-            tl.store(part[k] + index, state[0], mask=index < last)
+            tl.store(part[k] + index, state[0], mask=inside)
             state = state[1:]
 
 

@@ -97,7 +97,7 @@ def forward_kernel(
     if COLS:
         for col in range(first_col, last_col, BLOCK_N):
             cols = col_begin + col + tl.arange(0, BLOCK_N)
-            store_state(col_part, cols, col_begin + m, empty_state(col_part, BLOCK_N))
+            store_state(col_part, cols, cols < col_begin + m, empty_state(col_part, BLOCK_N))
     tl.debug_barrier()
     # statistics of the rows stay in registers, those of the columns in memory, where no other program writes them
     for row in range(first_row, last_row, BLOCK_M):
@@ -115,7 +115,7 @@ def forward_kernel(
                 # asked for before the products, needed after them
                 if COLS:
                     place = col_begin + cols
-                    col_state = load_state(col_part, place, col_begin + m, BLOCK_N)
+                    col_state = load_state(col_part, place, cols < m, BLOCK_N)
                 pairs, _ = pairs_of_tile(
                     x, y, span, rows, cols, row, col, n, m, features,
                     MEMBERS, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -139,21 +139,19 @@ def forward_kernel(
                         of_tile_cols = state_if(row + BLOCK_M <= col, col_part, of_tile_cols, BLOCK_N)
                     col_state = join(col_part, col_state, of_tile_cols)
                     tl.debug_barrier()  # several threads may have read an element, of which one writes it
-                    store_state(col_part, place, col_begin + m, col_state)
+                    store_state(col_part, place, place < col_begin + m, col_state)
                     tl.debug_barrier()  # other threads may read it for the next tile
         if ROWS:
-            store_state(row_part, row_begin + rows, row_begin + n, row_state)
+            store_state(row_part, row_begin + rows, row_begin + rows < row_begin + n, row_state)
 
 
 @triton.jit
 def join_parts(part, parts, state, index, size, BLOCK: tl.constexpr):
     """Join the partials [parts, size] of every row to its state, in their order."""
     place = index.to(tl.int64)
-    last = tl.cast(size, tl.int64)
     for _ in range(parts):
-        state = join(part, state, load_state(part, place, last, BLOCK))
+        state = join(part, state, load_state(part, place, index < size, BLOCK))
         place += size
-        last += size
     return state
 
 
@@ -435,9 +433,8 @@ def attention_kernel(
                 decay = exp(state[0] - shift)
                 terms = exp(logits - shift[:, None])
                 state = (new, state[1] * decay + tl.sum(terms, 1))
-                of_scale *= decay
-                of_x *= decay[:, None]
             else:
+                decay = tl.full((BLOCK_M,), 1.0, tl.float32)
                 values = those_taking_part(
                     function_of(logits, REDUCTION), logits, 0.0,
                     vectors, second, of_rows, of_cols, has, rows, cols, row, col, n, m,
@@ -451,17 +448,17 @@ def attention_kernel(
                 state = (state[0] + tl.sum(values, 1).to(tl.float64),)
                 of_bias += tl.sum(terms, 1)
             weighted = scaled_by_cols(terms, vectors, cols, m)
-            of_scale += tl.sum(weighted * pairs, 1)
+            of_scale = of_scale * decay + tl.sum(weighted * pairs, 1)
             # before it is rounded: `unit` is a bound of the product
             weighted = scaled_by_rows(weighted, vectors, rows, n)
             if unit is not None:
                 weighted *= per_unit
-            of_x = tl.dot(weighted.to(y.dtype.element_ty), y_tile, of_x, input_precision=PRECISION)
-    of_strip = strip.to(tl.int64) * n
-    store_state(part, of_strip + rows, of_strip + n, state)
+            of_x = tl.dot(weighted.to(y.dtype.element_ty), y_tile, of_x * decay[:, None], input_precision=PRECISION)
     share = tl.full((BLOCK_M,), 1.0, tl.float32)
     if REDUCTION == "logsumexp":
         share = 1.0 / tl.where(state[1] == 0.0, 1.0, state[1])
+    of_strip = strip.to(tl.int64) * n
+    store_state(part, of_strip + rows, rows < n, state)
     tl.store(slopes.scale + of_strip + rows, of_scale * share, mask=rows < n)
     if slopes.bias is not None:
         tl.store(slopes.bias + of_strip + rows, of_bias, mask=rows < n)

@@ -124,6 +124,7 @@ TILINGS = {
 # the most features of rows and of attention: beyond, the blocks are faster, by bench/devices
 ROWS_FEATURES = 128
 ATTENTION_FEATURES = 256
+CANDIDATES = 2048  # of a program, each 64 bits in a register
 
 
 def device_class(x: Tensor) -> str:
@@ -186,6 +187,13 @@ def rows_tiling(problem: Problem) -> Tiling | None:
 
 def attention_tiling(problem: Problem) -> Tiling:
     return _of_all_features(_of(problem).rows, problem)
+
+
+def topk_tiling(problem: Problem, k: int) -> Tiling:
+    """That of forward, with fewer rows where their candidates take the registers."""
+    tiling = _of(problem).forward_many
+    rows = max(16, min(tiling.block_m, CANDIDATES // k))
+    return tiling._replace(block_m=rows, block_n=64, warps=16 if rows * k > 2 * CANDIDATES else tiling.warps)
 
 
 def _of_all_features(tiling: Tiling, problem: Problem) -> Tiling:

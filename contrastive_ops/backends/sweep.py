@@ -30,6 +30,8 @@ from contrastive_ops import noise as pair_noise
 from contrastive_ops.backends import tuples as tuple_basis
 from contrastive_ops.plane import (
     AT_MINIMUM,
+    LAST_COLUMN,
+    NO_KEY,
     NO_SECOND,
     SUMS,
     Best,
@@ -763,22 +765,24 @@ def similarity_topk_forward(kernels: Kernels, *arguments: Any) -> tuple[Tensor, 
         indices = torch.full((n, k), -1, dtype=torch.int64, device=x.device)
         if n == 0 or m == 0:
             return values, indices
-        lanes = 1 << (min(k, m) - 1).bit_length()
+        have = min(k, m)
+        lanes = 1 << (have - 1).bit_length()
         cols_per_strip = _cols_per_strip(kernels, problem, kernels.topk_tiling(problem, lanes))
         shape = (n, cdiv(m, cols_per_strip), lanes)
         best = Best(
-            None if noise is None else problem.empty(*shape),
-            problem.empty(*shape),
-            torch.empty(shape, dtype=torch.int32, device=x.device),
+            torch.empty(shape, dtype=torch.int64, device=x.device), None if noise is None else problem.empty(*shape)
         )
         kernels.topk(problem, largest, None if noise is None else pair_noise.start(noise), best, cols_per_strip)
-        found, columns = best.values.flatten(1), best.indices.flatten(1)
-        if shape[1] > 1:  # strips are in the order of their columns: of equal keys the first is of the lower column
-            keys = found if best.keys is None else best.keys.flatten(1)
-            order = keys.sort(stable=True, dim=1, descending=largest).indices[:, :k]
-            found, columns = found.gather(1, order), columns.gather(1, order)
-        have = min(k, m)
-        values[:, :have], indices[:, :have] = found[:, :have], columns[:, :have].long()
+        keys, place = (of_all[:, :have] for of_all in best.keys.flatten(1).sort(1, descending=True))
+        order = (keys >> 32).to(torch.int32)
+        there = order > NO_KEY
+        if best.values is None:
+            bits = order if largest else ~order
+            found = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
+        else:
+            found = best.values.flatten(1).gather(1, place)
+        values[:, :have] = found.where(there, values[:, :have])
+        indices[:, :have] = (LAST_COLUMN - (keys & 0xFFFFFFFF)).where(there, -1)
     return values, indices
 
 

@@ -17,7 +17,14 @@ from contrastive_ops.backends import sweep
 from contrastive_ops.backends import tuples as tuple_basis
 from contrastive_ops.plane import Kernels
 
-OPS = ("similarity_logsumexp", "similarity_sum", "similarity_expectation", "volume_logsumexp", "gramian_volume")
+OPS = (
+    "similarity_logsumexp",
+    "similarity_sum",
+    "similarity_expectation",
+    "similarity_topk",
+    "volume_logsumexp",
+    "gramian_volume",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDICES = (torch.int32, torch.int64)
 
