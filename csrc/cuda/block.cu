@@ -169,8 +169,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
   typename Shape::Dots dots = {};
   SecondValues<Shape, Reduction::with> second = {};
   Pairs<T, Reduction> pairs(problem, shared.stages, aligned);
-  const bool needed = Shape::volumes || mask.any(problem, Shape::rows, Shape::cols);
-  if (needed) {
+  if (Shape::volumes || mask.any(problem, Shape::rows, Shape::cols)) {
     pairs.begin(row, col);
     pairs.finish(dots, second, shared.second, row, col);
   } else {
@@ -222,9 +221,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
         const float teacher =
             pairs.has_second ? logit_of_pair<false>(teacher_pair, teacher_row, teacher_col, i, j) : logit;
         float h = 0.0f;
-        if (needed) {
-          g = gradient.of_pair(logit, teacher, takes_part, shared.row.weights, shared.col.weights, i, j, l, h);
-        }
+        g = gradient.of_pair(logit, teacher, takes_part, shared.row.weights, shared.col.weights, i, j, l, h);
         if (pairs.has_second) {
           of_teacher.add(h, teacher_pair, teacher_row.scale[i], teacher_col.scale[j], l);
           second.dots[nj][mi][e] = h * (teacher_row.scale[i] * teacher_col.scale[j]) * teacher_unit;
@@ -232,9 +229,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
           g += h;
         }
       } else {
-        if (needed) {
-          g = gradient_of_pair(logit, takes_part, gradient, shared.row, shared.col, mask, i, j, l);
-        }
+        g = gradient_of_pair(logit, takes_part, gradient, shared.row, shared.col, mask, i, j, l);
       }
       tally.add(g, pair, a, b, l);
       if constexpr (Shape::volumes) {

@@ -341,11 +341,11 @@ struct LogSumExp {
     __device__ __forceinline__ float of_pair(
         float logit, bool takes_part, const Weights<ROWS>& rows, const Weights<COLS>& cols, int i, int j, int l)
         const {
-      float g = SoftmaxGradient<Place>::of_pair(takes_part ? logit : -INF, rows, cols, i, j, l);
+      float g = SoftmaxGradient<Place>::of_pair(logit, rows, cols, i, j, l);
       if constexpr (Shape::volumes) {
-        g += takes_part ? rows.total[i] + cols.total[j] : 0.0f;
+        g += rows.total[i] + cols.total[j];
       }
-      return g;
+      return takes_part ? g : 0.0f;
     }
   };
 };
