@@ -45,20 +45,18 @@ def pair_contrast_sum(
     The logits are those of `similarity_logsumexp` with factor^power / |x_i| and 1 / |y_j| as scales, and the ids of the
     rows for the columns; the positive of a row is the column that it leaves out.
     """
-    learned = isinstance(factor, Tensor)
-    features = (x,) if y is None else (x, y)
-    if (learned and factor.numel() != 1) or not _is_plain(*features, *((factor,) if learned else ())):
+    learned = factor if isinstance(factor, Tensor) else None
+    multiplier, power = (1.0, power) if isinstance(factor, Tensor) else (factor**power, 1.0)
+    tensors = [value for value in (x, y, learned) if value is not None]
+    if (learned is not None and learned.numel() != 1) or not _is_plain(*tensors):
         return None
-    fused = rowwise.operators(backend, *features, *((factor,) if learned else ()))
+    fused = rowwise.operators(backend, *tensors)
     if fused is None:
         return None
     chosen = backends.choose("similarity_logsumexp", x, backend)
-    n = x.shape[0]
-    exclude = integers("exclude", exclude, n, x, "x", chosen)
-    ids = integers("row_ids", row_ids, n, x, "x", chosen)
-    numbers = (1.0, power) if learned else (factor**power, 1.0)
-    call = _Call(fused, backends.module(chosen), chosen, *numbers, cols, divisor)
-    return _PairContrast.apply(call, x, y, factor if learned else None, exclude, ids)
+    call = _Call(fused, backends.module(chosen), chosen, multiplier, power, cols, divisor)
+    indices = (integers(name, of, x.shape[0], x, "x", chosen) for name, of in (("exclude", exclude), ("ids", row_ids)))
+    return _PairContrast.apply(call, x, y, learned, *indices)
 
 
 def _is_plain(*tensors: Tensor) -> bool:
@@ -94,10 +92,8 @@ class _PairContrast(torch.autograd.Function):
         call, needs = ctx.call, ctx.needs
         x, y, factor, exclude, ids, *saved = ctx.saved_tensors
         if autograd.wants_steps(grad):
-            inputs = [value for value in (x, y, factor) if value is not None]
-            wanted = [
-                n for n, value in zip(ctx.needs_input_grad[1:4], (x, y, factor), strict=True) if value is not None
-            ]
+            sources = zip((x, y, factor), ctx.needs_input_grad[1:4], strict=True)
+            inputs, wanted = zip(*((value, need) for value, need in sources if value is not None), strict=True)
 
             def steps(x, *others):
                 return (_in_steps(call, x, *others, y is None, exclude, ids),)
