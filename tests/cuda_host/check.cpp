@@ -962,8 +962,10 @@ struct Gradients {
       gradient.add(col_excluded[j]);
     }
     if (pair.takes_part) {
-      gradient.add(row_weight.empty() ? 0 : row_weight[i] * pair.derivative);
-      gradient.add(col_weight.empty() ? 0 : col_weight[j] * pair.derivative);
+      for (const float weight : {row_weight.empty() ? 0 : row_weight[i], col_weight.empty() ? 0 : col_weight[j]}) {
+        gradient.add(weight * pair.derivative);
+        gradient.size += std::fabs(weight);  // a derivative has the error of its logit, which may be 0
+      }
     }
     return gradient;
   }
