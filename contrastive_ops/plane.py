@@ -133,16 +133,17 @@ class Block(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best pairs of every row in each strip, [N, strips, K], in any order; K at least as many as are wanted.
+    """The best pairs of every row in each strip, [N, strips, K], in any order.
 
-    A candidate is an integer: the order of its key, the better the larger, and in the 32 bits below LAST_COLUMN less the
+    A candidate is an integer: the order of its key, the better the larger, and in the low 32 bits LAST_COLUMN less the
     column. The order is the bits of float32, but for the sign flipped where that is set; of the smallest ~order.
     """
 
     keys: Tensor  # int64; NO_KEY where there is no more pair
-    values: Tensor | None  # the logits, where they are not the keys
+    logits: Tensor | None  # where they are not the keys
 
 
+MOST_CANDIDATES = 256  # of a row in one sweep
 NO_KEY = -(2**31)
 LAST_COLUMN = 2**31 - 1
 NO_SPAN, NO_SECOND = Span(), Second()
@@ -354,11 +355,13 @@ class Kernels(Protocol):
     def topk_tiling(self, problem: Problem, k: int) -> tuple[int, int]:
         raise RuntimeError(f"{type(self).__name__} has no topk")
 
-    def topk(self, problem: Problem, largest: bool, noise: int | None, best: Best, cols_per_strip: int) -> None:
+    def topk(
+        self, problem: Problem, largest: bool, noise: int | None, bound: Tensor | None, best: Best, cols_per_strip: int
+    ) -> None:
         """Of every row and strip of columns those that take part with the largest (smallest) keys.
 
         The key is the logit, and with noise the logit and Gumbel noise of the pair, see contrastive_ops/noise.py: it is
-        the start of its stream. -inf is no key, and NaN the largest.
+        the start of its stream. -inf is no key, and NaN the largest. With a bound [N] only candidates below it count.
         """
         raise RuntimeError(f"{type(self).__name__} has no topk")
 

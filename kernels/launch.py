@@ -180,12 +180,14 @@ class TritonKernels(Kernels):
     def topk_tiling(self, problem: Problem, k: int) -> tuple[int, int]:
         return tilings.topk_tiling(problem, k)[:2]
 
-    def topk(self, problem: Problem, largest: bool, noise: int | None, best: Best, cols_per_strip: int) -> None:
+    def topk(
+        self, problem: Problem, largest: bool, noise: int | None, bound: Tensor | None, best: Best, cols_per_strip: int
+    ) -> None:
         k = best.keys.shape[2]
         tiling = tilings.topk_tiling(problem, k)
         given, described = inputs(problem, tiling)
         x, y, vectors, span, *_, second = given
         topk_kernel[(cdiv(problem.n, tiling.block_m), cdiv(problem.m, cols_per_strip))](
-            x, y, vectors, span, second, noise, best, problem.n, problem.m, problem.features, cols_per_strip,
+            x, y, vectors, span, second, noise, bound, best, problem.n, problem.m, problem.features, cols_per_strip,
             LARGEST=largest, DESCRIBED=described, K=k, **options(problem, tiling),
         )  # fmt: skip

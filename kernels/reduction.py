@@ -23,6 +23,7 @@ from contrastive_ops.plane import Part
 
 FIELDS = tl.constexpr(len(Part._fields))
 MAXIMUM = tl.constexpr(Part._fields.index("maximum"))
+TOTAL = tl.constexpr(Part._fields.index("total"))
 TEACHER_MAXIMUM = tl.constexpr(Part._fields.index("teacher_maximum"))
 
 
@@ -85,21 +86,23 @@ def empty_state(part, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_state(part, index, inside, BLOCK: tl.constexpr):
+def load_state(part, index, inside, TOTALS: tl.constexpr, BLOCK: tl.constexpr):
+    """The state without its total, or the total alone, which is the last of those that have one."""
     nothing = empty_state(part, BLOCK)
     state = ()
     for k in tl.static_range(FIELDS):
         if part[k] is not None:
-            state = state + (tl.load(part[k] + index, mask=inside, other=nothing[0]),)  # noqa: RUF005
+            if (k == TOTAL) == TOTALS:
+                state = state + (tl.load(part[k] + index, mask=inside, other=nothing[0]),)  # noqa: RUF005
             nothing = nothing[1:]
     return state
 
 
 @triton.jit
-def store_state(part, index, inside, state):
+def store_state(part, begin, index, inside, state):
     for k in tl.static_range(FIELDS):
         if part[k] is not None:
-            tl.store(part[k] + index, state[0], mask=inside)
+            tl.store(part[k] + begin + index, state[0], mask=inside)
             state = state[1:]
 
 
@@ -345,7 +348,7 @@ def gradients_of_tile(
     For a pair left out by index that of its own logit alone.
     """
     infinity = float("inf")
-    of_others = tl.zeros_like(logits)
+    of_others = logits  # of nothing, without a teacher
     if REDUCTION == "logsumexp" or REDUCTION == "expectation":
         logits = those_taking_part(
             logits, others, -infinity, vectors, second, of_rows, of_cols, has, rows, cols, row, col, n, m,

@@ -97,7 +97,7 @@ def forward_kernel(
     if COLS:
         for col in range(first_col, last_col, BLOCK_N):
             cols = col_begin + col + tl.arange(0, BLOCK_N)
-            store_state(col_part, cols, cols < col_begin + m, empty_state(col_part, BLOCK_N))
+            store_state(col_part, 0, cols, cols < col_begin + m, empty_state(col_part, BLOCK_N))
     tl.debug_barrier()
     # statistics of the rows stay in registers, those of the columns in memory, where no other program writes them
     for row in range(first_row, last_row, BLOCK_M):
@@ -115,7 +115,7 @@ def forward_kernel(
                 # asked for before the products, needed after them
                 if COLS:
                     place = col_begin + cols
-                    col_state = load_state(col_part, place, cols < m, BLOCK_N)
+                    col_state = load_state(col_part, place, cols < m, False, BLOCK_N)
                 pairs, _ = pairs_of_tile(
                     x, y, span, rows, cols, row, col, n, m, features,
                     MEMBERS, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -137,12 +137,13 @@ def forward_kernel(
                 if COLS:
                     if MIRRORED:  # the tiles on the diagonal have both sides already
                         of_tile_cols = state_if(row + BLOCK_M <= col, col_part, of_tile_cols, BLOCK_N)
+                    col_state = col_state + load_state(col_part, place, cols < m, True, BLOCK_N)
                     col_state = join(col_part, col_state, of_tile_cols)
                     tl.debug_barrier()  # several threads may have read an element, of which one writes it
-                    store_state(col_part, place, place < col_begin + m, col_state)
+                    store_state(col_part, 0, place, place < col_begin + m, col_state)
                     tl.debug_barrier()  # other threads may read it for the next tile
         if ROWS:
-            store_state(row_part, row_begin + rows, row_begin + rows < row_begin + n, row_state)
+            store_state(row_part, 0, row_begin + rows, row_begin + rows < row_begin + n, row_state)
 
 
 @triton.jit
@@ -150,7 +151,7 @@ def join_parts(part, parts, state, index, size, BLOCK: tl.constexpr):
     """Join the partials [parts, size] of every row to its state, in their order."""
     place = index.to(tl.int64)
     for _ in range(parts):
-        state = join(part, state, load_state(part, place, index < size, BLOCK))
+        state = join(part, state, load_state(part, place, index < size, False, BLOCK))
         place += size
     return state
 
@@ -178,19 +179,19 @@ def merge_kernel(
 @triton.jit
 def store_sums(
     gradient, pairs, vectors, row_scale, row_bias, col_scale, col_bias,
-    rows, cols, n, m, row_place, col_place, rows_inside, cols_inside,
+    rows, cols, n, m, row_place, col_place, local_rows, local_cols, block_rows, block_cols,
 ):  # fmt: skip
     """Partial sums of g for the scales and biases of a tile; also gives g b."""
     weighted = scaled_by_cols(gradient, vectors, cols, m)
     if row_scale is not None:
-        tl.store(row_scale + row_place, tl.sum(weighted * pairs, 1), mask=rows_inside)
+        tl.store(row_scale + row_place, tl.sum(weighted * pairs, 1), mask=local_rows < block_rows)
     if row_bias is not None:
-        tl.store(row_bias + row_place, tl.sum(gradient, 1), mask=rows_inside)
+        tl.store(row_bias + row_place, tl.sum(gradient, 1), mask=local_rows < block_rows)
     if col_scale is not None:
         of_scale = tl.sum(scaled_by_rows(gradient * pairs, vectors, rows, n), 0)
-        tl.store(col_scale + col_place, of_scale, mask=cols_inside)
+        tl.store(col_scale + col_place, of_scale, mask=local_cols < block_cols)
     if col_bias is not None:
-        tl.store(col_bias + col_place, tl.sum(gradient, 0), mask=cols_inside)
+        tl.store(col_bias + col_place, tl.sum(gradient, 0), mask=local_cols < block_cols)
     return weighted
 
 
@@ -222,7 +223,6 @@ def block_kernel(
     row_place = tile_col.to(tl.int64) * block_rows + local_rows
     col_place = tile_row.to(tl.int64) * block_cols + local_cols
     needed = is_needed(of_rows, of_cols, has, RESTRICT)
-    rows_inside, cols_inside = local_rows < block_rows, local_cols < block_cols
     TEACHES: tl.constexpr = REDUCTION == "expectation" and u is not None
     pairs = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -250,13 +250,16 @@ def block_kernel(
                 u, v, rows, cols, row, col, n, m, width, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
             )
             others = logits_of_tile(other_pairs, second, rows, cols, n, m)
-        gradient, of_others = gradients_of_tile(
+        gradients = gradients_of_tile(
             logits, others, vectors, second, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m,
             REDUCTION, TEACHES, RESTRICT, ABOVE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+        gradient = gradients[0]
+        if TEACHES:
+            of_others = gradients[1]
     weighted = store_sums(
         gradient, pairs, vectors, row_sums.scale, row_sums.bias, col_sums.scale, col_sums.bias,
-        rows, cols, n, m, row_place, col_place, rows_inside, cols_inside,
+        rows, cols, n, m, row_place, col_place, local_rows, local_cols, block_rows, block_cols,
     )  # fmt: skip
     if coefficients is not None:
         weighted = scaled_by_rows(weighted, vectors, rows, n)
@@ -280,7 +283,7 @@ def block_kernel(
         weighted = store_sums(
             of_others, other_pairs, second,
             row_sums.teacher_scale, row_sums.teacher_bias, col_sums.teacher_scale, col_sums.teacher_bias,
-            rows, cols, n, m, row_place, col_place, rows_inside, cols_inside,
+            rows, cols, n, m, row_place, col_place, local_rows, local_cols, block_rows, block_cols,
         )  # fmt: skip
         if PLANES == 2 and needed:
             weighted = scaled_by_rows(weighted, second, rows, n)
@@ -458,7 +461,7 @@ def attention_kernel(
     if REDUCTION == "logsumexp":
         share = 1.0 / tl.where(state[1] == 0.0, 1.0, state[1])
     of_strip = strip.to(tl.int64) * n
-    store_state(part, of_strip + rows, rows < n, state)
+    store_state(part, of_strip, rows, rows < n, state)
     tl.store(slopes.scale + of_strip + rows, of_scale * share, mask=rows < n)
     if slopes.bias is not None:
         tl.store(slopes.bias + of_strip + rows, of_bias, mask=rows < n)

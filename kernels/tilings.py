@@ -28,6 +28,7 @@ class Tilings(NamedTuple):
     forward_many: Tiling
     block: Tiling
     block_many: Tiling
+    second: Tiling  # forward and block of pairs with a second form
     volume: Tiling  # forward and block, P = 1 and 2
     volume_many: Tiling  # P = 3 and 4
     product: Tiling  # where only equal ids take part; at most, see `product_tiling`
@@ -44,13 +45,14 @@ TILINGS = {
             forward_many=Tiling(128, 64, 64, 8, 3),
             block=Tiling(128, 64, 64, 4, 3),
             block_many=Tiling(128, 64, 64, 8, 3),
+            second=Tiling(64, 64, 64, 8, 3),
             volume=Tiling(128, 64, 64, 8, 3),
             volume_many=Tiling(64, 32, 64, 8, 3),
             product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 32, 0, 8, 2),
         ),
         4: Tilings(
-            *[Tiling(64, 64, 32, 8, 2)] * 5,
+            *[Tiling(64, 64, 32, 8, 2)] * 6,
             volume_many=Tiling(64, 32, 16, 8, 3),
             product=Tiling(64, 32, 64, 8, 2),
             rows=None,
@@ -63,6 +65,7 @@ TILINGS = {
             forward_many=Tiling(128, 128, 64, 4, 3, descriptors=True),
             block=Tiling(64, 128, 64, 4, 3, descriptors=True),
             block_many=Tiling(64, 128, 64, 4, 3, descriptors=True),
+            second=Tiling(64, 64, 64, 8, 3, descriptors=True),
             volume=Tiling(128, 64, 64, 4, 3),
             volume_many=Tiling(64, 64, 64, 4, 3),
             product=Tiling(64, 64, 256, 8, 3),
@@ -73,6 +76,7 @@ TILINGS = {
             forward_many=Tiling(128, 64, 32, 4, 3, descriptors=True),
             block=Tiling(128, 64, 32, 4, 3, descriptors=True),
             block_many=Tiling(128, 64, 32, 4, 3, descriptors=True),
+            second=Tiling(64, 64, 32, 8, 3, descriptors=True),
             volume=Tiling(128, 64, 32, 8, 3),
             volume_many=Tiling(64, 32, 16, 8, 3),
             product=Tiling(64, 32, 64, 8, 2),
@@ -86,6 +90,7 @@ TILINGS = {
             forward_many=Tiling(64, 64, 64, 8, 3),
             block=Tiling(64, 64, 64, 8, 3),
             block_many=Tiling(64, 64, 64, 8, 3),
+            second=Tiling(64, 32, 64, 8, 2),
             volume=Tiling(64, 32, 64, 8, 2),
             volume_many=Tiling(64, 32, 64, 8, 2),
             product=Tiling(64, 64, 256, 8, 3),
@@ -96,6 +101,7 @@ TILINGS = {
             forward_many=Tiling(64, 64, 32, 8, 2),
             block=Tiling(64, 64, 32, 8, 2),
             block_many=Tiling(64, 32, 32, 4, 2),
+            second=Tiling(64, 32, 32, 8, 2),
             volume=Tiling(64, 32, 32, 8, 2),
             volume_many=Tiling(64, 32, 32, 8, 2),
             product=Tiling(64, 32, 128, 8, 2),
@@ -108,13 +114,14 @@ TILINGS = {
             forward_many=Tiling(128, 128, 64, 8, 2),
             block=Tiling(128, 128, 64, 8, 2),
             block_many=Tiling(128, 64, 64, 8, 2),
+            second=Tiling(64, 64, 64, 8, 2),
             volume=Tiling(128, 64, 64, 8, 2),
             volume_many=Tiling(64, 32, 64, 4, 2),
             product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 32, 0, 4, 2),
         ),
         4: Tilings(
-            *[Tiling(64, 64, 16, 8, 3)] * 5,
+            *[Tiling(64, 64, 16, 8, 3)] * 6,
             volume_many=Tiling(64, 32, 16, 4, 2),
             product=Tiling(64, 32, 128, 8, 2),
             rows=None,
@@ -124,7 +131,7 @@ TILINGS = {
 # the most features of rows and of attention: beyond, the blocks are faster, by bench/devices
 ROWS_FEATURES = 128
 ATTENTION_FEATURES = 256
-CANDIDATES = 2048  # of a program, each 64 bits in a register
+CANDIDATES = 4096  # of a program, in registers
 
 
 def device_class(x: Tensor) -> str:
@@ -156,7 +163,7 @@ def forward_tiling(problem: Problem) -> Tiling:
     if problem.members:
         return tilings.volume if problem.members <= 2 else tilings.volume_many
     if problem.second.u is not None:
-        return tilings.volume
+        return tilings.second
     return tilings.forward_many if _many(problem) else tilings.forward
 
 
@@ -180,7 +187,8 @@ def product_tiling(problem: Problem) -> Tiling:
 def rows_tiling(problem: Problem) -> Tiling | None:
     """None where rows_kernel does not take the problem."""
     tiling = _of(problem).rows
-    if tiling is None or problem.members or problem.second.u is not None or problem.features > ROWS_FEATURES:
+    simple = not problem.members and problem.second.u is None and problem.reduction != "expectation"
+    if tiling is None or not simple or problem.features > ROWS_FEATURES:
         return None
     return _of_all_features(tiling, problem)
 
@@ -192,8 +200,7 @@ def attention_tiling(problem: Problem) -> Tiling:
 def topk_tiling(problem: Problem, k: int) -> Tiling:
     """That of forward, with fewer rows where their candidates take the registers."""
     tiling = _of(problem).forward_many
-    rows = max(16, min(tiling.block_m, CANDIDATES // k))
-    return tiling._replace(block_m=rows, block_n=64, warps=16 if rows * k > 2 * CANDIDATES else tiling.warps)
+    return tiling._replace(block_m=max(16, min(tiling.block_m, CANDIDATES // k)), block_n=64, warps=8)
 
 
 def _of_all_features(tiling: Tiling, problem: Problem) -> Tiling:

@@ -4,9 +4,10 @@
         key of every pair, its logit, and with noise the logit and Gumbel noise of the pair
         while any row has a key better than the worst of its candidates: that candidate is replaced by the tile's best
 
+With a bound only those beyond it count: more candidates than registers hold take another sweep.
+
 Candidates stay in registers, as integers in the order of (key, then the lower column), all of them different: which is
-replaced doesn't depend on where it is. They are not sorted: contrastive_ops/backends/sweep.py sorts those of all
-strips.
+replaced doesn't depend on where it is. They are not sorted: contrastive_ops/backends/sweep.py sorts them.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def best_of_tile(order, col, kept):
 
 @triton.jit
 def topk_kernel(
-    x, y, vectors, span, second, start, best, n, m, features, cols_per_strip,
+    x, y, vectors, span, second, start, bound, best, n, m, features, cols_per_strip,
     LARGEST: tl.constexpr, RESTRICT: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -80,6 +81,10 @@ def topk_kernel(
     of_rows = ranges_of_rows(vectors, rows, n)
     kept = tl.zeros((BLOCK_M, K), tl.int64) + ((tl.full((1, K), NONE, tl.int64) << 32) | lanes[None, :])
     values = tl.zeros((BLOCK_M, K), tl.float32)
+    if bound is not None:
+        below = tl.load(bound + rows, mask=rows < n, other=0)
+        bound_order = (below >> 32).to(tl.int32)[:, None]
+        bound_col = (-((below & 0xFFFFFFFF) - LAST)).to(tl.int32)[:, None]
     for col in range(first_col, last_col, BLOCK_N):
         cols = col + tl.arange(0, BLOCK_N)
         of_cols = ranges_of_cols(vectors, cols, m)
@@ -97,6 +102,9 @@ def topk_kernel(
             if start is not None:
                 keys = logits + gumbel(start, rows, cols)
             order = tl.where(keys == -float("inf"), NONE, ordered(keys, LARGEST))
+            if bound is not None:
+                taken = (order > bound_order) | ((order == bound_order) & (cols[None, :] <= bound_col))
+                order = tl.where(taken, NONE, order)
             place, candidate, worst, better = best_of_tile(order, col, kept)
             while tl.max(better.to(tl.int32), 0) > 0:
                 replaced = better[:, None] & (kept == worst[:, None])
@@ -110,4 +118,4 @@ def topk_kernel(
     where = (rows.to(tl.int64)[:, None] * strips + strip) * K + lanes[None, :]
     tl.store(best.keys + where, kept, mask=rows[:, None] < n)
     if start is not None:
-        tl.store(best.values + where, values, mask=rows[:, None] < n)
+        tl.store(best.logits + where, values, mask=rows[:, None] < n)

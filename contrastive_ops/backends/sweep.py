@@ -31,6 +31,7 @@ from contrastive_ops.backends import tuples as tuple_basis
 from contrastive_ops.plane import (
     AT_MINIMUM,
     LAST_COLUMN,
+    MOST_CANDIDATES,
     NO_KEY,
     NO_SECOND,
     SUMS,
@@ -765,24 +766,28 @@ def similarity_topk_forward(kernels: Kernels, *arguments: Any) -> tuple[Tensor, 
         indices = torch.full((n, k), -1, dtype=torch.int64, device=x.device)
         if n == 0 or m == 0:
             return values, indices
-        have = min(k, m)
-        lanes = 1 << (have - 1).bit_length()
-        cols_per_strip = _cols_per_strip(kernels, problem, kernels.topk_tiling(problem, lanes))
-        shape = (n, cdiv(m, cols_per_strip), lanes)
-        best = Best(
-            torch.empty(shape, dtype=torch.int64, device=x.device), None if noise is None else problem.empty(*shape)
-        )
-        kernels.topk(problem, largest, None if noise is None else pair_noise.start(noise), best, cols_per_strip)
-        keys, place = (of_all[:, :have] for of_all in best.keys.flatten(1).sort(1, descending=True))
-        order = (keys >> 32).to(torch.int32)
-        there = order > NO_KEY
-        if best.values is None:
-            bits = order if largest else ~order
-            found = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
-        else:
-            found = best.values.flatten(1).gather(1, place)
-        values[:, :have] = found.where(there, values[:, :have])
-        indices[:, :have] = (LAST_COLUMN - (keys & 0xFFFFFFFF)).where(there, -1)
+        start = None if noise is None else pair_noise.start(noise)
+        bound = None
+        for first in range(0, min(k, m), MOST_CANDIDATES):
+            part = slice(first, min(first + MOST_CANDIDATES, k, m))
+            wanted = part.stop - part.start
+            lanes = 1 << (wanted - 1).bit_length()
+            cols_per_strip = _cols_per_strip(kernels, problem, kernels.topk_tiling(problem, lanes))
+            shape = (n, cdiv(m, cols_per_strip), lanes)
+            logits = None if noise is None else problem.empty(*shape)
+            best = Best(torch.empty(shape, dtype=torch.int64, device=x.device), logits)
+            kernels.topk(problem, largest, start, bound, best, cols_per_strip)
+            keys, place = (of_all[:, :wanted] for of_all in best.keys.flatten(1).sort(1, descending=True))
+            order = (keys >> 32).to(torch.int32)
+            there = order > NO_KEY
+            if logits is None:
+                bits = order if largest else ~order
+                found = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
+            else:
+                found = logits.flatten(1).gather(1, place)
+            values[:, part] = found.where(there, values[:, part])
+            indices[:, part] = (LAST_COLUMN - (keys & 0xFFFFFFFF)).where(there, -1)
+            bound = keys[:, -1].contiguous()
     return values, indices
 
 
