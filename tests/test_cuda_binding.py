@@ -75,9 +75,7 @@ class Calls:
         maximum = empty(N) if maximum is None else maximum
         self.operators.merge(part, mirror, maximum, empty(N) if log_sum is None else log_sum, mean)
 
-    def block(
-        self, *, incoming=NOTHING, unit=None, coefficients=None, sums=NO_SUMS, where=(0, 0, N, M, 16), **problem
-    ):
+    def block(self, *, incoming=NOTHING, unit=None, coefficients=None, sums=NO_SUMS, where=(0, 0, N, M, 16), **problem):
         coefficients = empty(1, N, 16) if coefficients is None else coefficients
         self.operators.block(*self.problem(**problem), incoming, unit, coefficients, sums, NO_SUMS, *where)
 
@@ -178,7 +176,8 @@ REFUSALS = {
     "block-sums": ("block", {"sums": changed(NO_SUMS, 0, empty(2, N))}, "scale must have shape (1, 7), got (2, 7)"),
     "block-unit": ("block", {"unit": torch.ones(())}, "unit must have shape (1), got ()"),
     "incoming-max": ("block", {"incoming": changed(NOTHING, 0, torch.ones(N))}, "row_weight and row_max go together"),
-    "incoming-side": ("block", {"incoming": changed(NOTHING, 7, torch.ones(N))}, "col_total must have shape (9), got (7)"),
+    "incoming-side": ("block", {"incoming": changed(NOTHING, 7, torch.ones(N))},
+                      "col_total must have shape (9), got (7)"),
     "incoming-mean": ("block", {"incoming": changed(NOTHING, 8, torch.ones(N))}, "row_share and row_mean go together"),
     "rows-guide": ("by_rows", {"second": GUIDE}, "there is no such kernel for this reduction or with a guide"),
     "rows-dtype": ("by_rows", {"x": X, "y": Y}, "there is no such kernel for D = 16 and the type of x"),
@@ -223,4 +222,6 @@ def test_the_same_call_without_a_fault_runs(operator, operators):
 def test_rows_take_as_many_features_as_the_backend_says(dtype, operators):
     kernels = cuda.CudaKernels("contrastive_ops_cuda_host")
     for features in (1, cuda.ROWS_FEATURES, cuda.ROWS_FEATURES + 1):
-        assert kernels.takes_attention("similarity_logsumexp", dtype, features) == (operators.rows_tiling(dtype, features)[0] > 0)
+        assert kernels.takes_attention("similarity_logsumexp", dtype, features) == (
+            operators.rows_tiling(dtype, features)[0] > 0
+        )

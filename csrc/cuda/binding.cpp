@@ -402,7 +402,8 @@ Part part_of(
 }
 
 // What forward folds: all that the reduction has, or nothing.
-Part folded(const Call& call, const char* name, const Tensors& part, int64_t parts, const Problem& problem, int64_t size) {
+Part folded(
+    const Call& call, const char* name, const Tensors& part, int64_t parts, const Problem& problem, int64_t size) {
   const bool is_sum = problem.reduction == Reduction::sum, is_mean = problem.reduction == Reduction::expectation;
   const Part result = part_of(call, name, part, parts, size, is_sum);
   const bool given = result.maximum != nullptr, teaches = is_mean && problem.second.form.x != nullptr;
@@ -519,7 +520,8 @@ struct OfBlock {
         call.size("cols", cols),
         call.size("stride", stride)};
     call.check(inside(first_row, rows, problem.n), "rows from ", first_row, " to ", first_row + rows, " are not in x");
-    call.check(inside(first_col, cols, problem.m), "columns from ", first_col, " to ", first_col + cols, " are not in y");
+    call.check(
+        inside(first_col, cols, problem.m), "columns from ", first_col, " to ", first_col + cols, " are not in y");
     const auto whole = [](int64_t first, int64_t count, int64_t all, int part) {
       return count % part == 0 || first + count == all;
     };
@@ -528,10 +530,10 @@ struct OfBlock {
     call.check(stride >= cols, "stride must be at least the columns, ", cols, ", got ", stride);
     check_tiles(call, "stride", stride, 16);
     const bool teaches = problem.reduction == Reduction::expectation && problem.second.form.x != nullptr;
-    const bool of_teacher = teaches && coefficients.has_value() && coefficients->dim() > 0 && coefficients->size(0) == 2;
+    const bool of_teacher =
+        teaches && coefficients.has_value() && coefficients->dim() > 0 && coefficients->size(0) == 2;
     const int planes = of_teacher ? 2 : problem.members == 0 ? 1 : problem.members;
-    void* out =
-        call.pointer<void>("coefficients", coefficients, {planes, rows, stride}, type_of(problem.dtype));
+    void* out = call.pointer<void>("coefficients", coefficients, {planes, rows, stride}, type_of(problem.dtype));
     // they are stored 16 bytes at a time
     call.check(reinterpret_cast<uintptr_t>(out) % 16 == 0, "coefficients must be aligned to 16 bytes");
     const Sums of_rows = sums_of(call, "row_sums", row_sums, parts_of(cols, tile.cols), rows);
@@ -670,8 +672,9 @@ STABLE_TORCH_LIBRARY(CONTRASTIVE_OPS_LIBRARY, library) {
   for (const std::string& schema : {
            "forward(" + problem + "Tensor(a!)?[] row, Tensor(b!)?[] col, int rows_per_group, int cols_per_strip) -> ()",
            "excluded(" + problem + "Tensor(a!) logits) -> ()",
-           std::string("merge(Tensor?[] part, Tensor?[] mirror, Tensor(a!) maximum, Tensor(b!) log_sum, "
-                       "Tensor(c!)? mean) -> ()"),
+           std::string(
+               "merge(Tensor?[] part, Tensor?[] mirror, Tensor(a!) maximum, Tensor(b!) log_sum, "
+               "Tensor(c!)? mean) -> ()"),
            "block(" + problem + incoming +
                "Tensor(a!)? coefficients, Tensor(b!)?[] row_sums, Tensor(c!)?[] col_sums, "
                "int first_row, int first_col, int rows, int cols, int stride) -> ()",

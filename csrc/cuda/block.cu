@@ -178,12 +178,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
 
   const auto place = Shape::place(thread_index());
   pairs.choose(
-      second,
-      shared.second,
-      shared.row.options,
-      shared.col.options,
-      mask,
-      [&](int mi, int nj, int e, int i, int j) {
+      second, shared.second, shared.row.options, shared.col.options, mask, [&](int mi, int nj, int e, int i, int j) {
         return logit_of_pair<false>(dots[nj][mi][e], shared.row.options, shared.col.options, i, j);
       });
   typename Reduction::template Gradient<Place> gradient(problem, shared.row.weights, shared.col.weights, place);

@@ -124,8 +124,8 @@ struct Expectation {
     SoftmaxGradient<Place> of_lse, of_mean;
 
     template <int ROWS, int COLS>
-    __device__ __forceinline__ Gradient(
-        const Problem&, const Weights<ROWS>& rows, const Weights<COLS>& cols, const Place& place)
+    __device__ __forceinline__
+    Gradient(const Problem&, const Weights<ROWS>& rows, const Weights<COLS>& cols, const Place& place)
         : of_lse(rows.of_lse, cols.of_lse, place), of_mean(rows.of_mean, cols.of_mean, place) {}
 
     template <int ROWS>

@@ -24,7 +24,8 @@ struct Shared {
   typename Reduction::Statistics statistics[Shape::rows];  // each row's own thread's
 };
 
-// The values of the tile in place of its products: of the logits what is added up, and `nothing` where a pair takes no part.
+// What is reduced in place of the products of the tile: the logits, or a function of them, and `nothing` where a pair
+// takes no part.
 template <typename T, typename Reduction>
 __device__ __forceinline__ void evaluate(
     typename Reduction::Shape::Dots& dots,

@@ -276,7 +276,7 @@ struct Pairs {
   static constexpr With with = Reduction::with;
   using Dots = typename Shape::Dots;
   using Values = SecondValues<Shape, with>;
-  using Ceilings = SecondOptions<Shape, with>;
+  using Given = SecondOptions<Shape, with>;
 
   const Problem& problem;
   Products<T, Shape> logits, second;
@@ -297,7 +297,7 @@ struct Pairs {
   }
 
   // Of the tile at (row, col), which `begin` began.
-  __device__ __forceinline__ void finish(Dots& dots, Values& values, const Ceilings& ceilings, int row, int col) {
+  __device__ __forceinline__ void finish(Dots& dots, Values& values, const Given& given, int row, int col) {
     if constexpr (with != With::nothing) {
       values.chosen = {};
     }
@@ -305,7 +305,7 @@ struct Pairs {
       if (has_second) {
         second.finish(dots);
         logits.begin(row, col);
-        compare(values, ceilings, [&](int mi, int nj, int e, int, int) { return dots[nj][mi][e]; });
+        compare(values, given, [&](int mi, int nj, int e, int, int) { return dots[nj][mi][e]; });
       }
     } else if constexpr (with == With::teacher) {
       if (has_second) {
@@ -321,7 +321,7 @@ struct Pairs {
   template <typename Logit>
   __device__ __forceinline__ void choose(
       Values& values,
-      const Ceilings& ceilings,
+      const Given& given,
       const Options<Shape::rows>& rows,
       const Options<Shape::cols>& cols,
       const Mask& mask,
@@ -329,7 +329,7 @@ struct Pairs {
     if constexpr (with == With::guide) {
       const bool guided = problem.second.row_ceiling != nullptr || problem.second.col_ceiling != nullptr;
       if (guided && !has_second) {
-        compare(values, ceilings, logit_of);
+        compare(values, given, logit_of);
       }
     }
     if constexpr (with != With::nothing) {
@@ -343,10 +343,10 @@ struct Pairs {
 
  private:
   template <typename Similarity>
-  __device__ __forceinline__ void compare(Values& values, const Ceilings& ceilings, Similarity similarity_of) const {
+  __device__ __forceinline__ void compare(Values& values, const Given& given, Similarity similarity_of) const {
     keep(values, [&](int mi, int nj, int e, int i, int j) {
       const float similarity = similarity_of(mi, nj, e, i, j);
-      const bool is_above = similarity > ceilings.row_ceiling[i] || similarity > ceilings.col_ceiling[j];
+      const bool is_above = similarity > given.row_ceiling[i] || similarity > given.col_ceiling[j];
       return is_above == problem.second.above;
     });
   }

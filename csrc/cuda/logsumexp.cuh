@@ -136,8 +136,8 @@ struct Softmax {
     }
   }
 
-  static __device__ __forceinline__ Statistics read(
-      const float* maximum, const float* sum, const float* total, int64_t index) {
+  static __device__ __forceinline__ Statistics
+  read(const float* maximum, const float* sum, const float* total, int64_t index) {
     return {maximum[index], sum[index], total == nullptr ? 0.0f : total[index]};
   }
 
@@ -200,8 +200,8 @@ struct SoftmaxGradient {
   bool common;
 
   template <int ROWS, int COLS>
-  __device__ __forceinline__ SoftmaxGradient(
-      const SoftmaxWeights<ROWS>& rows, const SoftmaxWeights<COLS>& cols, const Place& place) {
+  __device__ __forceinline__
+  SoftmaxGradient(const SoftmaxWeights<ROWS>& rows, const SoftmaxWeights<COLS>& cols, const Place& place) {
     float high = -INF, low = INF;
     const auto include = [&](float maximum) {
       high = fmaxf(high, maximum == INF ? -INF : maximum);
@@ -233,8 +233,7 @@ struct SoftmaxGradient {
   // Of the pair (i, j) of the tile, in the thread's column l; its logit is -inf where it does not take part.
   template <int ROWS, int COLS>
   __device__ __forceinline__ float of_pair(
-      float logit, const SoftmaxWeights<ROWS>& rows, const SoftmaxWeights<COLS>& cols, int i, int j, int l)
-      const {
+      float logit, const SoftmaxWeights<ROWS>& rows, const SoftmaxWeights<COLS>& cols, int i, int j, int l) const {
     if (common) {
       return (of_row + of_col[l]) * exponential(logit - shift);
     }
@@ -333,14 +332,13 @@ struct LogSumExp {
   template <typename Place>
   struct Gradient : SoftmaxGradient<Place> {
     template <int ROWS, int COLS>
-    __device__ __forceinline__ Gradient(
-        const Problem&, const Weights<ROWS>& rows, const Weights<COLS>& cols, const Place& place)
+    __device__ __forceinline__
+    Gradient(const Problem&, const Weights<ROWS>& rows, const Weights<COLS>& cols, const Place& place)
         : SoftmaxGradient<Place>(rows, cols, place) {}
 
     template <int ROWS, int COLS>
     __device__ __forceinline__ float of_pair(
-        float logit, bool takes_part, const Weights<ROWS>& rows, const Weights<COLS>& cols, int i, int j, int l)
-        const {
+        float logit, bool takes_part, const Weights<ROWS>& rows, const Weights<COLS>& cols, int i, int j, int l) const {
       float g = SoftmaxGradient<Place>::of_pair(logit, rows, cols, i, j, l);
       if constexpr (Shape::volumes) {
         g += rows.total[i] + cols.total[j];

@@ -166,8 +166,8 @@ struct Sum {
     Function function;
 
     template <int ROWS, int COLS>
-    __device__ __forceinline__ Gradient(
-        const Problem& problem, const Weights<ROWS>&, const Weights<COLS>&, const Place&)
+    __device__ __forceinline__
+    Gradient(const Problem& problem, const Weights<ROWS>&, const Weights<COLS>&, const Place&)
         : function(problem.function) {}
 
     template <int ROWS>
@@ -175,8 +175,7 @@ struct Sum {
 
     template <int ROWS, int COLS>
     __device__ __forceinline__ float of_pair(
-        float logit, bool takes_part, const Weights<ROWS>& rows, const Weights<COLS>& cols, int i, int j, int)
-        const {
+        float logit, bool takes_part, const Weights<ROWS>& rows, const Weights<COLS>& cols, int i, int j, int) const {
       return takes_part ? (rows.weight[i] + cols.weight[j]) * derivative_of(function, logit) : 0.0f;
     }
   };

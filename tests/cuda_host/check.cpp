@@ -807,7 +807,8 @@ void check_direction(
   const auto join = [&](Part part, Part of_mirror, float* of_mean) {
     succeed(
         "merge",
-        merge(part, parts, of_mirror, mirrors, maximum.data(), log_sum.data(), of_mean, static_cast<int>(size), nullptr));
+        merge(
+            part, parts, of_mirror, mirrors, maximum.data(), log_sum.data(), of_mean, static_cast<int>(size), nullptr));
   };
   join(partials.part(), mirror == nullptr ? Part{} : mirror->part(), nullptr);
   expect_statistics(what, options, maximum, log_sum, true_maximum, true_log_sum);
