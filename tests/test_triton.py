@@ -6,7 +6,7 @@ import pytest
 import test_engines as engine_tests
 import test_similarity_logsumexp as op_tests
 import torch
-from problems import problem
+from problems import LOGSUMEXP, problem
 from tolerance import judge
 
 import contrastive_ops as co
@@ -25,7 +25,7 @@ def test_oblong_tiles(name, monkeypatch):
     oblong = table[4]._replace(forward=table[4].forward._replace(block_m=64, block_n=32))
     monkeypatch.setitem(table, 4, oblong)
     monkeypatch.setattr(plane, "PROGRAMS", 9)
-    op_tests.test_shapes((300, 270, 20), name, "triton", torch.float32)
+    op_tests.test_shapes(LOGSUMEXP, (300, 270, 20), name, "triton", torch.float32)
 
 
 # several tiles of a block, and several blocks; 16-bit features beyond those that rows_kernel takes
@@ -52,7 +52,7 @@ def test_a_fault_is_seen(monkeypatch):
     merge = engine.merge
     monkeypatch.setattr(engine, "merge", lambda self, part, parts, *rest: merge(self, part, parts - 1, *rest))
     with pytest.raises(AssertionError):
-        op_tests.test_options("vectors", "triton", torch.float32)
+        op_tests.test_options(LOGSUMEXP, "vectors", "triton", torch.float32)
 
 
 def test_refusals(monkeypatch):
