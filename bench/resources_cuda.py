@@ -107,9 +107,11 @@ def launches(operators: Any) -> Iterator[Launch]:
             arguments = (*_problem(dtype, features), _NOTHING, None, gradient, _NO_SUMS, SIZE)
             tile, instance = operators.rows_tiling(dtype, features), f"{ELEMENTS[dtype]},RowsTile<{features}>"
             yield Launch("rows", dtype, f"D <= {features}", tile, instance, arguments)
-            slopes = _empty((1, SIZE, features), (1, SIZE))
-            arguments = (*_problem(dtype, features), None, _part(1, REDUCED[0]), slopes, SIZE)
-            yield Launch("attention", dtype, f"D <= {features}", tile, instance, arguments)
+            slopes = _empty((1, SIZE, features), (1, SIZE), (1, SIZE))
+            for reduced, of in ((REDUCED[0], ""), (REDUCED[2], ", sum")):
+                arguments = (*_problem(dtype, features, reduced), None, _part(1, reduced), slopes, SIZE)
+                of_sum = f"{instance},{str(bool(of)).lower()}"
+                yield Launch("attention", dtype, f"D <= {features}{of}", tile, of_sum, arguments)
     for dtype, element in ELEMENTS.items():
         yield Launch("excluded", dtype, "", None, element, (*_problem(dtype), *_empty((SIZE,))))
     for dtype, element in ELEMENTS.items():

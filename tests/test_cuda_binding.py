@@ -88,7 +88,7 @@ class Calls:
     def attention(self, *, x=None, y=None, unit=None, row=None, slopes=None, cols_per_strip=None, **problem):
         x, y = X.half() if x is None else x, Y.half() if y is None else y
         row = statistics(1, N) if row is None else row
-        slopes = (empty(1, N, D), empty(1, N)) if slopes is None else slopes
+        slopes = (empty(1, N, D), empty(1, N), None) if slopes is None else slopes
         cols_per_strip = self.block_cols if cols_per_strip is None else cols_per_strip
         self.operators.attention(*self.problem(x, y, **problem), unit, row, slopes, cols_per_strip)
 
@@ -188,9 +188,13 @@ REFUSALS = {
                             "gradient must be of type Half, got BFloat16"),
     "attention-dtype": ("attention", {"x": X, "y": Y}, "there is no such kernel for D = 16 and the type of x"),
     "attention-row": ("attention", {"row": NO_PART}, "row must be given"),
-    "attention-slopes": ("attention", {"slopes": (empty(1, N, D), None)}, "slopes must be given"),
-    "attention-shape": ("attention", {"slopes": (empty(N, D), None)},
+    "attention-slopes": ("attention", {"slopes": (empty(1, N, D), None, None)}, "slopes must be given"),
+    "attention-shape": ("attention", {"slopes": (empty(N, D), None, None)},
                         "slopes.x must have shape (1, 7, 16), got (7, 16)"),
+    "attention-sum": ("attention", {"reduction": "relu", "row": changed(NO_PART, 1, empty(1, N).double())},
+                      "slopes of sums must have a bias"),
+    "attention-guide": ("attention", {"second": GUIDE},
+                        "there is no such kernel for this reduction or with a guide"),
     "attention-strip": ("attention", {"cols_per_strip": 1}, "cols_per_strip must be a multiple of {block_cols}, got 1"),
     "factor-shape": ("factor", {"vectors": Y}, "vectors must have shape (count, K, D), got (9, 16)"),
     "factor-members": ("factor", {"vectors": torch.ones(M, 6, D)}, "K must be from 1 to 5, got 6"),

@@ -117,8 +117,8 @@ FAULTS = {
     ),
     "a guide that is compared before it is there": Fault(
         "logits.cuh",
-        "        second.finish(dots);\n        logits.begin(row, col);\n        compare(",
-        "        logits.begin(row, col);\n        second.finish(dots);\n        compare(",
+        "        second.finish(dots, row, col);\n        logits.begin(row, col);\n",
+        "        logits.begin(row, col);\n        second.finish(dots, row, col);\n",
         "forward",
         "float32 guide",
         "race",

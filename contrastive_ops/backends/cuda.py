@@ -94,13 +94,14 @@ class CudaKernels(Kernels):
         return rowwise.kernels(x, "cuda")
 
     def takes_attention(self, op: str, dtype: torch.dtype, features: int) -> bool:
-        return op == "similarity_logsumexp" and dtype.itemsize == 2 and features <= ROWS_FEATURES
+        ops = ("similarity_logsumexp", "similarity_sum")
+        return op in ops and dtype.itemsize == 2 and features <= ROWS_FEATURES
 
     def attention_tiling(self, problem: Problem) -> tuple[int, int]:
         return self.operators.rows_tiling(problem.x.dtype, problem.features)
 
     def attention(self, problem: Problem, unit: Tensor | None, row: Part, slopes: Slopes, cols_per_strip: int) -> None:
-        self.operators.attention(*_of(problem), unit, row, slopes[:2], cols_per_strip)
+        self.operators.attention(*_of(problem), unit, row, slopes, cols_per_strip)
 
     def factor(self, tuples: Tensor) -> tuple_basis.Basis:
         count, members, _ = tuples.shape

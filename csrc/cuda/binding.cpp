@@ -562,7 +562,6 @@ struct Strips {
 
 Strips strips_of(const Call& call, const Problem& problem, int64_t cols_per_strip) {
   call.check(problem.members == 0, "y must have shape (M, D)");
-  call.check(is_plain(problem), "there is no such kernel for this reduction or with a guide");
   const Tiling tile = rows_tiling(problem.dtype, problem.features);
   call.check(tile.rows > 0, "there is no such kernel for D = ", problem.features, " and the type of x");
   const int cols = call.size("cols_per_strip", cols_per_strip);
@@ -581,6 +580,7 @@ struct Rows {
       const OptionalTensor& gradient,
       const Tensors& sums,
       int64_t cols_per_strip) {
+    call.check(is_plain(problem), "there is no such kernel for this reduction or with a guide");
     const Strips strips = strips_of(call, problem, cols_per_strip);
     const bool in_float = gradient.has_value() && gradient->scalar_type() == ScalarType::Float;
     void* out = call.pointer<void>(
@@ -611,14 +611,20 @@ struct Attention {
       const Tensors& row,
       const Tensors& slopes,
       int64_t cols_per_strip) {
+    const Second& second = problem.second;
+    const bool is_sum = problem.reduction == Reduction::sum;
+    const bool guided = second.row_ceiling != nullptr || second.col_ceiling != nullptr;
+    call.check(is_plain(problem) || (is_sum && !guided), "there is no such kernel for this reduction or with a guide");
     const Strips strips = strips_of(call, problem, cols_per_strip);
-    const Part part = part_of(call, "row", row, strips.count, problem.n);
-    Fields given(call, "slopes", slopes, 2);
+    const Part part = part_of(call, "row", row, strips.count, problem.n, is_sum);
+    Fields given(call, "slopes", slopes, 3);
     const Slopes found{
         given.next<float>("slopes.x", {strips.count, problem.n, problem.features}),
-        given.next<float>("slopes.scale", {strips.count, problem.n})};
-    call.check(part.maximum != nullptr, "row must be given");
+        given.next<float>("slopes.scale", {strips.count, problem.n}),
+        given.next<float>("slopes.bias", {strips.count, problem.n})};
+    call.check(is_sum ? part.values != nullptr : part.maximum != nullptr, "row must be given");
     call.check(found.x != nullptr && found.scale != nullptr, "slopes must be given");
+    call.check(found.bias != nullptr || !is_sum, "slopes of sums must have a bias");
     const float* size = call.pointer<const float>("unit", unit, {1});
     call.finish(cuda::attention(problem, size, part, found, strips.cols, call.stream()));
   }

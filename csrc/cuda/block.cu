@@ -177,10 +177,7 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
   }
 
   const auto place = Shape::place(thread_index());
-  pairs.choose(
-      second, shared.second, shared.row.options, shared.col.options, mask, [&](int mi, int nj, int e, int i, int j) {
-        return logit_of_pair<false>(dots[nj][mi][e], shared.row.options, shared.col.options, i, j);
-      });
+  pairs.choose(second, shared.row.options, shared.col.options, mask);
   typename Reduction::template Gradient<Place> gradient(problem, shared.row.weights, shared.col.weights, place);
   const float reciprocal_unit = unit == nullptr ? 1.0f : 1.0f / *unit;
   [[maybe_unused]] const float teacher_unit = unit == nullptr || planes == 1 ? 1.0f : 1.0f / unit[1];
@@ -207,6 +204,9 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
         takes_part = mask.takes_part(shared.row.options, shared.col.options, i, j);
       } else {
         takes_part = second.chosen.has(k, l);
+        if constexpr (Reduction::with == With::guide) {
+          takes_part = takes_part && (!pairs.guides_itself() || pairs.lets(logit, shared.second, i, j));
+        }
       }
       float g = 0.0f;
       if constexpr (taught) {
@@ -214,10 +214,10 @@ __global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 
         const auto& teacher_col = shared.second.col;
         const float teacher_pair = second.dots[nj][mi][e];
         const float teacher =
-            pairs.has_second ? logit_of_pair<false>(teacher_pair, teacher_row, teacher_col, i, j) : logit;
+            pairs.has_second() ? logit_of_pair<false>(teacher_pair, teacher_row, teacher_col, i, j) : logit;
         float h = 0.0f;
         g = gradient.of_pair(logit, teacher, takes_part, shared.row.weights, shared.col.weights, i, j, l, h);
-        if (pairs.has_second) {
+        if (pairs.has_second()) {
           of_teacher.add(h, teacher_pair, teacher_row.scale[i], teacher_col.scale[j], l);
           second.dots[nj][mi][e] = h * (teacher_row.scale[i] * teacher_col.scale[j]) * teacher_unit;
         } else {

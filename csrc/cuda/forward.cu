@@ -44,8 +44,8 @@ __device__ __forceinline__ void evaluate(
     dots[nj][mi][e] = logit_of_pair<Shape::volumes>(dots[nj][mi][e], shared.row, shared.col, i, j);
     if constexpr (Reduction::with == With::teacher) {
       float& teacher = second.dots[nj][mi][e];
-      teacher = pairs.has_second ? logit_of_pair<false>(teacher, shared.second.row, shared.second.col, i, j)
-                                 : dots[nj][mi][e];
+      teacher = pairs.has_second() ? logit_of_pair<false>(teacher, shared.second.row, shared.second.col, i, j)
+                                   : dots[nj][mi][e];
     }
   });
   const auto leave_out = [&](int mi, int nj, int e) {
@@ -64,9 +64,14 @@ __device__ __forceinline__ void evaluate(
       });
     }
   } else {
-    pairs.choose(second, shared.second, shared.row, shared.col, mask, [&](int mi, int nj, int e, int, int) {
-      return dots[nj][mi][e];
-    });
+    pairs.choose(second, shared.row, shared.col, mask);
+    if constexpr (Reduction::with == With::guide) {
+      if (pairs.guides_itself()) {
+        pairs.keep(second, [&](int mi, int nj, int e, int i, int j) {
+          return pairs.lets(dots[nj][mi][e], shared.second, i, j);
+        });
+      }
+    }
     Reduction::evaluate(pairs.problem, dots);
     Shape::Place::for_each([&](int mi, int nj, int e, int k, int l) {
       if (!second.chosen.has(k, l)) {

@@ -280,16 +280,19 @@ struct Pairs {
 
   const Problem& problem;
   Products<T, Shape> logits, second;
-  bool has_second;  // the second form, or else it is the logit
 
   __device__ Pairs(const Problem& problem, unsigned char* stages, bool aligned)
       : problem(problem),
         logits(problem, {problem.x, problem.y, problem.features}, stages, aligned),
-        second(problem, problem.second.form, stages, aligned),
-        has_second(with != With::nothing && problem.second.form.x != nullptr) {}
+        second(problem, problem.second.form, stages, aligned) {}
+
+  // Whether the second form is another than the logit; asked anew, it takes no register.
+  __device__ __forceinline__ bool has_second() const {
+    return with != With::nothing && problem.second.form.x != nullptr;
+  }
 
   __device__ __forceinline__ void begin(int row, int col) {
-    if (has_second) {
+    if (has_second()) {
       second.begin(row, col);
     } else {
       logits.begin(row, col);
@@ -302,36 +305,23 @@ struct Pairs {
       values.chosen = {};
     }
     if constexpr (with == With::guide) {
-      if (has_second) {
-        second.finish(dots);
+      if (has_second()) {
+        second.finish(dots, row, col);
         logits.begin(row, col);
-        compare(values, given, [&](int mi, int nj, int e, int, int) { return dots[nj][mi][e]; });
+        keep(values, [&](int mi, int nj, int e, int i, int j) { return lets(dots[nj][mi][e], given, i, j); });
       }
     } else if constexpr (with == With::teacher) {
-      if (has_second) {
-        second.finish(values.dots);
+      if (has_second()) {
+        second.finish(values.dots, row, col);
         logits.begin(row, col);
       }
     }
-    logits.finish(dots);
+    logits.finish(dots, row, col);
   }
 
-  // Leaves out what the options do; and by their logits, where there is no other guide. `logit_of` is called as in
-  // Place::for_each, but with the row and column of the tile.
-  template <typename Logit>
+  // Leaves out what the options do.
   __device__ __forceinline__ void choose(
-      Values& values,
-      const Given& given,
-      const Options<Shape::rows>& rows,
-      const Options<Shape::cols>& cols,
-      const Mask& mask,
-      Logit logit_of) const {
-    if constexpr (with == With::guide) {
-      const bool guided = problem.second.row_ceiling != nullptr || problem.second.col_ceiling != nullptr;
-      if (guided && !has_second) {
-        compare(values, given, logit_of);
-      }
-    }
+      Values& values, const Options<Shape::rows>& rows, const Options<Shape::cols>& cols, const Mask& mask) const {
     if constexpr (with != With::nothing) {
       if (!mask.all()) {
         keep(values, [&](int, int, int, int i, int j) {
@@ -341,14 +331,16 @@ struct Pairs {
     }
   }
 
- private:
-  template <typename Similarity>
-  __device__ __forceinline__ void compare(Values& values, const Given& given, Similarity similarity_of) const {
-    keep(values, [&](int mi, int nj, int e, int i, int j) {
-      const float similarity = similarity_of(mi, nj, e, i, j);
-      const bool is_above = similarity > given.row_ceiling[i] || similarity > given.col_ceiling[j];
-      return is_above == problem.second.above;
-    });
+  // Whether the logit is the guide.
+  __device__ __forceinline__ bool guides_itself() const {
+    return with == With::guide && !has_second() &&
+           (problem.second.row_ceiling != nullptr || problem.second.col_ceiling != nullptr);
+  }
+
+  // Whether a guide lets the pair (i, j) of the tile take part.
+  __device__ __forceinline__ bool lets(float similarity, const Given& given, int i, int j) const {
+    const bool is_above = similarity > given.row_ceiling[i] || similarity > given.col_ceiling[j];
+    return is_above == problem.second.above;
   }
 
   template <typename Keeps>

@@ -8,6 +8,7 @@
 //           dX += (g a b / unit) Y
 //       attention_kernel, where rows alone have gradients: t = e^(s - maximum), the maximum of the row so far
 //           sum = sum decay + t, d lse/dX = d lse/dX decay + (t a b / unit) Y, divided by the sum in the end
+//           of sums: sum = sum + f(s), d sum/dX = d sum/dX + (f'(s) a b / unit) Y
 //
 // No atomics: strips are added up afterwards, in their order.
 #include "gradient.cuh"
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(Shape::threads, 2) rows_kernel(
   }
 }
 
-template <typename T, typename Shape>
+template <typename T, typename Shape, bool SUM>
 __global__ void __launch_bounds__(Shape::threads, 2)
     attention_kernel(Problem problem, const float* unit, Part part, Slopes slopes, int cols_per_strip, bool aligned) {
   using Place = typename Shape::Place;
@@ -272,6 +273,8 @@ __global__ void __launch_bounds__(Shape::threads, 2)
   Tiles<T, Shape> tiles(problem, nothing, shared, cols_per_strip, aligned);
   Slope<Shape> slope = {};
   float maximum[Place::row_count], sum[Place::row_count] = {}, scale_sum[Place::row_count] = {};
+  [[maybe_unused]] float bias_sum[Place::row_count] = {};
+  [[maybe_unused]] double value_sum[Place::row_count] = {};
 #pragma unroll
   for (int k = 0; k < Place::row_count; ++k) {
     maximum[k] = -INF;
@@ -289,34 +292,54 @@ __global__ void __launch_bounds__(Shape::threads, 2)
                               !mask.excluded(shared.row.options, cols.options, i, j);
       return takes_part ? logit_of_pair<false>(pairs[nj][mi][e], shared.row.options, cols.options, i, j) : -INF;
     };
-    float largest[Place::row_count];
+    if constexpr (SUM) {
+      float of_tile[Place::row_count] = {};
+      Place::for_each([&](int mi, int nj, int e, int k, int l) {
+        const int i = place.row_of(k), j = place.col_of(l);
+        const bool takes_part = mask.takes_part(shared.row.options, cols.options, i, j) &&
+                                !mask.excluded(shared.row.options, cols.options, i, j);
+        const float logit = logit_of_pair<false>(pairs[nj][mi][e], shared.row.options, cols.options, i, j);
+        const float weight = takes_part ? derivative_of(problem.function, logit) : 0.0f;
+        const float weighted = weight * cols.options.scale[j];
+        of_tile[k] += takes_part ? value_of(problem.function, logit) : 0.0f;
+        bias_sum[k] += weight;
+        scale_sum[k] += weighted * pairs[nj][mi][e];
+        pairs[nj][mi][e] = weighted * shared.row.options.scale[i] * reciprocal_unit;
+      });
 #pragma unroll
-    for (int k = 0; k < Place::row_count; ++k) {
-      largest[k] = -INF;
-    }
-    Place::for_each(
-        [&](int mi, int nj, int e, int k, int l) { largest[k] = fmaxf(largest[k], logit_of(mi, nj, e, k, l)); });
-    // what was added up so far is relative to the maximum so far
-#pragma unroll
-    for (int k = 0; k < Place::row_count; ++k) {
-      const float before = maximum[k];
-      maximum[k] = fmaxf(before, over_cols(largest[k], Maximum()));
-      const float decay = exponential(before - shift_of(maximum[k]));
-      sum[k] *= decay;
-      scale_sum[k] *= decay;
-#pragma unroll
-      for (int feature = 0; feature < Shape::features / 8; ++feature) {
-        slope[feature][k / 2][2 * (k % 2)] *= decay;
-        slope[feature][k / 2][2 * (k % 2) + 1] *= decay;
+      for (int k = 0; k < Place::row_count; ++k) {
+        value_sum[k] += static_cast<double>(of_tile[k]);
       }
+    } else {
+      float largest[Place::row_count];
+#pragma unroll
+      for (int k = 0; k < Place::row_count; ++k) {
+        largest[k] = -INF;
+      }
+      Place::for_each(
+          [&](int mi, int nj, int e, int k, int l) { largest[k] = fmaxf(largest[k], logit_of(mi, nj, e, k, l)); });
+      // what was added up so far is relative to the maximum so far
+#pragma unroll
+      for (int k = 0; k < Place::row_count; ++k) {
+        const float before = maximum[k];
+        maximum[k] = fmaxf(before, over_cols(largest[k], Maximum()));
+        const float decay = exponential(before - shift_of(maximum[k]));
+        sum[k] *= decay;
+        scale_sum[k] *= decay;
+#pragma unroll
+        for (int feature = 0; feature < Shape::features / 8; ++feature) {
+          slope[feature][k / 2][2 * (k % 2)] *= decay;
+          slope[feature][k / 2][2 * (k % 2) + 1] *= decay;
+        }
+      }
+      Place::for_each([&](int mi, int nj, int e, int k, int l) {
+        const float term = exponential(logit_of(mi, nj, e, k, l) - shift_of(maximum[k]));
+        const float weighted = term * cols.options.scale[place.col_of(l)];
+        sum[k] += term;
+        scale_sum[k] += weighted * pairs[nj][mi][e];
+        pairs[nj][mi][e] = weighted * shared.row.options.scale[place.row_of(k)] * reciprocal_unit;
+      });
     }
-    Place::for_each([&](int mi, int nj, int e, int k, int l) {
-      const float term = exponential(logit_of(mi, nj, e, k, l) - shift_of(maximum[k]));
-      const float weighted = term * cols.options.scale[place.col_of(l)];
-      sum[k] += term;
-      scale_sum[k] += weighted * pairs[nj][mi][e];
-      pairs[nj][mi][e] = weighted * shared.row.options.scale[place.row_of(k)] * reciprocal_unit;
-    });
     accumulate<T, Shape>(slope, pairs, shared.y[tiles.stage], problem.features);
   }
 
@@ -324,13 +347,20 @@ __global__ void __launch_bounds__(Shape::threads, 2)
 #pragma unroll
   for (int k = 0; k < Place::row_count; ++k) {
     const float total = over_cols(sum[k], Add()), scale = over_cols(scale_sum[k], Add());
-    const float share = total == 0.0f ? 1.0f : 1.0f / total;
+    const float share = SUM || total == 0.0f ? 1.0f : 1.0f / total;
+    [[maybe_unused]] const double value = over_cols(value_sum[k], Add());
+    [[maybe_unused]] const float bias = over_cols(bias_sum[k], Add());
     const int row = tiles.row + place.row_of(k);
     const int64_t at = blockIdx.y * static_cast<int64_t>(problem.n) + row;
     if (row < problem.n) {
       if (thread_index() % 4 == 0) {
-        part.maximum[at] = maximum[k];
-        part.sum[at] = total;
+        if constexpr (SUM) {
+          part.values[at] = value;
+          slopes.bias[at] = bias;
+        } else {
+          part.maximum[at] = maximum[k];
+          part.sum[at] = total;
+        }
         slopes.scale[at] = scale * share;
       }
       const float factor = share * (unit == nullptr ? 1.0f : *unit);
@@ -407,9 +437,11 @@ const char* attention(
     int cols_per_strip,
     cudaStream_t stream) {
   return for_rows_tile(problem, cols_per_strip, [&](auto element, auto shape, dim3 grid, bool aligned) {
+    using T = decltype(element);
     using Shape = decltype(shape);
+    const bool is_sum = problem.reduction == Reduction::sum;
     return launch(
-        attention_kernel<decltype(element), Shape>,
+        is_sum ? attention_kernel<T, Shape, true> : attention_kernel<T, Shape, false>,
         grid,
         Shape::threads,
         sizeof(Shared<Shape>),

@@ -28,10 +28,27 @@ __device__ __forceinline__ float value_of(float s) {
   }
 }
 
-// f of all of a thread's pairs.
+// f of the pairs of a thread's row k.
 template <typename Place, Function OF, typename Dots>
-__device__ __forceinline__ void apply(Dots& dots) {
-  Place::for_each([&](int mi, int nj, int e, int, int) { dots[nj][mi][e] = value_of<OF>(dots[nj][mi][e]); });
+__device__ __forceinline__ void apply(Dots& dots, int k) {
+  Place::for_row(k, [&](int mi, int nj, int e, int, int) { dots[nj][mi][e] = value_of<OF>(dots[nj][mi][e]); });
+}
+
+__device__ __forceinline__ float value_of(Function function, float s) {
+  switch (function) {
+    case Function::softplus:
+      return value_of<Function::softplus>(s);
+    case Function::relu:
+      return value_of<Function::relu>(s);
+    case Function::sigmoid:
+      return value_of<Function::sigmoid>(s);
+    case Function::square:
+      return value_of<Function::square>(s);
+    case Function::step:
+      return value_of<Function::step>(s);
+    default:
+      return s;
+  }
 }
 
 __device__ __forceinline__ float derivative_of(Function function, float s) {
@@ -98,19 +115,28 @@ struct Sum {
   }
 
   static __device__ __forceinline__ void evaluate(const Problem& problem, Shape::Dots& dots) {
-    switch (problem.function) {
-      case Function::softplus:
-        return apply<Shape::Place, Function::softplus>(dots);
-      case Function::relu:
-        return apply<Shape::Place, Function::relu>(dots);
-      case Function::sigmoid:
-        return apply<Shape::Place, Function::sigmoid>(dots);
-      case Function::square:
-        return apply<Shape::Place, Function::square>(dots);
-      case Function::step:
-        return apply<Shape::Place, Function::step>(dots);
-      case Function::identity:
-        return;
+    using Place = Shape::Place;
+#pragma unroll
+    for (int k = 0; k < Place::row_count; ++k) {  // row by row: all at once they take more registers
+      switch (problem.function) {
+        case Function::softplus:
+          apply<Place, Function::softplus>(dots, k);
+          break;
+        case Function::relu:
+          apply<Place, Function::relu>(dots, k);
+          break;
+        case Function::sigmoid:
+          apply<Place, Function::sigmoid>(dots, k);
+          break;
+        case Function::square:
+          apply<Place, Function::square>(dots, k);
+          break;
+        case Function::step:
+          apply<Place, Function::step>(dots, k);
+          break;
+        case Function::identity:
+          break;
+      }
     }
   }
 

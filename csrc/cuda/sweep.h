@@ -180,13 +180,16 @@ const char* rows(
     int cols_per_strip,
     cudaStream_t stream);
 
-// Where forward computes the gradients, too: of rows alone, d lse_i / dx_i and d lse_i / d row_scale_i of every strip.
+// Where forward computes the gradients, too: of rows alone, d lse_i / dx_i and d lse_i / d row_scale_i of every strip,
+// and of sums, which have them in the place of log-sum-exps, d sum_i / d row_bias_i.
 struct Slopes {
   float* x;      // [strips, N, D]
   float* scale;  // [strips, N]
+  float* bias;   // [strips, N]
 };
 
-// Of rows, the partials of the statistics [strips, N] and the slopes; for what `rows` takes.
+// Of rows, the partials of the statistics [strips, N] and the slopes; of log-sum-exps and sums without a guide, of
+// features as `rows` takes them.
 const char* attention(
     const Problem& problem,
     const float* unit,

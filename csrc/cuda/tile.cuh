@@ -36,10 +36,16 @@ struct Fragment {
   static __device__ __forceinline__ void for_each(Visit visit) {
 #pragma unroll
     for (int k = 0; k < row_count; ++k) {
+      for_row(k, visit);
+    }
+  }
+
+  // For every element of the thread's row k.
+  template <typename Visit>
+  static __device__ __forceinline__ void for_row(int k, Visit visit) {
 #pragma unroll
-      for (int l = 0; l < col_count; ++l) {
-        visit(k / 2, l / 2, 2 * (k % 2) + l % 2, k, l);
-      }
+    for (int l = 0; l < col_count; ++l) {
+      visit(k / 2, l / 2, 2 * (k % 2) + l % 2, k, l);
     }
   }
 
@@ -53,8 +59,8 @@ struct Fragment {
 };
 
 // Reductions of a warp: over the columns of each row, which four lanes hold, and over the rows of each column.
-template <typename Join>
-__device__ __forceinline__ float over_cols(float value, Join join) {
+template <typename Value, typename Join>
+__device__ __forceinline__ Value over_cols(Value value, Join join) {
   value = join(value, __shfl_xor_sync(ALL_LANES, value, 1));
   return join(value, __shfl_xor_sync(ALL_LANES, value, 2));
 }
@@ -72,7 +78,8 @@ __device__ __forceinline__ float over_warp(float value, Join join) {
 }
 
 struct Add {
-  __device__ __forceinline__ float operator()(float a, float b) const {
+  template <typename Value>
+  __device__ __forceinline__ Value operator()(Value a, Value b) const {
     return a + b;
   }
 };
@@ -185,24 +192,21 @@ struct Products {
   Form form;
   unsigned char* stages;  // in shared memory
   bool aligned;
-  int row = 0, col = 0;
 
   __device__ Products(const Problem& problem, const Form& form, unsigned char* stages, bool aligned)
       : problem(problem), form(form), stages(stages), aligned(aligned) {}
 
   // Starts to copy the first slabs of the tile at (row, col).
-  __device__ void begin(int tile_row, int tile_col) {
-    row = tile_row;
-    col = tile_col;
+  __device__ void begin(int row, int col) {
     const int thread = thread_index();
 #pragma unroll 1
     for (int slab = 0; slab < Shape::stages - 1; ++slab) {
-      copy(slab, thread);
+      copy(slab, row, col, thread);
     }
   }
 
   // The row of x or y that is this row of a slab; null beyond the last.
-  __device__ __forceinline__ const T* source(int slab_row) const {
+  __device__ __forceinline__ const T* source(int slab_row, int row, int col) const {
     if (slab_row < Shape::rows) {
       const T* x = static_cast<const T*>(form.x);
       return row + slab_row < problem.n ? x + static_cast<int64_t>(row + slab_row) * form.features : nullptr;
@@ -215,7 +219,7 @@ struct Products {
   }
 
   // A group of copies for each slab, also where there is none: the waits count groups.
-  __device__ __forceinline__ void copy(int slab, int thread) {
+  __device__ __forceinline__ void copy(int slab, int row, int col, int thread) {
     constexpr int rows_at_once = Shape::threads / 4;
     const int chunk = thread % 4;
     const int feature = slab * slab_features + chunk * (16 / static_cast<int>(sizeof(T)));
@@ -226,15 +230,15 @@ struct Products {
         const int slab_row = first + thread / 4;
         if (slab_row < Shape::slab_rows) {
           unsigned char* to = stage + slab_offset(slab_row, chunk);
-          copy_chunk(to, source(slab_row), feature, form.features, aligned);
+          copy_chunk(to, source(slab_row, row, col), feature, form.features, aligned);
         }
       }
     }
     copy_async_commit();
   }
 
-  // The products of the tile that `begin` began. Afterwards all threads have read all slabs.
-  __device__ void finish(typename Shape::Dots& dots) {
+  // The products of the tile at (row, col), which `begin` began. Afterwards all threads have read all slabs.
+  __device__ void finish(typename Shape::Dots& dots, int row, int col) {
 #pragma unroll
     for (int part = 0; part < Shape::parts; ++part) {
 #pragma unroll
@@ -251,7 +255,7 @@ struct Products {
       copy_async_wait<Shape::stages - 2>();
       // the slab is there for all, and all have read the one before, whose stage takes the next
       __syncthreads();
-      copy(slab + Shape::stages - 1, thread);
+      copy(slab + Shape::stages - 1, row, col, thread);
       multiply(dots, stages + slab % Shape::stages * Shape::stage_bytes, thread);
     }
     __syncthreads();

@@ -1174,7 +1174,7 @@ void check_attention(Inputs& inputs, const Truth& truth, int cols_per_strip) {
           inputs.problem(),
           options.dtype == Dtype::float16 ? &unit : nullptr,
           row.part(),
-          {of_x.data(), of_scale.data()},
+          {of_x.data(), of_scale.data(), nullptr},
           cols_per_strip,
           nullptr));
   Floats maximum(n, UNWRITTEN), log_sum(n, UNWRITTEN);
