@@ -1,6 +1,6 @@
 """Contrastive losses that never build the N x M similarity matrix."""
 
-from contrastive_ops import nn, reference
+from contrastive_ops import metrics, nn, reference
 from contrastive_ops.backends import explain
 from contrastive_ops.losses import (
     LossStats,
@@ -62,6 +62,7 @@ __all__ = [
     "guided_info_nce",
     "info_nce",
     "joint_entropy",
+    "metrics",
     "mv_dhel",
     "mv_infonce",
     "nn",

@@ -217,6 +217,7 @@ OPTIONS: dict[str, Check] = {
     "teacher_temperature": _optional(checks.positive_number),
     **dict.fromkeys(("sigma", "t", "alpha"), checks.positive),
     **dict.fromkeys(("label_smoothing", "one_hot"), checks.fraction),
+    "margin": checks.finite,
     "logit_bias": _optional(checks.number),
     "output_dict": lambda _, value: checks.no_dict(value),
     "sample_weight": _optional(checks.floating),
