@@ -217,7 +217,7 @@ LOSSES: tuple[Loss, ...] = (
         topics,
         "InfoNCE without what a guide finds more similar than the positive",
         "arXiv:2402.16829",
-        ({}, {"margin": 0.1, "contrast_anchors": False}, {"margin": 0.3, "margin_strategy": "relative"}),
+        ({}, {"margin": 0.3, "margin_strategy": "relative", "contrast_anchors": False}),
         sides=(guides, weights),
     ),
     Loss(
