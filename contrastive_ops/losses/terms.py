@@ -153,6 +153,11 @@ def reduce(per_row: Tensor, reduction: str, sample_weight: Tensor | None = None)
     return total / mass.masked_fill(mass == 0, 1.0)
 
 
+def rows_of_mean(n: int, reduction: str) -> int:
+    """What divides a sum over n rows; the mean of nothing is 0."""
+    return 1 if reduction == "sum" else max(n, 1)
+
+
 def cross_entropy(
     positive: Tensor,
     lse: Sequence[Tensor],
@@ -174,7 +179,7 @@ def cross_entropy(
     if reduction == "none" or sample_weight is not None or spread is not None:
         per_row = contrast(positive, lse, totals, *smoothing) / directions
         return reduce(per_row if spread is None else per_row + spread, reduction, sample_weight)
-    divisor = directions * (1 if reduction == "sum" else max(n, 1))
+    divisor = directions * rows_of_mean(n, reduction)
     return contrast_sum(positive, lse, totals, *smoothing, divisor=divisor, backend=backend)
 
 
