@@ -382,8 +382,9 @@ def forms(name: str, value: Any, *, alone: bool) -> tuple[Any, Any]:
 
 def no_ceiling(guide: Any, keep: str) -> None:
     if guide is not None or keep != "below":
+        given = f"keep={keep!r}" if guide is None else "a guide"
         raise ValueError(
-            f"ceiling or col_ceiling must be given with a guide or keep={keep!r}, got neither; "
+            f"ceiling or col_ceiling must be given with {given}, got neither; "
             "pairs are left out by what their guide is compared with."
         )
 
