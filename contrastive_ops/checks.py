@@ -375,9 +375,7 @@ def no_forward_mode(op: str, *tensors: Tensor | None, instead: str = 'backend="r
 
 def no_jit_trace(op: str, instead: str = 'torch.export or torch.compile, or backend="reference"') -> None:
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
-        raise RuntimeError(
-            f"{op} can't be recorded by torch.jit.trace, got a call under it; use {instead}."
-        )
+        raise RuntimeError(f"{op} can't be recorded by torch.jit.trace, got a call under it; use {instead}.")
 
 
 def no_transform(op: str, instead: str) -> None:
@@ -426,8 +424,8 @@ def parameters(value: Any) -> tuple[Tensor, ...]:
 
 def not_a_parameter(leaf: Tensor) -> NoReturn:
     raise ValueError(
-        f"score_mod must read no tensor that requires a gradient and is not in parameters, got one of shape {shape(leaf)}, "
-        "or computed from such a one; pass in parameters= the very tensor that score_mod reads, or detach it."
+        "score_mod must read no tensor that requires a gradient and is not in parameters, got one of shape "
+        f"{shape(leaf)}, or one computed from it; pass the very tensor that it reads in parameters=, or detach it."
     )
 
 
@@ -450,7 +448,9 @@ def pair_terms(value: Any, score: Tensor) -> None:
 def pair_mask(value: Any, row: Tensor, col: Tensor) -> None:
     """What a mask_mod returns for a tile."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"mask_mod must return a tensor, got {type(value).__name__}; compare row, col or what they index.")
+        raise TypeError(
+            f"mask_mod must return a tensor, got {type(value).__name__}; compare row, col or what they index."
+        )
     if value.dtype != torch.bool:
         raise TypeError(
             f"mask_mod must return a bool tensor, True where a pair takes part, got {names([value.dtype])}; "

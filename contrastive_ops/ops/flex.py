@@ -11,9 +11,10 @@ Backward, for every tile:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +53,83 @@ def flex_logsumexp(
     parameters: Iterable[Tensor] = (),
     rows: bool = True,
     cols: bool = False,
+    compile: bool = False,
 ) -> FlexLSE:
-    return FlexLSE(*_call(_LSE, x, y, score_mod, mask_mod, parameters, rows, cols))
+    r"""Log-sum-exp over rows, columns or both of a pair function of your own, without ever holding the N x M matrix.
+
+    .. math::
+        t_{ij} = \mathrm{score\_mod}(\langle x_i, y_j \rangle, i, j), \qquad
+        \mathrm{row\_lse}_i = \log \sum_{j : \mathrm{mask\_mod}(i, j)} e^{t_{ij}}, \quad
+        \mathrm{col\_lse}_j = \log \sum_{i : \mathrm{mask\_mod}(i, j)} e^{t_{ij}}
+
+    The two functions are plain PyTorch, as those of FlexAttention, and run on one tile of the plane after another. They
+    close over what they need beside the score: labels, tables, vectors of one value per row.
+
+    Parameters
+    ----------
+    x : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
+        Row embeddings.
+    y : Tensor of shape (M, D), dtype of `x`, optional
+        Column embeddings. None is ``y=x``; all pairs are computed, since terms need not be symmetric.
+    score_mod : function of (score, row, col), optional
+        Takes the dot products of a tile, (R, C), float32 (float64 for float64), with the indices of its rows, (R, 1),
+        and of its columns, (1, C), int64. Returns the terms, of the shape and dtype of ``score``. Each must depend on
+        its own pair alone, and be the same when computed again. None is the dot product itself.
+    mask_mod : function of (row, col), optional
+        Returns a bool tensor that broadcasts to the tile, True where a pair takes part. None is all pairs. Tiles in
+        which no pair does are skipped (on CPUs), so sort by label, if you can.
+    parameters : iterable of floating-point Tensors
+        What `score_mod` reads and is to receive gradients: the very tensors, not what they were computed from. A tensor
+        that requires a gradient, is read and is not there raises.
+    rows, cols : bool
+        The directions to reduce; both cost one sweep.
+    compile : bool
+        Run `score_mod` through torch.compile. Worth its seconds of compilation where `score_mod` has several steps;
+        where it fails there is one warning, and tiles are eager. So they are with parameters that are computed from
+        others, or that have hooks.
+
+    Returns
+    -------
+    FlexLSE
+        ``row_lse`` of shape (N,), ``col_lse`` of shape (M,), float32 (float64 for float64). An empty set has -inf, and
+        zero gradient.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, or what is wrong with what a function returned.
+    RuntimeError
+        Under a transform of torch.func, torch.jit.trace, or for a second differentiation.
+
+    Notes
+    -----
+    Memory beyond the inputs is O((N + M) D), the parameters' gradients and a few tiles of 1024 x 1024: nothing is kept
+    of a tile, backward computes it again. Work in units of N M D multiply-adds: 1 forward, 1 for the recomputation and
+    1 for each side that requires a gradient; on top of it the steps of the two functions, twice.
+
+    Gradients reach `x`, `y` and `parameters`; maxima, sums and gradients accumulate in float32 (float64), autocast is
+    off, and runs are bitwise repeatable if the functions are. A pair that takes no part gives x and y nothing, even
+    where its derivative is infinite; that of a parameter should be finite there. Tensors that the functions read must
+    not be changed between forward and backward, and ``score`` not in place. Differentiable once;
+    `contrastive_ops.reference.flex_logsumexp` is to any order. In a function under torch.compile the call is a break of
+    the graph.
+
+    Examples
+    --------
+    A learned margin for every class, which negatives have to keep:
+
+    >>> x, label = torch.eye(3), torch.tensor([0, 0, 1])
+    >>> margin = torch.tensor([0.5, 1.0], requires_grad=True)
+    >>> out = flex_logsumexp(
+    ...     x,
+    ...     score_mod=lambda score, row, col: score + margin[label[row]],
+    ...     mask_mod=lambda row, col: label[row] != label[col],
+    ...     parameters=[margin],
+    ... )
+    >>> out.row_lse
+    tensor([0.5000, 0.5000, 1.6931], grad_fn=<...>)
+    """
+    return FlexLSE(*_call(_LSE, x, y, score_mod, mask_mod, parameters, rows, cols, compile))
 
 
 def flex_sum(
@@ -65,8 +141,45 @@ def flex_sum(
     parameters: Iterable[Tensor] = (),
     rows: bool = True,
     cols: bool = False,
+    compile: bool = False,
 ) -> FlexSum:
-    return FlexSum(*_call(_SUM, x, y, score_mod, mask_mod, parameters, rows, cols))
+    r"""Sums over rows, columns or both of a pair function of your own, without ever holding the N x M matrix.
+
+    .. math::
+        t_{ij} = \mathrm{score\_mod}(\langle x_i, y_j \rangle, i, j), \qquad
+        \mathrm{row\_sum}_i = \sum_{j : \mathrm{mask\_mod}(i, j)} t_{ij}, \quad
+        \mathrm{col\_sum}_j = \sum_{i : \mathrm{mask\_mod}(i, j)} t_{ij}
+
+    Parameters
+    ----------
+    x, y, score_mod, mask_mod, parameters, rows, cols, compile
+        As of `flex_logsumexp`; `score_mod` returns the terms that are summed.
+
+    Returns
+    -------
+    FlexSum
+        ``row_sum`` of shape (N,), ``col_sum`` of shape (M,), float32 (float64 for float64). An empty set has 0, and
+        zero gradient.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `flex_logsumexp`.
+
+    Notes
+    -----
+    Memory, work and gradients are those of `flex_logsumexp`. Sums of as many as 1e8 terms keep the digits of float32:
+    those of tiles are joined in higher precision.
+
+    Examples
+    --------
+    Pairs pushed apart, the more their labels differ:
+
+    >>> x, label = torch.eye(3), torch.tensor([1.0, 2.0, 4.0])
+    >>> flex_sum(x, score_mod=lambda score, row, col: (label[row] - label[col]).abs() * (1 + score)).row_sum
+    tensor([4., 3., 5.])
+    """
+    return FlexSum(*_call(_SUM, x, y, score_mod, mask_mod, parameters, rows, cols, compile))
 
 
 class _Reduction(NamedTuple):
@@ -98,6 +211,7 @@ def _run(
     parameters: Iterable[Tensor],
     rows: bool,
     cols: bool,
+    compile: bool,
 ) -> tuple[Tensor, ...]:
     checks.features("x", x)
     if y is not None:
@@ -107,6 +221,10 @@ def _run(
     checks.a_direction(rows, cols)
     checks.pair_function("score_mod", score_mod, "(score, row, col)")
     checks.pair_function("mask_mod", mask_mod, "(row, col)")
+    checks.choice("compile", compile, (True, False))
+    original = getattr(score_mod, "_torchdynamo_orig_callable", None)
+    if original is not None:  # the user has compiled it
+        score_mod, compile = original, True
     given = checks.parameters(parameters)
     instead = f"contrastive_ops.reference.{reduction.op}"
     checks.no_transform(reduction.op, instead)
@@ -114,12 +232,15 @@ def _run(
     checks.no_forward_mode(reduction.op, x, y, *given, instead=instead)
 
     with without_autocast(x):
-        plane = _Plane(x, y, score_mod, mask_mod)
-        read = _read(plane, given) if torch.is_grad_enabled() else ()
-        learned = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, y, *read))
-        if learned:
+        read: tuple[Tensor, ...] = ()
+        if score_mod is not None:
+            if torch.is_grad_enabled():
+                read = _read(_Plane(x, y, score_mod, mask_mod), given)
+            if compile:
+                score_mod = _compiled(score_mod, read)
+        if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, y, *read)):
             return _Differentiable.apply(reduction, score_mod, mask_mod, rows, cols, x, y, *read)
-        return _reduced(plane, reduction, rows, cols)[0]
+        return _reduced(_Plane(x, y, score_mod, mask_mod), reduction, rows, cols)[0]
 
 
 class _Tile(NamedTuple):
@@ -189,9 +310,7 @@ def _reduced(
         del score, terms, tile  # not beside those of the next tile
 
     def of_both(*names: str) -> tuple[Tensor, ...]:
-        return tuple(
-            none.clone() if of is None else getattr(of, name) for name in names for of in (of_rows, of_cols)
-        )
+        return tuple(none.clone() if of is None else getattr(of, name) for name in names for of in (of_rows, of_cols))
 
     return of_both(reduction.result), of_both(*reduction.statistics)
 
@@ -201,9 +320,7 @@ class _Incoming:
 
     def __init__(self, grads: Sequence[Tensor | None], statistics: Sequence[Tensor]) -> None:
         softmaxes = (Softmax(*statistics[0::2]), Softmax(*statistics[1::2])) if statistics else (None, None)
-        self.sides = [
-            None if grad is None else (grad, softmax) for grad, softmax in zip(grads, softmaxes, strict=True)
-        ]
+        self.sides = [None if grad is None else (grad, softmax) for grad, softmax in zip(grads, softmaxes, strict=True)]
 
     def of_terms(self, tile: _Tile, terms: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -220,7 +337,7 @@ def _gradients(
     plane: _Plane, incoming: _Incoming, needs: Sequence[bool], parameters: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """Of x, of y and of the parameters; in self-similarity that of x has the share of both sides."""
-    leaves = _Leaves(parameters)
+    leaves = _Themselves(parameters) if isinstance(plane.score_mod, _Compiled) else _Leaves(parameters)
     grad_x, grad_y = (
         z.new_zeros(z.shape, dtype=plane.dtype) if need else None
         for z, need in zip((plane.x, plane.y), needs, strict=True)
@@ -245,7 +362,7 @@ def _gradients(
 
 
 def _of_score(
-    plane: _Plane, incoming: _Incoming, tile: _Tile, score: Tensor, leaves: _Leaves, needed: bool
+    plane: _Plane, incoming: _Incoming, tile: _Tile, score: Tensor, leaves: _Leaves | _Themselves, needed: bool
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     """The gradients of the scores of a tile, if needed, and of the leaves; None of what the terms do not depend on."""
     if plane.score_mod is None:
@@ -287,12 +404,55 @@ class _Leaves(TorchFunctionMode):
             return self.leaf(plane.terms(score, row, col))
 
 
+class _Themselves:
+    """The parameters as they are, for a compiled score_mod: within a mode it would be compiled anew for each tile."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.all = list(parameters)
+
+    def terms(self, plane: _Plane, score: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return plane.terms(score, row, col)
+
+
+class _Compiled:
+    """A score_mod by torch.compile, or as it is where that fails."""
+
+    failed: ClassVar[set[Any]] = set()  # of code that would fail again at every step
+
+    def __init__(self, function: ScoreMod) -> None:
+        self.function = function
+        self.compiled = torch.compile(function, dynamic=True)
+
+    def __call__(self, score: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        if _code(self.function) not in self.failed:
+            try:
+                return self.compiled(score, row, col)
+            except Exception as error:  # whatever Dynamo, a backend or a C++ compiler raises
+                terms = self.function(score, row, col)  # an error of the user's is raised here
+                self.failed.add(_code(self.function))
+                sentence = str(error).partition("\n")[0]
+                warnings.warn(f"torch.compile failed on score_mod, which runs without it: {sentence}", stacklevel=2)
+                return terms
+        return self.function(score, row, col)
+
+
+def _code(function: ScoreMod) -> Any:
+    return getattr(function, "__code__", type(function))
+
+
+def _compiled(score_mod: ScoreMod, read: tuple[Tensor, ...]) -> ScoreMod:
+    """Not with parameters that are computed or have hooks: those need the leaves in their place."""
+    plain = all(x.is_leaf and not x._backward_hooks for x in read)
+    return _Compiled(score_mod) if plain else score_mod
+
+
 def _read(plane: _Plane, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The parameters that are learned, from the term of the first pair.
 
     A tensor that requires a gradient and is read, but is none of them, would be left without.
     """
-    if plane.score_mod is None or plane.n == 0 or plane.m == 0:
+    if plane.n == 0 or plane.m == 0:
         return ()
     learned = tuple(x for x in parameters if x.requires_grad)
     leaves, first, index = _Leaves(learned), slice(0, 1), torch.zeros(1, 1, dtype=torch.int64, device=plane.x.device)
@@ -307,17 +467,19 @@ def _read(plane: _Plane, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _leaves_below(result: Tensor) -> Iterator[Tensor]:
     """The leaves of the graph that autograd has of a tensor."""
-    if result.grad_fn is None and result.requires_grad:
-        yield result
-    waiting, seen = [result.grad_fn], {None}
+    if result.grad_fn is None:
+        if result.requires_grad:
+            yield result
+        return
+    waiting, seen = [result.grad_fn], {result.grad_fn}
     while waiting:
         node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch._C._functions.AccumulateGrad):
-            yield node.variable
-        waiting += [parent for parent, _ in node.next_functions]
+        if type(node).__name__ == "AccumulateGrad":
+            yield node.variable  # type: ignore[attr-defined]
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)
 
 
 class _Differentiable(torch.autograd.Function):
