@@ -11,6 +11,7 @@ import pytest
 import torch
 from tolerance import evaluate, judge
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -161,7 +162,9 @@ def test_gradcheck(kind, op, monkeypatch):
     names = READ.get(kind, ())
 
     def function(form):
-        return lambda x, y, *vectors: form(x, y, **options | dict(zip(names, vectors, strict=True)), cols=True)
+        # the log-sum-exp of an empty column has no differences
+        cols = kind != "vectors" or op == "flex_sum"
+        return lambda x, y, *vectors: form(x, y, **options | dict(zip(names, vectors, strict=True)), cols=cols)
 
     inputs = (*arguments, *(options[name] for name in names))
     torch.autograd.gradcheck(function(fused), inputs)
@@ -325,7 +328,7 @@ def test_a_parameter_may_be_computed_and_have_hooks():
         return form.flex_logsumexp(x, **mod, **parameters)[0].sum()
 
     (expected,) = torch.autograd.grad(loss(co.reference), log_scale, retain_graph=True)
-    of_scale = seen[0]
+    of_scale, scale.grad = scale.grad, None
     seen.clear()
     loss(co, parameters=(log_scale, scale)).backward()
     torch.testing.assert_close(log_scale.grad, expected)
@@ -345,14 +348,16 @@ def test_only_what_is_read_gets_a_gradient():
 
 
 def test_a_term_may_be_a_parameter_itself_or_not_depend_on_scores():
-    x, matrix = torch.randn(5, 3, requires_grad=True), torch.randn(5, 5, requires_grad=True)
-    out = co.flex_logsumexp(x, score_mod=lambda s, r, c: matrix, parameters=[matrix]).row_lse
-    torch.testing.assert_close(out, matrix.logsumexp(1))
-    grad_x, grad = torch.autograd.grad(out.sum(), (x, matrix))
-    torch.testing.assert_close(grad, matrix.softmax(1))
+    x, term = torch.randn(1, 3, requires_grad=True), torch.tensor([[2.0]], requires_grad=True)
+    out = co.flex_logsumexp(x, score_mod=lambda s, r, c: term, parameters=[term], cols=True)
+    assert [value.item() for value in out] == [2, 2]
+    grad_x, grad = torch.autograd.grad(sum(value.sum() for value in out), (x, term))
+    assert grad.item() == 2
     assert (grad_x == 0).all()
-    before = matrix.detach().clone()
-    co.flex_sum(x, score_mod=lambda s, r, c: matrix.detach(), mask_mod=lambda r, c: r != c).row_sum.sum().backward()
+    x, matrix = torch.randn(5, 3, requires_grad=True), torch.randn(5, 5)
+    before = matrix.clone()
+    out = co.flex_sum(x, score_mod=lambda s, r, c: matrix[: len(r), : c.shape[1]], mask_mod=lambda r, c: r != c)
+    torch.testing.assert_close(out.row_sum, matrix.sum(1) - matrix.diagonal())
     assert torch.equal(matrix, before)  # masks are not written into it
 
 
@@ -433,9 +438,13 @@ def test_differentiating_twice_is_refused_except_by_the_reference(op):
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 def test_transforms_are_refused():
     x = torch.randn(4, 3)
-    with pytest.raises(RuntimeError, match=r"^flex_sum can't run under a transform of torch\.func .* reference"):
+    with pytest.raises(
+        RuntimeError, match=r"^flex_sum can't run under a transform of torch\.func .* contrastive_ops\.reference"
+    ):
         torch.func.grad(lambda z: co.flex_sum(z).row_sum.sum())(x)
     with pytest.raises(RuntimeError, match=r"^flex_sum can't run under a transform of torch\.func"):
         torch.vmap(lambda z: co.flex_sum(z).row_sum)(x[None])
@@ -444,7 +453,9 @@ def test_transforms_are_refused():
         pytest.raises(RuntimeError, match=r"^flex_sum has no forward-mode derivative, .* contrastive_ops\.reference"),
     ):
         co.flex_sum(forward_ad.make_dual(x, x))
-    with pytest.raises(RuntimeError, match=r"^flex_sum can't be recorded by torch\.jit\.trace, .* reference"):
+    with pytest.raises(
+        RuntimeError, match=r"^flex_sum can't be recorded by torch\.jit\.trace, .* contrastive_ops\.reference"
+    ):
         torch.jit.trace(lambda z: co.flex_sum(z).row_sum, x, check_trace=False)
 
 
@@ -468,6 +479,8 @@ def test_checkpoint():
         assert torch.equal(one, other)
 
 
+# Dynamo hides this warning where warnings are no errors
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_under_an_outer_compile_there_is_a_break():
     torch.compiler.reset()
     graphs = []
@@ -499,33 +512,39 @@ def test_under_an_outer_compile_there_is_a_break():
         for one, other in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True):
             torch.testing.assert_close(one, other)
     assert 2 <= len(graphs) <= 4
-    with pytest.raises(Exception, match="flex_logsumexp runs functions of the user's, tile by tile"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="flex_logsumexp runs functions of yours, tile by tile"):
         torch.compile(lambda x: co.flex_logsumexp(x), backend="eager", fullgraph=True)(x)
 
 
 @pytest.fixture
-def _aot_eager(monkeypatch):
+def compiled_graphs(monkeypatch):
+    """The graphs that torch.compile makes; none of them goes to a C++ compiler."""
     torch.compiler.reset()
-    compile_with = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_with(*args, **options, backend="aot_eager"))
+    compile_with, graphs = torch.compile, []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_with(*args, **options, backend=counted))
+    return graphs
 
 
-@pytest.mark.usefixtures("_aot_eager")
 @op
-def test_compiled_tiles(op, monkeypatch):
-    """Fresh closures of each step find the graphs of the first."""
+def test_compiled_tiles(op, monkeypatch, compiled_graphs):
+    """One graph without gradients and one with them: fresh closures of each step find those of the first."""
     monkeypatch.setattr(flex, "SIDE_ON_CPU", 16)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for seed in range(2):
-            torch.manual_seed(seed)
-            arguments, options = problem("table", 32, 48, 9)
-            arguments = [torch.randn_like(x).requires_grad_() for x in arguments]
-            expected = evaluate(both(op)[0], arguments, options)
-            for name, value in evaluate(both(op, compile=True)[0], arguments, options).items():
-                torch.testing.assert_close(value, expected[name])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        arguments, options = problem("table", 32, 48, 9)
+        arguments = [torch.randn_like(x).requires_grad_() for x in arguments]
+        expected = evaluate(both(op)[0], arguments, options)
+        for name, value in evaluate(both(op, compile=True)[0], arguments, options).items():
+            torch.testing.assert_close(value, expected[name])
+    assert len(compiled_graphs) == 2
 
 
-@pytest.mark.usefixtures("_aot_eager")
+@pytest.mark.usefixtures("compiled_graphs")
 def test_a_score_mod_that_the_user_has_compiled():
     scale, x = torch.tensor(2.0, requires_grad=True), torch.randn(5, 3)
     seen = []

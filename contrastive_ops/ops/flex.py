@@ -200,9 +200,10 @@ _SUM = _Reduction("flex_sum", 0.0, Sum, (), "total")
 
 def _call(reduction: _Reduction, *arguments: Any) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling():
-        # a graph would have every tile of the plane in it; between two graphs the call is what it is without them
-        run = torch.compiler.disable(_run, reason=f"{reduction.op} runs functions of the user's, tile by tile")
-        return run(reduction, *arguments)
+        # a graph would have every tile of the plane in it: between two graphs the call is what it is without them
+        reason = f"{reduction.op} runs functions of yours, tile by tile, which one graph does not hold"
+        torch._dynamo.graph_break(msg=reason)
+        return torch.compiler.disable(_run, reason=reason)(reduction, *arguments)
     return _run(reduction, *arguments)
 
 
