@@ -24,12 +24,16 @@ SELF_SIMILAR = {
     "dhel": (2, 1),
     "pvc": (V, V),
     "pairwise_views": (V * (V - 1), 2),  # two views against two, for each of V (V - 1) / 2 pairs
+    "nt_xent_labelled": (1, 1),  # of the pairs of one label alone hardly a tile is visited
     "uniformity": (1, 1),
     "joint_entropy": (1, 1),
 }
-TWO_SIDED = ("info_nce", "clip_loss", "gram_loss", "triangle_loss")
-# products per pair of the losses that compare an anchor with several vectors; the catalogue's inputs have two
-PRODUCTS = {"gram_loss": 2, "triangle_loss": 2}
+TWO_SIDED = (
+    "info_nce", "clip_loss", "siglip_loss", "guided_info_nce", "soft_target_loss", "gram_loss", "triangle_loss",
+)  # fmt: skip
+# products per pair: of anchors with several vectors (two in the catalogue's inputs), of three blocks of similarities,
+# of a student and a teacher
+PRODUCTS = {"gram_loss": 2, "triangle_loss": 2, "guided_info_nce": 3, "soft_target_loss": 2}
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ DEFAULT = (
     Case("clip_loss", 8192, 512, "bfloat16", "CLIP ViT-B, a large batch in mixed precision"),
     Case("clip_loss", 4096, 1024, "float32", "CLIP ViT-H or ResNet-50, 1024 features"),
     Case("clip_loss", 8192, 128, "float32", "a small projection head, where exp weighs as much as the products"),
+    Case("siglip_loss", 8192, 512, "float32", "SigLIP ViT-B, the batch of clip_loss"),
+    Case("guided_info_nce", 1024, 384, "float32", "GIST with a small sentence encoder"),
+    Case("soft_target_loss", 4096, 512, "float32", "distilling CLIP, a teacher that learns, too"),
+    Case("nt_xent_labelled", 4096, 128, "float32", "metric learning, about four samples per class"),
     Case("info_nce", 4096, 768, "float32", "dense retrieval with a BERT-base encoder, in-batch negatives"),
     Case("nt_xent", 4096, 256, "float32", "SimCLR's batch of 4096 images, 8192 views"),
     Case("dcl", 2048, 128, "float32", "SimCLR's projection head, 4096 views"),

@@ -168,6 +168,23 @@ def integer_vector(name: str, value: Any, size: int, device: torch.device, *, ro
     vector(name, value, size, device, rows_of=rows_of)
 
 
+def labels(name: str, value: Any) -> None:
+    """One label of each row, or which labels it has."""
+    tensor(name, value)
+    if value.dim() < 2:
+        integers(name, value)
+
+
+def label_sets(name: str, value: Tensor, rows_of: str, rows: Tensor) -> None:
+    """A row of C entries for each row of features, not 0 where it has a label."""
+    if value.dim() != 2 or value.shape[0] != rows.shape[0] or value.shape[1] == 0:
+        raise ValueError(
+            f"{name} must have shape ({rows.shape[0]},) or ({rows.shape[0]}, C), got {shape(value)}; "
+            f"give one label, or one entry of each of C labels, per row of {rows_of}."
+        )
+    same_device(name, value, rows_of, rows)
+
+
 def floating(name: str, value: Any) -> None:
     tensor(name, value)
     if not value.is_floating_point():
@@ -302,6 +319,21 @@ def enough_keys(queries: int, keys: int) -> None:
             f"key must have at least as many rows as query, N = {queries}, got M = {keys}; "
             "row i of key is the positive of query i, or pass target=."
         )
+
+
+def enough_columns(rows: int, cols: int) -> None:
+    if cols < rows:
+        raise ValueError(
+            f"y must have at least as many rows as x with one_hot, N = {rows}, got M = {cols}; "
+            "row i of y is the positive of row i of x."
+        )
+
+
+def one_guide_for_each(guide: Any, count: int) -> None:
+    if not isinstance(guide, (list, tuple)) or len(guide) != count:
+        got = f"{len(guide)} values" if isinstance(guide, (list, tuple)) else type(guide).__name__
+        of = "anchors and positives" if count == 2 else "anchors, positives and negatives"
+        raise TypeError(f"guide must be {count} tensors, the guide's features of {of}, got {got}.")
 
 
 def a_direction(rows: bool, cols: bool) -> None:

@@ -38,6 +38,7 @@ def forward_arguments(name, n, m, d, dtype, backend, transform=lambda x: x):
             value = torch.as_tensor(value).detach().to(statistics_dtype(x)).reshape(-1).expand(size).clone()
         given[key] = value
     given |= {key: options[key].long() if key in options else None for key in ("exclude", "row_ids", "col_ids")}
+    given |= dict.fromkeys(("guide_x", "guide_y", "ceiling", "col_ceiling")) | {"above": False}
     given["needs"] = [given[name] is not None for name in GRADIENTS]
     return tuple(given[argument.name] for argument in FORWARD._schema.arguments)
 

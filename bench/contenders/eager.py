@@ -24,6 +24,35 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def siglip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    logits = torch.addmm(logit_bias.to(image_features.dtype), logit_scale * image_features, text_features.T)
+    return (F.softplus(logits).sum() - logits.diagonal().sum()) / len(logits)
+
+
+def nt_xent_labelled(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+    logits = (features / temperature) @ features.T
+    same = labels[:, None] == labels
+    lse = logits.masked_fill(same, -torch.inf).logsumexp(1)
+    anchor, positive = same.fill_diagonal_(False).nonzero(as_tuple=True)
+    return F.softplus(lse[anchor] - logits[anchor, positive]).mean()
+
+
+def guided_info_nce(anchor: Tensor, positive: Tensor, temperature: float = 0.01) -> Tensor:
+    ceiling = (anchor * positive).sum(1, keepdim=True).detach()
+    diagonal = torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)
+    pairs = anchor @ positive.T
+    blocks = [pairs.masked_fill((pairs > ceiling) & ~diagonal, -torch.inf)]
+    for x in (anchor, positive):
+        similarity = x @ x.T
+        blocks.append(similarity.masked_fill((similarity > ceiling) | diagonal, -torch.inf))
+    return F.cross_entropy(torch.cat(blocks, 1) / temperature, torch.arange(len(anchor), device=anchor.device))
+
+
+def soft_target_loss(x: Tensor, y: Tensor, u: Tensor, v: Tensor, temperature: float = 0.07) -> Tensor:
+    student, teacher = (x / temperature) @ y.T, (u / temperature) @ v.T
+    return (F.cross_entropy(student, teacher.softmax(1)) + F.cross_entropy(student.T, teacher.T.softmax(1))) / 2
+
+
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     z = torch.cat([z1, z2])
     logits = ((z / temperature) @ z.T).fill_diagonal_(-torch.inf)
@@ -136,6 +165,10 @@ def _smoothed(logits: Tensor) -> Tensor:
 FORMS: dict[str, Callable[..., Tensor]] = {
     "info_nce": info_nce,
     "clip_loss": clip_loss,
+    "siglip_loss": siglip_loss,
+    "guided_info_nce": guided_info_nce,
+    "soft_target_loss": soft_target_loss,
+    "nt_xent_labelled": nt_xent_labelled,
     "nt_xent": nt_xent,
     "dcl": dcl,
     "dclw": dclw,

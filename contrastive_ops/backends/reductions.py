@@ -77,8 +77,9 @@ class Expectation:
 
     def fold(self, part: slice, logits: Tensor, teacher: Tensor, dim: int) -> None:
         weights, factor = self.teacher.fold(part, teacher, dim)
-        # a weight of 0 leaves out a logit of -inf, too
-        self.moment[part] = self.moment[part] * factor + weights.mul_(logits).masked_fill_(weights == 0.0, 0.0).sum(dim)
+        nothing = weights == 0.0  # of a logit that is -inf, too
+        terms = weights.mul_(logits).masked_fill_(nothing, 0.0)
+        self.moment[part] = self.moment[part] * factor + terms.sum(dim)
 
     @property
     def mean(self) -> Tensor:

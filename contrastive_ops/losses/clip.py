@@ -9,7 +9,7 @@ from contrastive_ops import checks
 from contrastive_ops.dtypes import promoted
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import similarity_logsumexp
+from contrastive_ops.ops import pair_contrast_sum, similarity_logsumexp
 
 
 def clip_loss(
@@ -103,9 +103,24 @@ def clip_loss(
     checks.samples(ids, sample_weight, n, device, rows_of="image_features")
 
     scale = terms.flat(logit_scale, image_features)
+    diagonal = torch.arange(n, device=device, dtype=torch.int32)
+    plain = label_smoothing == 0.0 and sample_weight is None and logit_bias is None and not return_stats
+    if plain and normalize and reduction != "none":
+        loss = pair_contrast_sum(
+            image_features,
+            text_features,
+            scale,
+            1.0,
+            exclude=diagonal,
+            row_ids=ids,
+            cols=True,
+            divisor=2 * terms.rows_of_mean(n, reduction),
+            backend=backend,
+        )
+        if loss is not None:
+            return loss
     image_features, image_scale = terms.with_logit_scale(image_features, scale, 1.0, normalize, backend)
     text_features, text_scale = terms.with_norm_scale(text_features, normalize, backend)
-    diagonal = torch.arange(n, device=device, dtype=torch.int32)
     negatives = similarity_logsumexp(
         image_features,
         text_features,

@@ -15,7 +15,16 @@ from contrastive_ops import checks
 from contrastive_ops.dtypes import promoted, without_autocast
 from contrastive_ops.losses import terms
 from contrastive_ops.losses.terms import LossStats
-from contrastive_ops.ops import similarity_logsumexp
+from contrastive_ops.ops import pair_contrast_sum, similarity_logsumexp
+
+
+class Views(NamedTuple):
+    """Both views, one after the other, and who is left out of whose negatives."""
+
+    z: Tensor
+    temperature: float | Tensor
+    exclude: Tensor  # the positive
+    row_ids: Tensor
 
 
 class Anchors(NamedTuple):
@@ -33,7 +42,7 @@ class Anchors(NamedTuple):
         return self.positive * self.temperature
 
 
-def _anchors(
+def _views(
     z1: Tensor,
     z2: Tensor,
     temperature: float | Tensor,
@@ -41,8 +50,8 @@ def _anchors(
     sample_weight: Tensor | None,
     reduction: str,
     normalize: bool,
-    backend: str,
-) -> Anchors:
+) -> Views:
+    """Checked."""
     terms.check_options(reduction=reduction, normalize=normalize)
     checks.features("z1", z1)
     checks.features("z2", z2)
@@ -51,22 +60,22 @@ def _anchors(
     checks.same_shape("z2", z2, "z1", z1)
     checks.temperature("temperature", temperature, z1.device)
     checks.samples(ids, sample_weight, z1.shape[0], z1.device, rows_of="z1")
-    temperature = terms.flat(temperature, z1)
     with without_autocast(z1):  # its rule for cat fails on float16 tensors on CPU
         z = torch.cat([z1, z2])
-    # both sides of the symmetric product carry the root of the logit scale
-    z, row_scale = terms.with_logit_scale(z, temperature, -0.5, normalize, backend)
     anchor = torch.arange(z.shape[0], device=z.device, dtype=torch.int32)
+    # an id of its own takes each anchor out of its own negatives
+    row_ids = anchor if ids is None else ids.repeat(2)
+    return Views(z, terms.flat(temperature, z), anchor.roll(z1.shape[0]), row_ids)
+
+
+def _anchors(views: Views, sample_weight: Tensor | None, normalize: bool, backend: str) -> Anchors:
+    # both sides of the symmetric product carry the root of the logit scale
+    z, row_scale = terms.with_logit_scale(views.z, views.temperature, -0.5, normalize, backend)
     negatives = similarity_logsumexp(
-        z,
-        row_scale=row_scale,
-        exclude=anchor.roll(z1.shape[0]),  # the positive
-        # an id of its own takes each anchor out of its own negatives
-        row_ids=anchor if ids is None else ids.repeat(2),
-        backend=backend,
+        z, row_scale=row_scale, exclude=views.exclude, row_ids=views.row_ids, backend=backend
     )
     weight = None if sample_weight is None else sample_weight.repeat(2)
-    return Anchors(negatives.row_lse, negatives.row_max, negatives.excluded_logit, temperature, weight)
+    return Anchors(negatives.row_lse, negatives.row_max, negatives.excluded_logit, views.temperature, weight)
 
 
 def _finish(loss: Tensor, anchors: Anchors, return_stats: bool) -> Tensor | tuple[Tensor, LossStats]:
@@ -143,7 +152,16 @@ def nt_xent(
     >>> nt_xent(torch.eye(3), torch.eye(3), temperature=1.0)
     tensor(0.9048)
     """
-    anchors = _anchors(z1, z2, temperature, ids, sample_weight, reduction, normalize, backend)
+    views = _views(z1, z2, temperature, ids, sample_weight, reduction, normalize)
+    if normalize and reduction != "none" and sample_weight is None and not return_stats:
+        z, temperature, exclude, row_ids = views
+        divisor = terms.rows_of_mean(z.shape[0], reduction)
+        loss = pair_contrast_sum(
+            z, None, temperature, -0.5, exclude=exclude, row_ids=row_ids, divisor=divisor, backend=backend
+        )
+        if loss is not None:
+            return loss
+    anchors = _anchors(views, sample_weight, normalize, backend)
     lse = (anchors.negative_lse,)
     loss = terms.cross_entropy(
         anchors.positive, lse, reduction=reduction, sample_weight=anchors.weight, backend=backend
@@ -214,7 +232,9 @@ def dcl(
     >>> dcl(torch.eye(3), torch.eye(3), temperature=1.0)
     tensor(0.3863)
     """
-    anchors = _anchors(z1, z2, temperature, ids, sample_weight, reduction, normalize, backend)
+    anchors = _anchors(
+        _views(z1, z2, temperature, ids, sample_weight, reduction, normalize), sample_weight, normalize, backend
+    )
     per_anchor = _decoupled(anchors, anchors.positive)
     return _finish(terms.reduce(per_anchor, reduction, anchors.weight), anchors, return_stats)
 
@@ -288,7 +308,9 @@ def dclw(
     tensor(0.3863)
     """
     terms.check_options(sigma=sigma)
-    anchors = _anchors(z1, z2, temperature, ids, sample_weight, reduction, normalize, backend)
+    anchors = _anchors(
+        _views(z1, z2, temperature, ids, sample_weight, reduction, normalize), sample_weight, normalize, backend
+    )
     n = z1.shape[0]
     weight = 2.0 - n * (anchors.similarity[:n].detach() / sigma).softmax(0)
     per_anchor = _decoupled(anchors, weight.repeat(2) * anchors.positive)

@@ -15,6 +15,7 @@ from contrastive_ops.ops.classes import (
 from contrastive_ops.ops.cross_entropy import contrast, contrast_sum, softplus
 from contrastive_ops.ops.flex import FlexLSE, FlexSum, flex_logsumexp, flex_sum
 from contrastive_ops.ops.gramian_volume import gramian_volume, orthogonalised
+from contrastive_ops.ops.pair_contrast import pair_contrast_sum
 from contrastive_ops.ops.rowwise import (
     inverse_norm,
     row_dot,
@@ -55,6 +56,7 @@ __all__ = [
     "matches",
     "of_parallelogram",
     "orthogonalised",
+    "pair_contrast_sum",
     "row_dot",
     "row_dots",
     "similarity_expectation",

@@ -87,6 +87,7 @@ def similarity_expectation(
 
     Examples
     --------
+    >>> import torch
     >>> x = torch.eye(2)
     >>> similarity_expectation(x, x, torch.zeros(2, 1), torch.zeros(2, 1)).row_mean  # a uniform teacher
     tensor([0.5000, 0.5000])

@@ -109,6 +109,7 @@ def similarity_logsumexp(
 
     Examples
     --------
+    >>> import torch
     >>> x = torch.eye(3)
     >>> similarity_logsumexp(x, x, row_scale=2.0, exclude=torch.arange(3)).row_lse
     tensor([0.6931, 0.6931, 0.6931])

@@ -78,6 +78,7 @@ def similarity_sum(
 
     Examples
     --------
+    >>> import torch
     >>> x = torch.eye(3)
     >>> similarity_sum(x, x, of="step", row_bias=-0.5).row_sum  # the columns whose similarity exceeds 0.5
     tensor([1., 1., 1.])

@@ -5,7 +5,8 @@ From top to bottom: the public function, the values as differentiable products, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,57 +106,63 @@ def similarity_topk(
     arguments = (*given.features, *given.vectors, *given.indices, given.restrict, k, bool(largest), noise)
     if given.backend == "reference":
         return SimilarityTopK(*reference.similarity_topk(*arguments))
-    values, indices = torch.ops.contrastive_ops.similarity_topk(*arguments, given.backend)
-    x, y = given.features
-    row_scale, col_scale, row_bias, col_bias = given.vectors
-    if y is None:
-        y, col_scale, col_bias = x, row_scale, row_bias
-    return SimilarityTopK(_Gathered.apply(values, indices, x, y, row_scale, col_scale, row_bias, col_bias), indices)
+    return SimilarityTopK(*_Best.apply(*arguments, given.backend))
 
 
-class _Gathered(torch.autograd.Function):
+class _Best(torch.autograd.Function):
     """The values, as functions of their pairs: backward gathers the columns again, for a part of the rows at a time."""
 
     @staticmethod
-    def forward(ctx, values, indices, *sources):
-        ctx.save_for_backward(indices, *sources)
-        return values.view_as(values)
+    def forward(ctx, *arguments):
+        values, indices = torch.ops.contrastive_ops.similarity_topk(*arguments)
+        ctx.save_for_backward(indices, *arguments[:6])
+        ctx.mark_non_differentiable(indices)
+        return values, indices
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        indices, x, y, row_scale, col_scale, _, _ = ctx.saved_tensors
-        dtype = statistics_dtype(x)
-        needs = ctx.needs_input_grad[2:]
-        sizes = (x.shape, y.shape, *(of.shape[:1] for of in (x, y, x, y)))
-        grads = [x.new_zeros(size, dtype=dtype) if need else None for size, need in zip(sizes, needs, strict=True)]
-        grad_x, grad_y, grad_row_scale, grad_col_scale, grad_row_bias, grad_col_bias = grads
-        grad = grad.masked_fill(indices < 0, 0.0)
-        index = indices.clamp(min=0)
-        height = max(GATHERED // max(index.shape[1] * x.shape[1], 1), 1)
-        with without_autocast(x):
-            for first in range(0, x.shape[0] if y.shape[0] else 0, height):
-                part = slice(first, first + height)
-                columns, g = index[part], grad[part]
-                rows, cols = x[part].to(dtype), y[columns].to(dtype)
-                a = torch.ones_like(g) if row_scale is None else row_scale[part, None].expand_as(g)
-                b = torch.ones_like(g) if col_scale is None else col_scale[columns]
-                weight = (g * a * b).unsqueeze(1)
-                if grad_x is not None:
-                    grad_x[part] = (weight @ cols).squeeze(1)
-                if grad_y is not None:
-                    _add(grad_y, columns, weight.mT * rows.unsqueeze(1))
-                if grad_row_scale is not None or grad_col_scale is not None:
-                    along = g * (cols @ rows.unsqueeze(2)).squeeze(2)
-                    if grad_row_scale is not None:
-                        grad_row_scale[part] = (along * b).sum(1)
-                    if grad_col_scale is not None:
-                        _add(grad_col_scale, columns, along * a)
-                if grad_row_bias is not None:
-                    grad_row_bias[part] = g.sum(1)
-                if grad_col_bias is not None:
-                    _add(grad_col_bias, columns, g)
-        return None, None, *(None if of is None else of.to(x.dtype) for of in grads[:2]), *grads[2:]
+    def backward(ctx, grad, _):
+        indices, *sources = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:6]
+        totals = [
+            torch.zeros_like(source, dtype=statistics_dtype(sources[0])) if need else None
+            for source, need in zip(sources, needs, strict=True)
+        ]
+        _add_gradients(totals, grad, indices, sources)
+        of_sources = (None if of is None else of.to(source.dtype) for of, source in zip(totals, sources, strict=True))
+        return *of_sources, *[None] * (len(ctx.needs_input_grad) - 6)
+
+
+def _add_gradients(totals: list[Tensor | None], grad: Tensor, indices: Tensor, sources: Sequence[Any]) -> None:
+    """Add to the gradients of features, scales and biases those of the pairs (row, index)."""
+    x, y, row_scale, col_scale, *_ = sources
+    of_x, of_y, of_row_scale, of_col_scale, of_row_bias, of_col_bias = totals
+    if y is None:  # both sides have what the rows have
+        y, col_scale, of_y, of_col_scale, of_col_bias = x, row_scale, of_x, of_row_scale, of_row_bias
+    dtype = grad.dtype
+    grad, index = grad.masked_fill(indices < 0, 0.0), indices.clamp(min=0)
+    height = max(GATHERED // max(index.shape[1] * x.shape[1], 1), 1)
+    with without_autocast(x):
+        for first in range(0, x.shape[0] if y.shape[0] else 0, height):
+            part = slice(first, first + height)
+            columns, g = index[part], grad[part]
+            rows, cols = x[part].to(dtype), y[columns].to(dtype)
+            a = torch.ones_like(g) if row_scale is None else row_scale[part, None].expand_as(g)
+            b = torch.ones_like(g) if col_scale is None else col_scale[columns]
+            weight = (g * a * b).unsqueeze(1)
+            along = g * (cols @ rows.unsqueeze(2)).squeeze(2)
+            if of_x is not None:
+                of_x[part] += (weight @ cols).squeeze(1)
+            if of_y is not None:
+                _add(of_y, columns, weight.mT * rows.unsqueeze(1))
+            if of_row_scale is not None:
+                of_row_scale[part] += (along * b).sum(1)
+            if of_col_scale is not None:
+                _add(of_col_scale, columns, along * a)
+            if of_row_bias is not None:
+                of_row_bias[part] += g.sum(1)
+            if of_col_bias is not None:
+                _add(of_col_bias, columns, g)
 
 
 def _add(total: Tensor, index: Tensor, values: Tensor) -> None:

@@ -99,6 +99,7 @@ def volume_logsumexp(
 
     Examples
     --------
+    >>> import torch
     >>> anchor = torch.tensor([[2.0, 0.0, 0.0]])
     >>> tuples = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
     >>> volume_logsumexp(anchor, tuples).row_max

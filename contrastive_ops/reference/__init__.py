@@ -3,7 +3,16 @@
 from contrastive_ops.reference.area_logsumexp import line_logits
 from contrastive_ops.reference.flex import flex_logsumexp, flex_sum
 from contrastive_ops.reference.gram import gram_loss, gram_volumes, triangle_areas, triangle_loss
-from contrastive_ops.reference.losses import clip_loss, dcl, dclw, info_nce, nt_xent, supcon
+from contrastive_ops.reference.losses import (
+    clip_loss,
+    dcl,
+    dclw,
+    info_nce,
+    nt_xent,
+    nt_xent_labelled,
+    siglip_loss,
+    supcon,
+)
 from contrastive_ops.reference.multi_view import (
     alignment,
     dhel,
@@ -14,6 +23,7 @@ from contrastive_ops.reference.multi_view import (
     pvc,
     uniformity,
 )
+from contrastive_ops.reference.second_form import guided_info_nce, soft_target_loss
 from contrastive_ops.reference.similarity import logits_at, logsumexp, similarity_logits
 from contrastive_ops.reference.volume_logsumexp import volume_logits, volumes
 
@@ -27,6 +37,7 @@ __all__ = [
     "flex_sum",
     "gram_loss",
     "gram_volumes",
+    "guided_info_nce",
     "info_nce",
     "joint_entropy",
     "line_logits",
@@ -35,9 +46,12 @@ __all__ = [
     "mv_dhel",
     "mv_infonce",
     "nt_xent",
+    "nt_xent_labelled",
     "pairwise_views",
     "pvc",
+    "siglip_loss",
     "similarity_logits",
+    "soft_target_loss",
     "supcon",
     "triangle_areas",
     "triangle_loss",
