@@ -76,7 +76,7 @@ def guides(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> di
     return {"guide": tuple(torch.zeros(n, 12, dtype=dtype).scatter(1, place, 1.0) for place in places)}
 
 
-def topics(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def topics(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Four anchors of a topic at cosines of 0.8, with positives at 0.96 and 0.5: a guide leaves others of these out.
 
     So few similarities are near that of a positive that no rounding moves one across it.

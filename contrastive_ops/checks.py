@@ -547,7 +547,9 @@ def ranks(ks: Any, most: int) -> None:
 
 def one_answer(target: Any) -> None:
     if target is not None:
-        raise ValueError("target must be None with query_ids and key_ids, got a value; they say which keys are positives.")
+        raise ValueError(
+            "target must be None with query_ids and key_ids, got a value; they say which keys are positives."
+        )
 
 
 def seed(name: str, value: Any, largest: bool) -> None:

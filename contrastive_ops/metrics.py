@@ -72,8 +72,7 @@ def recall_at_k(
     n, m = query.shape[0], key.shape[0]
     checks.both_or_neither("query_ids", query_ids, "key_ids", key_ids)
     checks.ranks(ks, MOST)
-    by_ids = query_ids is not None and key_ids is not None
-    if by_ids:
+    if query_ids is not None and key_ids is not None:
         checks.one_answer(target)
         checks.integer_vector("query_ids", query_ids, n, query.device, rows_of="query")
         checks.integer_vector("key_ids", key_ids, m, key.device, rows_of="key")
@@ -87,8 +86,10 @@ def recall_at_k(
     # a scale of the query does not change the order of its keys
     scale = inverse_norm(key, backend) if normalize else None
     values, found = similarity_topk(query, key, max(ks), col_scale=scale, backend=backend)
-    if by_ids:
-        hit = (key_ids[found.clamp(min=0)] == query_ids[:, None]) & (found >= 0) if m else found >= 0
-    else:
+    if target is not None:
         hit = found == target[:, None]
+    elif query_ids is not None and key_ids is not None and m > 0:
+        hit = (key_ids[found.clamp(min=0)] == query_ids[:, None]) & (found >= 0)
+    else:  # there are no keys
+        hit = found >= 0
     return {k: hit[:, :k].any(1).to(values.dtype).sum() / max(n, 1) for k in ks}

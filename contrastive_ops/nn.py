@@ -208,6 +208,18 @@ class SoftTargetLoss(_Loss):
     function = staticmethod(losses.soft_target_loss)
 
 
+class MWLoss(_Loss):
+    """Module of `mw_loss`: ``MWLoss(temperature=0.01)(query, key)``.
+
+    Examples
+    --------
+    >>> MWLoss(temperature=1.0)(torch.eye(3), torch.eye(3))
+    tensor(1.8796)
+    """
+
+    function = staticmethod(losses.mw_loss)
+
+
 class MVInfoNCE(_Loss):
     """Module of `mv_infonce`: ``MVInfoNCE(temperature=0.1)(views)``.
 

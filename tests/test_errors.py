@@ -616,6 +616,17 @@ REFUSALS = {
     "label_sets-of-keys-alone": (
         lambda: co.supcon(X, IDS, keys=Y, key_labels=torch.ones(5, 2).long()), ValueError,
         "key_labels must have shape (5,), got (5, 2); give one value per row of keys."),
+    # mw_loss
+    "mw-compare": (
+        lambda: co.mw_loss(X, X, compare="each"), ValueError,
+        "compare must be one of 'all', 'own', got 'each'."),
+    "mw-fewer_keys": (
+        lambda: co.mw_loss(Y, X), ValueError,
+        "key must have at least as many rows as query, N = 5, got M = 4; "
+        "row i of key is the positive of query i, or pass target=."),
+    "mw-temperature": (
+        lambda: co.mw_loss(X, X, temperature=torch.ones(4)), ValueError,
+        "temperature must be a float or a tensor of one element, got shape (4,); give one value for all rows."),
     # guided_info_nce
     "guided-rows": (
         lambda: co.guided_info_nce(X, Y), ValueError,
@@ -839,7 +850,8 @@ def test_refusal(name):
 
 
 LOSSES = [co.info_nce, co.clip_loss, co.nt_xent, co.dcl, co.dclw, co.supcon, co.dhel, co.gram_loss, co.triangle_loss,
-          co.siglip_loss, co.nt_xent_labelled, co.guided_info_nce, co.soft_target_loss]  # fmt: skip
+          co.siglip_loss, co.nt_xent_labelled, co.guided_info_nce, co.soft_target_loss,
+          co.mw_loss]  # fmt: skip
 OF_VIEWS = [co.mv_infonce, co.mv_dhel, co.pvc, co.pairwise_views]
 
 
@@ -860,8 +872,9 @@ WRONG = {
     "include_same_view": 1.5, "detach_others": "no", "squared": 2, "temperature": 0.0, "logit_scale": torch.tensor(1),
     "sigma": -1.0, "t": 0.0, "alpha": float("nan"), "label_smoothing": 1.0, "sample_weight": IDS, "target": IDS.float(),
     "logit_bias": "0", "output_dict": True, "ids": [0], "query_ids": X, "key_ids": IDS > 0, "keys": IDS[:, None],
-    "key_labels": X[0], "weight": "per_text", "over": "rows", "margin": "0.1", "margin_strategy": "percent",
-    "contrast_anchors": "no", "contrast_positives": 2, "teacher_temperature": -1.0, "symmetric": "no", "one_hot": 1.0,
+    "key_labels": X[0], "weight": "per_text", "over": "rows", "compare": "each", "margin": "0.1",
+    "margin_strategy": "percent", "contrast_anchors": "no", "contrast_positives": 2, "teacher_temperature": -1.0,
+    "symmetric": "no", "one_hot": 1.0,
 }  # fmt: skip
 
 
@@ -893,7 +906,7 @@ def test_modules_refuse_options_where_they_are_given(kind):
 
 def test_every_refusal_of_checks_is_above():
     """Counts the `raise` statements, so that a new check can't come without its sentence here."""
-    assert inspect.getsource(checks).count("    raise ") == 54
+    assert inspect.getsource(checks).count("    raise ") == 66  # those of flex ops are in test_flex.py
 
 
 # it says of every size that is compared that the comparison is not recorded

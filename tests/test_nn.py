@@ -342,7 +342,9 @@ def test_public_name_exists_and_is_documented(name):
 
 
 @pytest.mark.parametrize(
-    "kind", [*(kind for kind, _ in MODULES.values()), co.nn.Alignment, LogitScale], ids=lambda kind: kind.__name__
+    "kind",
+    [*(kind for kind, _ in MODULES.values()), co.nn.Alignment, co.nn.MWLoss, LogitScale],
+    ids=lambda kind: kind.__name__,
 )
 def test_module_has_an_example(kind):
     assert "Examples" in inspect.getdoc(kind)

@@ -154,8 +154,12 @@ def test_supcon_is_its_loop(views, variant):
         ("guided_info_nce", 2, {"temperature": 1.0, "contrast_anchors": False}, math.log(math.e + 4) - 1),
         ("guided_info_nce", 2, {"temperature": 1.0, "margin": 1.5}, 0.0),
         ("soft_target_loss", 4, {"temperature": 1.0}, math.log(math.e + 2) - math.e / (math.e + 2)),
-        ("soft_target_loss", 4, {"temperature": 1.0, "one_hot": 0.5},
-         math.log(math.e + 2) - (1 + math.e / (math.e + 2)) / 2),
+        (
+            "soft_target_loss",
+            4,
+            {"temperature": 1.0, "one_hot": 0.5},
+            math.log(math.e + 2) - (1 + math.e / (math.e + 2)) / 2,
+        ),
     ],
 )
 def test_identity_matrices_by_hand(name, arguments, options, expected):
@@ -260,9 +264,7 @@ def test_soft_target_loss_is_its_loop(symmetric):
     def cross_entropy(logits, teacher, place):
         lse = math.log(sum(math.exp(v) for v in logits))
         mass = [math.exp(v) for v in teacher]
-        return sum(
-            (lse - logits[j]) * ((1 - h) * mass[j] / sum(mass) + h * (j == place)) for j in range(len(logits))
-        )
+        return sum((lse - logits[j]) * ((1 - h) * mass[j] / sum(mass) + h * (j == place)) for j in range(len(logits)))
 
     losses = [cross_entropy(s[i], z[i], i) for i in range(4)]
     if symmetric:

@@ -217,6 +217,7 @@ OPTIONS: dict[str, Check] = {
     "aggregate": _one_of("geometric", "arithmetic"),
     "weight": _one_of("per_pair", "per_anchor"),
     "over": _one_of("pairs", "anchors"),
+    "compare": _one_of("all", "own"),
     "margin_strategy": _one_of("absolute", "relative"),
     **dict.fromkeys(("temperature", "logit_scale"), checks.positive_number),
     "teacher_temperature": _optional(checks.positive_number),

@@ -249,3 +249,26 @@ def siglip_loss(
         return _reduce(positives.where(match, negatives).sum(1), reduction, sample_weight)
     per_anchor = positives.where(match, 0.0) / match.sum(1) + negatives.masked_fill(match, 0.0)
     return _reduce((per_anchor.sum(1) + per_anchor.sum(0)) / 2, reduction, sample_weight)
+
+
+def mw_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    target: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    compare: str = "all",
+    temperature: float | Tensor = 0.01,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Every negative against every positive, N x N x M of them, or against that of its own query."""
+    target = torch.arange(len(query), device=query.device) if target is None else target.long()
+    logits = _unit(query, normalize) @ _unit(key, normalize).T / temperature
+    positive = logits.gather(1, target[:, None])
+    out = torch.zeros_like(logits, dtype=torch.bool).scatter(1, target[:, None], True)
+    if query_ids is not None and key_ids is not None:
+        out = out | (query_ids[:, None] == key_ids)
+    gap = logits[:, None] - (positive.T if compare == "all" else positive)[..., None]
+    return _reduce(-F.logsigmoid(-gap).masked_fill(out[:, None], 0.0).sum((1, 2)), reduction)
