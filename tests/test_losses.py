@@ -557,6 +557,89 @@ def test_dclw_is_dcl_where_all_positives_are_equally_hard(backend):
     )
 
 
+def test_nt_xent_labelled_of_two_views_is_nt_xent(backend, pair):
+    z = torch.cat(pair)
+    found = co.nt_xent_labelled(z, torch.arange(14).repeat(2), temperature=0.3, reduction="none", backend=backend)
+    assert_identical(found, co.nt_xent(*pair, temperature=0.3, reduction="none", backend=backend), *pair)
+
+
+def test_guided_info_nce_that_leaves_out_nothing_is_info_nce(backend, pair):
+    """One block after the other: with the others' anchors, and with candidates of all."""
+    x, y = pair
+    more = torch.randn(9, 6, dtype=torch.float64)
+    options = {"temperature": 0.2, "reduction": "none", "backend": backend}
+    alone = {"margin": -10.0, "contrast_anchors": False, "contrast_positives": False}
+    assert_identical(co.guided_info_nce(x, y, **alone, **options), co.info_nce(x, y, **options), x, y)
+    found = co.guided_info_nce(x, y, negatives=more, **alone, **options)
+    assert_identical(found, co.info_nce(x, torch.cat([y, more]), **options), x, y)
+    # the anchors are keys of all but themselves
+    ids = torch.arange(14)
+    keys = co.info_nce(
+        x, torch.cat([y, x]), query_ids=ids, key_ids=torch.cat([torch.full_like(ids, -1), ids]), **options
+    )
+    found = co.guided_info_nce(x, y, **(alone | {"contrast_anchors": True}), **options)
+    assert_identical(found, keys, x, y)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["student", "guide"])
+def test_guide_that_leaves_out_everything(own, backend):
+    """No candidate is as little similar as that: 0 with zero gradient."""
+    x, y, z = (torch.randn(size, 4, requires_grad=True) for size in (9, 9, 5))
+    guide = None if own else tuple(torch.randn(size, 3) for size in (9, 9, 5))
+    results = evaluate(
+        lambda x, y, negatives, **options: co.guided_info_nce(x, y, negatives=negatives, guide=guide, **options),
+        (x, y, z),
+        {"margin": 3.0, "backend": backend},
+    )
+    assert all((value == 0).all() for value in results.values()), results
+    assert len(results) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [0, 1, 70])
+def test_guided_info_nce_with_negatives(m, dtype, backend):
+    x, y = arguments_of(TABLE["guided_info_nce"], 43, 10, dtype)
+    negatives = F.normalize(torch.randn(m, 10), dim=1).to(dtype).requires_grad_()
+    guides = tuple(torch.randint(-1, 2, (size, 8)).to(dtype) for size in (43, 43, m))
+    options = {"guide": guides, "margin": 0.5, "normalize": False, "temperature": 0.25, "reduction": "none"}
+
+    def call(function):
+        return lambda x, y, z, **more: function(x, y, negatives=z, **more)
+
+    judge(call(co.guided_info_nce), call(reference.guided_info_nce), (x, y, negatives), options,
+          fused_options={"backend": backend}, logits=1.5 * LOGITS)  # fmt: skip
+
+
+def test_soft_targets_that_are_sharp_are_clip_loss(backend, pair):
+    """All of the teacher's mass is on the diagonal."""
+    x, y = pair
+    eye = torch.eye(14, dtype=torch.float64)
+    options = {"temperature": 0.2, "teacher_temperature": 1e-3, "reduction": "none", "backend": backend}
+    expected = co.clip_loss(x, y, 5.0, reduction="none", backend=backend)
+    for one_hot in (0.0, 0.4):
+        found = co.soft_target_loss(x, y, eye, eye, one_hot=one_hot, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("one_hot", [0.0, 0.3])
+def test_soft_targets_over_other_columns(one_hot, dtype, backend):
+    """More columns than rows, such as a queue, in the one direction that there is."""
+    x, u = (F.normalize(torch.randn(21, d), dim=1).to(dtype).requires_grad_() for d in (10, 7))
+    y, v = (F.normalize(torch.randn(50, d), dim=1).to(dtype).requires_grad_() for d in (10, 7))
+    options = {"temperature": 0.25, "symmetric": False, "one_hot": one_hot, "reduction": "none"}
+    judge(co.soft_target_loss, reference.soft_target_loss, (x, y, u, v), options,
+          fused_options={"backend": backend}, logits=LOGITS)  # fmt: skip
+
+
+@pytest.mark.parametrize("m", [0, 1])
+def test_soft_targets_over_no_column_and_one(m, backend):
+    x, y, u, v = (torch.randn(size, 4, requires_grad=True) for size in (5, m, 5, m))
+    results = evaluate(co.soft_target_loss, (x, y, u, v), {"symmetric": False, "backend": backend})
+    assert all((value == 0).all() for value in results.values()), results
+    assert len(results) == 5
+
+
 # a feature that is 1 everywhere shifts dot products; it changes volumes, and areas not at all
 SHIFTED = [
     case

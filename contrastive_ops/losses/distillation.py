@@ -46,7 +46,7 @@ def soft_target_loss(
     temperature : float or Tensor of one element
         Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     teacher_temperature : float or Tensor of one element, optional
-        None takes that of the student.
+        None takes that of the student, whose gradient then is that of both.
     symmetric : bool
         Also in the direction of the columns; needs N = M.
     one_hot : float in [0, 1)
