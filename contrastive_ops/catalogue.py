@@ -218,7 +218,7 @@ LOSSES: tuple[Loss, ...] = (
         "InfoNCE without what a guide finds more similar than the positive",
         "arXiv:2402.16829",
         ({}, {"margin": 0.3, "margin_strategy": "relative", "contrast_anchors": False}),
-        sides=(guides, weights),
+        sides=(weights, guides),
     ),
     Loss(
         "soft_target_loss",

@@ -100,6 +100,15 @@ def test_no_query_and_one(n, compare, backend):
         assert {"output0", "grad of argument0", "grad of argument1"} <= results.keys()
 
 
+@COMPARE
+def test_a_target_beyond_the_keys(compare, backend, monkeypatch):
+    """Off the CPU its values are not read, and nothing reads the key that it names."""
+    monkeypatch.setattr(co.checks, "target_range", lambda *_: None)
+    x, y = sides(5, 7, 4)
+    loss = co.mw_loss(x, y, target=torch.tensor([0, 1, 7, -(2**40), 4]), compare=compare, backend=backend)
+    assert not loss.isfinite()
+
+
 def test_nan_is_not_hidden(backend):
     x, y = (side.detach() for side in sides(5, 7, 4))
     x[2, 1] = float("nan")

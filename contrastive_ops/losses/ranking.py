@@ -46,7 +46,8 @@ def mw_loss(
     key : Tensor of shape (M, D), dtype of `query`
         Without `target`, M >= N and row i is the positive of query i; the other keys are negatives of all queries.
     target : integer Tensor of shape (N,), optional
-        Index of each query's positive in `key`, in [0, M).
+        Index of each query's positive in `key`, in [0, M). Off the CPU, where the host would have to wait for them, the
+        values are not checked: with one beyond the keys the loss is not finite.
     query_ids, key_ids : integer Tensors of shape (N,) and (M,), optional
         A key with the query's id that is not its positive is not a negative.
     compare : "all" or "own"
@@ -107,8 +108,10 @@ def mw_loss(
     temperature = terms.flat(temperature, query)
     query, query_scale = terms.with_logit_scale(query, temperature, -1.0, normalize, backend)
     key, key_scale = terms.with_norm_scale(key, normalize, backend)
-    positive = row_dot(query, key[target])
-    positive = terms.scaled(query_scale, terms.scaled(None if key_scale is None else key_scale[target], positive))
+    place = target.clamp(0, max(m - 1, 0))
+    positive = row_dot(query, key[place])
+    positive = terms.scaled(query_scale, terms.scaled(None if key_scale is None else key_scale[place], positive))
+    positive = positive.masked_fill(place != target, -torch.inf)
     if compare == "all" and n > 0:
         x, y = _scaled_rows(query_scale, query), _scaled_rows(key_scale, key)
         per_row = _of_all(x, y, positive, target, query_ids, key_ids, backend)
