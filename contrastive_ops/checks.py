@@ -330,6 +330,23 @@ def enough_keys(queries: int, keys: int) -> None:
         )
 
 
+def positives(target: Any, query: Tensor, key: Tensor) -> None:
+    """Which key is the positive of each query: that of its row, or the one it names."""
+    n, m = query.shape[0], key.shape[0]
+    if target is None:
+        enough_keys(n, m)
+    else:
+        integer_vector("target", target, n, query.device, rows_of="query")
+        target_range(target, m)
+
+
+def ids_of_both(query_ids: Any, key_ids: Any, query: Tensor, key: Tensor) -> None:
+    both_or_neither("query_ids", query_ids, "key_ids", key_ids)
+    if query_ids is not None:
+        integer_vector("query_ids", query_ids, query.shape[0], query.device, rows_of="query")
+        integer_vector("key_ids", key_ids, key.shape[0], key.device, rows_of="key")
+
+
 def enough_columns(rows: int, cols: int) -> None:
     if cols < rows:
         raise ValueError(

@@ -69,19 +69,14 @@ def recall_at_k(
     checks.features("key", key, expected="(M, D)")
     query, key = promoted(query, key)
     checks.same_kind("key", key, "query", query)
-    n, m = query.shape[0], key.shape[0]
-    checks.both_or_neither("query_ids", query_ids, "key_ids", key_ids)
     checks.ranks(ks, MOST)
-    if query_ids is not None and key_ids is not None:
+    checks.ids_of_both(query_ids, key_ids, query, key)
+    n, m = query.shape[0], key.shape[0]
+    if query_ids is not None:
         checks.one_answer(target)
-        checks.integer_vector("query_ids", query_ids, n, query.device, rows_of="query")
-        checks.integer_vector("key_ids", key_ids, m, key.device, rows_of="key")
-    elif target is None:
-        checks.enough_keys(n, m)
-        target = torch.arange(n, device=query.device)
     else:
-        checks.integer_vector("target", target, n, query.device, rows_of="query")
-        checks.target_range(target, m)
+        checks.positives(target, query, key)
+        target = torch.arange(n, device=query.device) if target is None else target
 
     # a scale of the query does not change the order of its keys
     scale = inverse_norm(key, backend) if normalize else None

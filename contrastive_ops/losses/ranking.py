@@ -91,18 +91,10 @@ def mw_loss(
     checks.features("key", key, expected="(M, D)")
     query, key = promoted(query, key)
     checks.same_kind("key", key, "query", query)
+    checks.ids_of_both(query_ids, key_ids, query, key)
+    checks.positives(target, query, key)
     n, m = query.shape[0], key.shape[0]
-    checks.both_or_neither("query_ids", query_ids, "key_ids", key_ids)
-    if query_ids is not None and key_ids is not None:
-        checks.integer_vector("query_ids", query_ids, n, query.device, rows_of="query")
-        checks.integer_vector("key_ids", key_ids, m, key.device, rows_of="key")
-    if target is None:
-        checks.enough_keys(n, m)
-        target = torch.arange(n, device=query.device)
-    else:
-        checks.integer_vector("target", target, n, query.device, rows_of="query")
-        checks.target_range(target, m)
-        target = target.long()
+    target = torch.arange(n, device=query.device) if target is None else target.long()
     checks.temperature("temperature", temperature, query.device)
 
     temperature = terms.flat(temperature, query)
