@@ -1,6 +1,6 @@
 """Contrastive losses that never build the N x M similarity matrix."""
 
-from contrastive_ops import nn, reference
+from contrastive_ops import metrics, nn, reference
 from contrastive_ops.backends import explain
 from contrastive_ops.losses import (
     LossStats,
@@ -16,6 +16,7 @@ from contrastive_ops.losses import (
     joint_entropy,
     mv_dhel,
     mv_infonce,
+    mw_loss,
     nt_xent,
     nt_xent_labelled,
     pairwise_views,
@@ -70,8 +71,10 @@ __all__ = [
     "guided_info_nce",
     "info_nce",
     "joint_entropy",
+    "metrics",
     "mv_dhel",
     "mv_infonce",
+    "mw_loss",
     "nn",
     "nt_xent",
     "nt_xent_labelled",

@@ -175,13 +175,22 @@ def labels(name: str, value: Any) -> None:
         integers(name, value)
 
 
-def label_sets(name: str, value: Tensor, rows_of: str, rows: Tensor) -> None:
-    """A row of C entries for each row of features, not 0 where it has a label."""
-    if value.dim() != 2 or value.shape[0] != rows.shape[0] or value.shape[1] == 0:
-        raise ValueError(
-            f"{name} must have shape ({rows.shape[0]},) or ({rows.shape[0]}, C), got {shape(value)}; "
-            f"give one label, or one entry of each of C labels, per row of {rows_of}."
-        )
+def label_sets(name: str, value: Any, rows_of: str, rows: Tensor, classes: int | None = None) -> None:
+    """A row of C entries for each row of features, not 0 where it has a label; of `classes` if it is known how many.
+
+    A single column is taken for labels that were not flattened: as a set it would make one class of all but label 0.
+    """
+    tensor(name, value)
+    n = rows.shape[0]
+    if value.dim() != 2 or value.shape[0] != n or value.shape[1] < 2 or (classes or value.shape[1]) != value.shape[1]:
+        expected = f"({n},) or ({n}, C) with C >= 2" if classes is None else f"({n}, {classes})"
+        if classes is not None:
+            way_out = f"give an entry of each of the {classes} labels per row of {rows_of}"
+        elif value.numel() == n:
+            way_out = f"call {name}.flatten()"
+        else:
+            way_out = f"give one label, or an entry of each of C labels, per row of {rows_of}"
+        raise ValueError(f"{name} must have shape {expected}, got {shape(value)}; {way_out}.")
     same_device(name, value, rows_of, rows)
 
 
@@ -321,6 +330,23 @@ def enough_keys(queries: int, keys: int) -> None:
         )
 
 
+def positives(target: Any, query: Tensor, key: Tensor) -> None:
+    """Which key is the positive of each query: that of its row, or the one it names."""
+    n, m = query.shape[0], key.shape[0]
+    if target is None:
+        enough_keys(n, m)
+    else:
+        integer_vector("target", target, n, query.device, rows_of="query")
+        target_range(target, m)
+
+
+def ids_of_both(query_ids: Any, key_ids: Any, query: Tensor, key: Tensor) -> None:
+    both_or_neither("query_ids", query_ids, "key_ids", key_ids)
+    if query_ids is not None:
+        integer_vector("query_ids", query_ids, query.shape[0], query.device, rows_of="query")
+        integer_vector("key_ids", key_ids, key.shape[0], key.device, rows_of="key")
+
+
 def enough_columns(rows: int, cols: int) -> None:
     if cols < rows:
         raise ValueError(
@@ -373,10 +399,16 @@ def forms(name: str, value: Any, *, alone: bool) -> tuple[Any, Any]:
 
 def no_ceiling(guide: Any, keep: str) -> None:
     if guide is not None or keep != "below":
+        given = f"keep={keep!r}" if guide is None else "a guide"
         raise ValueError(
-            f"ceiling or col_ceiling must be given with a guide or keep={keep!r}, got neither; "
+            f"ceiling or col_ceiling must be given with {given}, got neither; "
             "pairs are left out by what their guide is compared with."
         )
+
+
+def finite(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be a finite float, got {value!r}; 0.0 switches it off.")
 
 
 def target_range(target: Tensor, keys: int) -> None:
@@ -521,6 +553,20 @@ def modalities(others: Sequence[Any]) -> None:
 def neighbours(name: str, value: Any, size: int, *, of: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= size:
         raise ValueError(f"{name} must be an integer in [1, {size}], the number of {of}, got {value!r}.")
+
+
+def ranks(ks: Any, most: int) -> None:
+    if not isinstance(ks, (list, tuple)) or not ks:
+        raise TypeError(f"ks must be a list or tuple of at least one integer, got {ks!r}; pass (1, 5, 10).")
+    for k in ks:
+        neighbours("ks", k, most, of="keys that are kept of each query at most")
+
+
+def one_answer(target: Any) -> None:
+    if target is not None:
+        raise ValueError(
+            "target must be None with query_ids and key_ids, got a value; they say which keys are positives."
+        )
 
 
 def seed(name: str, value: Any, largest: bool) -> None:
