@@ -12,7 +12,14 @@ from contrastive_ops import build, checks
 from contrastive_ops.backends import tuples as tuple_basis
 from contrastive_ops.dtypes import statistics_dtype
 
-OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
+OPS = (
+    "similarity_logsumexp",
+    "similarity_sum",
+    "similarity_expectation",
+    "similarity_topk",
+    "volume_logsumexp",
+    "gramian_volume",
+)
 
 
 def why_not(op: str, x: Tensor) -> str | None:
@@ -25,8 +32,11 @@ def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
-def kept(x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> int:
-    """Dots that forward keeps for backward: whole tiles of 128 x 128, within 64 MB (kKeptDotsBytes in csrc/cpu)."""
+def kept(op: str, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool], second: bool) -> int:
+    """Dots that forward keeps for backward: whole tiles of 128 x 128, within 64 MB (kKeptDotsBytes in csrc/cpu).
+
+    Those of x and y; the dots of a guide or a teacher are made again.
+    """
     if not any(needs):
         return 0
     y = x if y is None else y
@@ -37,13 +47,37 @@ def kept(x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> int:
     return torch.sym_min(tiles, limit) * tile
 
 
-def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
     *inputs, needs = arguments
-    return torch.ops.contrastive_ops_cpu.similarity_logsumexp(*inputs, any(needs))
+    return getattr(torch.ops.contrastive_ops_cpu, op)(*inputs, any(needs))
+
+
+def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return _forward("similarity_logsumexp", *arguments)
 
 
 def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.ops.contrastive_ops_cpu.similarity_logsumexp_backward(*arguments)
+
+
+def similarity_sum_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return _forward("similarity_sum", *arguments)
+
+
+def similarity_sum_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.contrastive_ops_cpu.similarity_sum_backward(*arguments)
+
+
+def similarity_expectation_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return _forward("similarity_expectation", *arguments)
+
+
+def similarity_expectation_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.contrastive_ops_cpu.similarity_expectation_backward(*arguments)
+
+
+def similarity_topk_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.contrastive_ops_cpu.similarity_topk(*arguments)
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
