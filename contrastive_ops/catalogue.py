@@ -61,6 +61,27 @@ def labelled(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> 
     return unit(n, d, dtype, generator), torch.randint(max(n // 4, 1), (n,), generator=generator)
 
 
+def pair_scale_and_bias(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
+    *features, scale = pair_and_scale(n, d, dtype, generator)
+    return *features, scale, torch.full_like(scale, -10.0).requires_grad_()
+
+
+def student_and_teacher(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return *pair(n, d, dtype, generator), *pair(n, d + 3, dtype, generator)
+
+
+def guides(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    return {"guide": tuple(x.detach() for x in related_pair(n, d + 3, dtype, generator))}
+
+
+def related_pair(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Positives about as similar to their anchors as the best of the others: a guide leaves out some of these."""
+    x, y = pair(n, d, dtype, generator)
+    with torch.no_grad():
+        y.copy_(F.normalize(0.3 * x.double() + y.double(), dim=1))
+    return x, y
+
+
 VIEWS = 4
 
 
@@ -126,6 +147,17 @@ LOSSES: tuple[Loss, ...] = (
         sides=OF_SAMPLES,
     ),
     Loss(
+        "siglip_loss",
+        losses.siglip_loss,
+        reference.siglip_loss,
+        pair_scale_and_bias,
+        "sigmoid loss of every pair, match or no match",
+        "arXiv:2303.15343",
+        ({}, {"weight": "per_anchor"}),
+        sides=(same,),
+        op="similarity_sum",
+    ),
+    Loss(
         "nt_xent",
         losses.nt_xent,
         reference.nt_xent,
@@ -161,6 +193,37 @@ LOSSES: tuple[Loss, ...] = (
         "arXiv:2004.11362",
         ({}, {"variant": "in"}),
         sides=(weights, queue, queue_and_weights),
+    ),
+    Loss(
+        "nt_xent_labelled",
+        losses.nt_xent_labelled,
+        reference.nt_xent_labelled,
+        labelled,
+        "NT-Xent of each pair of the same label, against other labels alone",
+        "arXiv:2008.09164",
+        ({}, {"over": "anchors"}),
+        op="similarity_sum",
+    ),
+    Loss(
+        "guided_info_nce",
+        losses.guided_info_nce,
+        reference.guided_info_nce,
+        related_pair,
+        "InfoNCE without what a guide finds more similar than the positive",
+        "arXiv:2402.16829",
+        ({}, {"margin": 0.1, "contrast_anchors": False}, {"margin": 0.3, "margin_strategy": "relative"}),
+        sides=(guides, weights),
+    ),
+    Loss(
+        "soft_target_loss",
+        losses.soft_target_loss,
+        reference.soft_target_loss,
+        student_and_teacher,
+        "cross-entropy of a student's softmax under a teacher's, in both directions",
+        "arXiv:2107.09282",
+        ({}, {"symmetric": False, "one_hot": 0.3, "teacher_temperature": 0.2}),
+        sides=(weights,),
+        op="similarity_expectation",
     ),
     Loss(
         "mv_infonce",

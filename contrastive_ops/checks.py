@@ -106,16 +106,24 @@ def views(name: str, value: Any) -> None:
 
 def same_kind(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Two embeddings that meet in one product: same device, dtype and feature size."""
-    if value.device != other.device:
-        raise ValueError(
-            f"{name} must be on the device of {other_name}, {other.device}, got {value.device}; "
-            f"call {name}.to({other_name}.device)."
-        )
+    same_device(name, value, other_name, other)
     if value.dtype != other.dtype:
         raise TypeError(
             f"{name} must have the dtype of {other_name}, {names([other.dtype])}, got {names([value.dtype])}; "
             f"call {name}.to({other_name}.dtype)."
         )
+    same_width(name, value, other_name, other)
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {value.device}; "
+            f"call {name}.to({other_name}.device)."
+        )
+
+
+def same_width(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.shape[-1] != other.shape[-1]:
         raise ValueError(
             f"{name} must have the feature size of {other_name}, D = {other.shape[-1]}, got {value.shape[-1]}; "
@@ -130,6 +138,13 @@ def one_per_row(name: str, value: Tensor, rows_of: str, rows: Tensor) -> None:
             f"{name} must have an entry for each row of {rows_of}, N = {rows.shape[0]}, got shape {shape(value)}; "
             "its first axis is that of the rows."
         )
+
+
+def other_features(name: str, value: Any, rows_of: str, rows: Tensor) -> None:
+    """Features of the same rows, of a width of their own."""
+    features(name, value)
+    one_per_row(name, value, rows_of, rows)
+    same_device(name, value, rows_of, rows)
 
 
 def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -151,6 +166,23 @@ def integer_vector(name: str, value: Any, size: int, device: torch.device, *, ro
     """Labels, ids or indices: one integer per row."""
     integers(name, value)
     vector(name, value, size, device, rows_of=rows_of)
+
+
+def labels(name: str, value: Any) -> None:
+    """One label of each row, or which labels it has."""
+    tensor(name, value)
+    if value.dim() < 2:
+        integers(name, value)
+
+
+def label_sets(name: str, value: Tensor, rows_of: str, rows: Tensor) -> None:
+    """A row of C entries for each row of features, not 0 where it has a label."""
+    if value.dim() != 2 or value.shape[0] != rows.shape[0] or value.shape[1] == 0:
+        raise ValueError(
+            f"{name} must have shape ({rows.shape[0]},) or ({rows.shape[0]}, C), got {shape(value)}; "
+            f"give one label, or one entry of each of C labels, per row of {rows_of}."
+        )
+    same_device(name, value, rows_of, rows)
 
 
 def floating(name: str, value: Any) -> None:
@@ -289,9 +321,62 @@ def enough_keys(queries: int, keys: int) -> None:
         )
 
 
+def enough_columns(rows: int, cols: int) -> None:
+    if cols < rows:
+        raise ValueError(
+            f"y must have at least as many rows as x with one_hot, N = {rows}, got M = {cols}; "
+            "row i of y is the positive of row i of x."
+        )
+
+
+def one_guide_for_each(guide: Any, count: int) -> None:
+    if not isinstance(guide, (list, tuple)) or len(guide) != count:
+        got = f"{len(guide)} values" if isinstance(guide, (list, tuple)) else type(guide).__name__
+        of = "anchors and positives" if count == 2 else "anchors, positives and negatives"
+        raise TypeError(f"guide must be {count} tensors, the guide's features of {of}, got {got}.")
+
+
 def a_direction(rows: bool, cols: bool) -> None:
     if not rows and not cols:
         raise ValueError("rows or cols must be True, got rows=False, cols=False; there would be nothing to do.")
+
+
+def rows_alone(of_columns: Mapping[str, Any], rows: bool, cols: bool) -> None:
+    """What self-similarity has no use for: the columns are the rows."""
+    for name, value in of_columns.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None in self-similarity (y=None), where the row option applies to both sides, "
+                "got a value; pass y=x for logits that are not symmetric."
+            )
+    if cols or not rows:
+        raise ValueError(
+            f"rows=True, cols=False is expected in self-similarity (y=None), got rows={rows}, cols={cols}; "
+            "the columns have the same result, or pass y=x."
+        )
+
+
+def forms(name: str, value: Any, *, alone: bool) -> tuple[Any, Any]:
+    """The features that a second form of the pairs has of rows and of columns; in self-similarity one tensor."""
+    if alone:
+        if isinstance(value, (list, tuple)):
+            raise TypeError(
+                f"{name} must be one tensor in self-similarity (y=None), got a {type(value).__name__}; "
+                "pass y=x for two that differ."
+            )
+        return value, None
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        got = f"{len(value)} values" if isinstance(value, (list, tuple)) else type(value).__name__
+        raise TypeError(f"{name} must be a pair of tensors, for the rows of x and of y, got {got}; pass (u, v).")
+    return tuple(value)
+
+
+def no_ceiling(guide: Any, keep: str) -> None:
+    if guide is not None or keep != "below":
+        raise ValueError(
+            f"ceiling or col_ceiling must be given with a guide or keep={keep!r}, got neither; "
+            "pairs are left out by what their guide is compared with."
+        )
 
 
 def target_range(target: Tensor, keys: int) -> None:
@@ -353,6 +438,27 @@ def modalities(others: Sequence[Any]) -> None:
 def neighbours(name: str, value: Any, size: int, *, of: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= size:
         raise ValueError(f"{name} must be an integer in [1, {size}], the number of {of}, got {value!r}.")
+
+
+def seed(name: str, value: Any, largest: bool) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, the seed of the draw, got {value!r}.")
+    if not largest:
+        raise ValueError(f"{name} must be None with largest=False, got {value}; draws are of the largest logits.")
+
+
+def teacher(u: Any, v: Any, vectors: Sequence[Any], *, alone: bool) -> None:
+    """Which of the teacher's arguments go together."""
+    if alone and v is not None:
+        raise ValueError("v must be None in self-similarity (y=None), got a value; pass y=x for two that differ.")
+    if not alone:
+        both_or_neither("u", u, "v", v)
+    if u is None and any(value is not None for value in vectors):
+        raise ValueError(
+            "u must be given with scales or biases of a teacher, got None; without it the student is its own teacher."
+        )
 
 
 def enough_to_draw(name: str, size: int) -> None:

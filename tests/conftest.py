@@ -25,15 +25,21 @@ from contrastive_ops.catalogue import Loss
 BACKENDS = ("tiled", "cpu")
 
 
-def refusal(name: str, loss: Loss | None = None) -> str | None:
-    return backends.why_not(name, "similarity_logsumexp" if loss is None else loss.op, torch.empty(1, 1))
+def refusal(name: str, op: str = "similarity_logsumexp") -> str | None:
+    return backends.why_not(name, op, torch.empty(1, 1))
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn; one that can't run here, or not the test's `loss`, skips with its own sentence."""
-    loss = request.node.callspec.params.get("loss")
-    sentence = refusal(request.param, loss if isinstance(loss, Loss) else None)
+    """Each backend in turn; one that can't run here, or not the op of the test, skips with its own sentence.
+
+    The op is that of the test's `loss`, its `op`, or that of the whole file.
+    """
+    loss, op = (request.node.callspec.params.get(name) for name in ("loss", "op"))
+    if isinstance(loss, Loss):
+        sentence = refusal(request.param, loss.op)
+    else:
+        sentence = refusal(request.param, getattr(op, "name", getattr(request.module, "OP", "similarity_logsumexp")))
     if sentence is not None:
         pytest.skip(f"{request.param}: {sentence}")
     request.node.user_properties.append(("backend", request.param))
@@ -84,6 +90,8 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
         return f"{argname.upper()}{val}"
     if argname == "shape" and isinstance(val, tuple):
         return "-".join(f"{name}{size}" for name, size in zip("NMD", val, strict=False))
+    if argname == "op" and not isinstance(val, str):
+        return str(val)
     if isinstance(val, dict):
         return "+".join(f"{name}={value}" for name, value in val.items()) or "plain"
     return None

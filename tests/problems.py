@@ -1,15 +1,17 @@
-"""Inputs of `similarity_logsumexp`: named option sets at any shape and dtype, and the op's naive twin."""
+"""Inputs of the ops over pairs: named option sets at any shape and dtype, and the ops beside their naive twins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from tolerance import LOGITS
 from torch import Tensor
 
 import contrastive_ops as co
 from contrastive_ops.dtypes import statistics_dtype
+from contrastive_ops.ops.similarity_sum import FUNCTIONS
 from contrastive_ops.reference import logits_at, logsumexp, similarity_logits
 
 VECTORS = ("row_scale", "col_scale", "row_bias", "col_bias")
@@ -57,6 +59,17 @@ class Maker:
     def far_ids(self) -> dict[str, Tensor]:
         pick = self.ids(len(FAR_IDS))
         return {name: FAR_IDS[index + 2] for name, index in pick.items()}
+
+    def ceiling(self, name: str, *, of_logits: bool = False) -> Tensor:
+        """About the middle of what it is compared with: of guides, halves between the integers that these are."""
+        size = self.sizes["col" if name.startswith("col") else "row"]
+        if of_logits:
+            return torch.randn(size, generator=self.generator).to(statistics_dtype(torch.empty(0, dtype=self.dtype)))
+        return torch.randint(-1, 3, (size,), generator=self.generator) + 0.5
+
+    def guide(self, *sizes: int) -> tuple[Tensor, ...]:
+        """Of a width of their own, small integers, so that no rounding moves a pair across its ceiling."""
+        return tuple(torch.randint(-1, 2, (size, 11), generator=self.generator).to(self.dtype) for size in sizes)
 
     def vectors(self) -> dict[str, Any]:
         return {name: self.vector(name, "vector") for name in VECTORS}
@@ -115,14 +128,44 @@ SELF_OPTIONS: dict[str, Callable[[Maker], dict[str, Any]]] = {
         {**make.vectors(), "exclude": torch.arange(make.n), **make.ids(3, ordered=True), "ids": "restrict"}
     ),
 }
-ALL_OPTIONS = OPTIONS | SELF_OPTIONS
+GUIDED: dict[str, Callable[[Maker], dict[str, Any]]] = {
+    "guide": lambda make: {"guide": make.guide(make.n, make.m), "ceiling": make.ceiling("row"), "cols": True},
+    "guide-col_ceiling": lambda make: {
+        "guide": make.guide(make.n, make.m), "col_ceiling": make.ceiling("col"), "cols": True,
+    },
+    "guide-above": lambda make: {"guide": make.guide(make.n, make.m), "ceiling": 0.5, "keep": "above", "cols": True},
+    "guide-own_logits": lambda make: {
+        "ceiling": make.ceiling("row", of_logits=True), "row_scale": make.vector("row_scale", "vector"), "cols": True,
+    },
+    "guide-everything": lambda make: {
+        **make.vectors(), "exclude": make.exclude(), **make.ids(6), "guide": make.guide(make.n, make.m),
+        "ceiling": make.ceiling("row"), "col_ceiling": make.ceiling("col"), "cols": True,
+    },
+    "guide-everything-restrict": lambda make: {
+        **make.vectors(), "exclude": make.exclude(), **make.ids(3, ordered=True), "ids": "restrict",
+        "guide": make.guide(make.n, make.m), "ceiling": make.ceiling("row"), "keep": "above", "cols": True,
+    },
+}  # fmt: skip
+SELF_GUIDED: dict[str, Callable[[Maker], dict[str, Any]]] = {
+    "self-guide": lambda make: {"guide": make.guide(make.n)[0], "ceiling": make.ceiling("row")},
+    "self-guide-above": lambda make: {"guide": make.guide(make.n)[0], "ceiling": 0.5, "keep": "above"},
+    "self-guide-own_logits": lambda make: {"ceiling": make.ceiling("row", of_logits=True)},
+    "self-guide-everything": lambda make: make.of_rows(
+        {
+            **make.vectors(), "exclude": make.exclude(), **make.ids(6), "guide": make.guide(make.n)[0],
+            "ceiling": make.ceiling("row"),
+        }
+    ),
+}  # fmt: skip
+PLAIN = {**OPTIONS, **SELF_OPTIONS}
+ALL_OPTIONS = PLAIN | GUIDED | SELF_GUIDED
 
 
 def problem(
     name: str, n: int, m: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """The positional arguments and the options of one problem; self-similarity ignores M."""
-    alone = name in SELF_OPTIONS
+    alone = name.startswith("self")
     make = Maker(n, n if alone else m, dtype, seed)
     arguments = (make.features(n, d),) if alone else (make.features(n, d), make.features(m, d))
     return arguments, ALL_OPTIONS[name](make)
@@ -171,7 +214,13 @@ def naive(
                 else value
             )
             options[name] = value.reshape(-1).expand(sizes[name[:3]])
-    logits = similarity_logits(x, y, restrict=ids == "restrict", **options)
+    guide = options.pop("guide", None)
+    options["guide_x"], options["guide_y"] = (None, None) if guide is None else (guide, None) if y is None else guide
+    for name, size in (("ceiling", "row"), ("col_ceiling", "col")):
+        if isinstance(options.get(name), float):
+            options[name] = x.new_full((sizes[size],), options[name], dtype=statistics_dtype(x))
+    above = options.pop("keep", "below") == "above"
+    logits = similarity_logits(x, y, restrict=ids == "restrict", above=above, **options)
     exclude = options.get("exclude")
     of_all_pairs = similarity_logits(x, y, **{name: options.get(name) for name in VECTORS})
     excluded = None if exclude is None else logits_at(of_all_pairs, exclude.long())
@@ -180,3 +229,76 @@ def naive(
         for dim in (1, 0)
     ]
     return requested((logsumexp(logits, 1), logsumexp(logits, 0), *largest, excluded), rows, cols, exclude is not None)
+
+
+class Op(NamedTuple):
+    """An op over pairs beside its dense twin; both give what was asked for of its results, one after the other."""
+
+    name: str
+    of: str | None = None  # the function that is summed
+    teacher: bool = False
+
+    @property
+    def logits(self) -> float:
+        """As in tolerance.py: t (s - E) has the roundings of its weight and those of its logits."""
+        return LOGITS * (2.0 if self in EXPECTATIONS else 1.0)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of its option sets."""
+        if self.name == "similarity_logsumexp":
+            return tuple(ALL_OPTIONS)
+        return tuple(ALL_OPTIONS if self.name == "similarity_sum" else PLAIN)
+
+    def problem(
+        self, name: str, n: int, m: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        arguments, options = problem(name, n, m, d, dtype, seed)
+        if self.of is not None:
+            options["of"] = self.of
+        if self.teacher:
+            make = Maker(n, len(arguments[-1]), dtype, seed + 1)
+            sizes = (n, m)[: len(arguments)]
+            # half as long: where a pair with itself has all the weight, s - E is nothing but its rounding
+            teacher = tuple((make.features(size, d + 2).detach() / 2).requires_grad_() for size in sizes)
+            arguments = (*arguments, *teacher)
+            if name.startswith("self"):
+                arguments, options["u"] = arguments[:1], arguments[1]
+            # a bias of rows leaves their softmax as it is: without columns its gradient is 0, and dense is noise
+            still = {"row_bias"} if not (options.get("cols") or "self" in name) else set()
+            still |= {"col_bias"} if not options.get("rows", True) else set()
+            still |= {"row_bias", "col_bias"} if 1 in (n, len(arguments[-1])) else set()
+            vectors = [name for name in VECTORS if isinstance(options.get(name), Tensor) and name not in still]
+            options |= {f"teacher_{vector}": make.vector(vector, "vector") for vector in vectors}
+        return arguments, options
+
+    def fused(self, *arguments: Tensor, backend: str, **options: Any) -> tuple[Tensor, ...]:
+        if self.name == "similarity_logsumexp":
+            return fused(*arguments, backend=backend, **options)
+        outputs = getattr(co, self.name)(*arguments, backend=backend, **options)
+        asked = {"row": options.get("rows", True), "col": options.get("cols", False)}
+        asked["exc"] = options.get("exclude") is not None
+        results = []
+        for field, value in zip(outputs._fields, outputs, strict=True):
+            if asked[field[:3]]:
+                results.append(value)
+            else:
+                assert value.shape == (0,), field
+        return tuple(results)
+
+    def naive(self, *arguments: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        if self.name == "similarity_logsumexp":
+            return naive(*arguments, **options)
+        return self.fused(*arguments, backend="reference", **options)
+
+    def __str__(self) -> str:
+        return self.name.removeprefix("similarity_") + (
+            f"-{self.of}" if self.of else "-teacher" if self.teacher else ""
+        )
+
+
+LOGSUMEXP = Op("similarity_logsumexp")
+SUMS = tuple(Op("similarity_sum", of) for of in FUNCTIONS)
+EXPECTATIONS = (Op("similarity_expectation", teacher=True), Op("similarity_expectation"))
+# of the sums one whose function is 0 where a pair does not take part, and one where it is not
+OPS = (LOGSUMEXP, *(op for op in SUMS if op.of in ("softplus", "square")), *EXPECTATIONS)

@@ -5,54 +5,99 @@ Autograd differentiates it directly, to any order, so it has no backward of its 
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from contrastive_ops.reference.area_logsumexp import line_logits
-from contrastive_ops.reference.similarity_logsumexp import logits_at, logsumexp, similarity_logits
+from contrastive_ops.reference.similarity import (
+    FUNCTIONS,
+    best,
+    expectation,
+    largest,
+    logits_at,
+    logsumexp,
+    similarity_logits,
+    takes_part,
+)
 from contrastive_ops.reference.volume_logsumexp import volume_logits
 
-OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume", "area_logsumexp")
+OPS = (
+    "similarity_logsumexp",
+    "similarity_sum",
+    "similarity_expectation",
+    "similarity_topk",
+    "volume_logsumexp",
+    "gramian_volume",
+    "area_logsumexp",
+)
 
 
 def why_not(op: str, x: Tensor) -> str | None:
     return None
 
 
-def similarity_logsumexp(
-    x: Tensor,
-    y: Tensor | None,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    row_bias: Tensor | None,
-    col_bias: Tensor | None,
-    exclude: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    restrict: bool,
-    rows: bool,
-    cols: bool,
-) -> tuple[Tensor, ...]:
-    logits_with = partial(
-        similarity_logits,
-        x,
-        y,
-        row_scale=row_scale,
-        col_scale=col_scale,
-        row_bias=row_bias,
-        col_bias=col_bias,
-    )
-    logits = logits_with(exclude=exclude, row_ids=row_ids, col_ids=col_ids, restrict=restrict)
+def similarity_logsumexp(*arguments: Any) -> tuple[Tensor, ...]:
+    *pairs, rows, cols = arguments
+    logits, excluded = _logits(*pairs)
     nothing = logits.new_empty(0)
     return (
         logsumexp(logits, 1) if rows else nothing,
         logsumexp(logits, 0) if cols else nothing,
-        nothing if exclude is None else logits_at(logits_with(), exclude),
-        _largest(logits.detach(), 1) if rows else nothing,
-        _largest(logits.detach(), 0) if cols else nothing,
+        excluded,
+        largest(logits, 1) if rows else nothing,
+        largest(logits, 0) if cols else nothing,
     )
+
+
+def similarity_sum(*arguments: Any) -> tuple[Tensor, ...]:
+    x, y, *options, rows, cols, of = arguments
+    logits, excluded = _logits(x, y, *options)
+    all_pairs = similarity_logits(x, y, **dict(zip(_VECTORS, options, strict=False)))
+    masks = dict(zip(_MASKS, options[len(_VECTORS) :], strict=True))
+    taking_part = takes_part(all_pairs, y is None, **masks)
+    terms = torch.where(taking_part, FUNCTIONS[of](all_pairs.where(taking_part, 0.0)), 0.0)
+    nothing = logits.new_empty(0)
+    return terms.sum(1) if rows else nothing, terms.sum(0) if cols else nothing, excluded
+
+
+def similarity_expectation(*arguments: Any) -> tuple[Tensor, ...]:
+    x, y, row_scale, col_scale, row_bias, col_bias, u, v, *options, exclude, row_ids, col_ids, restrict, rows, cols = (
+        arguments
+    )
+    masks = {"exclude": exclude, "row_ids": row_ids, "col_ids": col_ids, "restrict": restrict}
+    vectors = dict(zip(_VECTORS, (row_scale, col_scale, row_bias, col_bias), strict=True))
+    logits = similarity_logits(x, y, **vectors, **masks)
+    teacher = logits if u is None else similarity_logits(u, v, **dict(zip(_VECTORS, options, strict=True)), **masks)
+    nothing = logits.new_empty(0)
+    return (
+        expectation(logits, teacher, 1) if rows else nothing,
+        expectation(logits, teacher, 0) if cols else nothing,
+        logsumexp(logits, 1) if rows else nothing,
+        logsumexp(logits, 0) if cols else nothing,
+    )
+
+
+def similarity_topk(*arguments: Any) -> tuple[Tensor, ...]:
+    x, y, *options, k, biggest, noise = arguments
+    names = (*_VECTORS, "exclude", "row_ids", "col_ids", "restrict")
+    return best(similarity_logits(x, y, **dict(zip(names, options, strict=True))), k, biggest, noise)
+
+
+_VECTORS = ("row_scale", "col_scale", "row_bias", "col_bias")
+_MASKS = ("exclude", "row_ids", "col_ids", "guide_x", "guide_y", "ceiling", "col_ceiling", "restrict", "above")
+
+
+def _logits(x: Tensor, y: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    """The logits, and those of the excluded pairs."""
+    vectors = dict(zip(_VECTORS, options, strict=False))
+    masks = dict(zip(_MASKS, options[len(_VECTORS) :], strict=True))
+    logits = similarity_logits(x, y, **vectors, **masks)
+    exclude = masks["exclude"]
+    if exclude is None:
+        return logits, logits.new_empty(0)
+    return logits, logits_at(similarity_logits(x, y, **vectors), exclude)
 
 
 def volume_logsumexp(
@@ -92,12 +137,6 @@ def _with_totals(logits: Tensor, rows: bool, cols: bool, totals: bool) -> tuple[
         logsumexp(logits, 0) if cols else nothing,
         taking_part.sum(1) if rows and totals else nothing,
         taking_part.sum(0) if cols and totals else nothing,
-        _largest(logits.detach(), 1) if rows else nothing,
-        _largest(logits.detach(), 0) if cols else nothing,
+        largest(logits, 1) if rows else nothing,
+        largest(logits, 0) if cols else nothing,
     )
-
-
-def _largest(logits: Tensor, dim: int) -> Tensor:
-    if logits.shape[dim] == 0:
-        return logits.new_full((logits.shape[1 - dim],), -torch.inf)
-    return logits.amax(dim)

@@ -312,7 +312,7 @@ def _attends(kernels: Kernels, x: Tensor, y: Tensor | None, cols: bool, needs: l
     return x.shape[0] > 0 and y.shape[0] > 0 and kernels.takes_attention(x.dtype, x.shape[1])
 
 
-def kept(kernels: Kernels, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> int:
+def kept(kernels: Kernels, op: str, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool], second: bool) -> int:
     """Elements that forward keeps for backward: of every row d lse / dx and d lse / d row_scale."""
     return x.shape[0] * (x.shape[1] + 1) if _attends(kernels, x, y, cols, needs) else 0
 
@@ -635,7 +635,25 @@ def _pairs(
 
 
 def similarity_logsumexp_forward(kernels: Kernels, *arguments: Any) -> tuple[Tensor, ...]:
-    x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict, rows, cols, needs = arguments
+    (
+        x,
+        y,
+        row_scale,
+        col_scale,
+        row_bias,
+        col_bias,
+        exclude,
+        row_ids,
+        col_ids,
+        *guide,
+        restrict,
+        _,
+        rows,
+        cols,
+        needs,
+    ) = arguments
+    if any(value is not None for value in guide):
+        raise RuntimeError('the engines of GPUs have no guide yet; pass backend="tiled".')
     with launching(x):
         index = _index_below(kernels, x, len(x if y is None else y), exclude)
         problem = _pairs(x, y, row_scale, col_scale, row_bias, col_bias, index, row_ids, col_ids, restrict)
@@ -658,7 +676,25 @@ def similarity_logsumexp_backward(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict, rows, cols, needs = arguments
+    (
+        x,
+        y,
+        row_scale,
+        col_scale,
+        row_bias,
+        col_bias,
+        exclude,
+        row_ids,
+        col_ids,
+        *guide,
+        restrict,
+        _,
+        rows,
+        cols,
+        needs,
+    ) = arguments
+    if any(value is not None for value in guide):
+        raise RuntimeError('the engines of GPUs have no guide yet; pass backend="tiled".')
     attended = kept.numel() > 0 and not any(needs[1::2])
     with launching(x):
         of_rows = (grad_row_lse, row_max, row_log_sum) if rows and not attended else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from contrastive_ops.ops import (
     in_order,
     matches,
     similarity_logsumexp,
+    similarity_sum,
     with_class_mean,
 )
 
@@ -56,13 +58,14 @@ def supcon(
     ----------
     features : Tensor of shape (N, D) or (N, V, D), float32 / bfloat16 / float16 / float64
         Samples, or V views of each sample; every view is an anchor.
-    labels : integer Tensor of shape (N,)
-        Classes. Unique labels with V = 2 views make NT-Xent.
+    labels : integer Tensor of shape (N,), or Tensor of shape (N, C)
+        Classes. Unique labels with V = 2 views make NT-Xent. Samples with several labels have an entry for each of C,
+        not 0 where they have it: rows that share any are positives of each other.
     keys : Tensor of shape (M, D), dtype of `features`, optional
         What the anchors are compared with in place of each other: a queue, captions, a gathered batch. A key is never
         left out for being the anchor itself.
-    key_labels : integer Tensor of shape (M,), optional
-        Classes of the keys; with `keys`.
+    key_labels : integer Tensor of shape (M,), or Tensor of shape (M, C), optional
+        Classes of the keys, in the form of `labels`; with `keys`.
     sample_weight : floating-point Tensor of shape (N,), optional
         Weights of the samples in the sum, each for all its views; the mean divides by their sum.
     temperature : float or Tensor of one element
@@ -94,8 +97,8 @@ def supcon(
     Notes
     -----
     Extra memory is O((N V + M) D). Rows and keys are sorted by label, so that the sweep over the positives visits only
-    the tiles of equal labels. Gradients reach `features`, `keys`, `temperature` and `sample_weight`; keys that require
-    none cost no products.
+    the tiles of equal labels; with several labels three sweeps visit all pairs. Gradients reach `features`, `keys`,
+    `temperature` and `sample_weight`; keys that require none cost no products.
 
     References
     ----------
@@ -109,47 +112,60 @@ def supcon(
     terms.check_options(reduction=reduction, normalize=normalize, variant=variant, empty=empty)
     checks.tensor("features", features)
     checks.features("features", features, expected="(N, D)" if features.dim() < 3 else "(N, V, D)")
-    checks.integer_vector("labels", labels, features.shape[0], features.device, rows_of="features")
+    checks.labels("labels", labels)
+    several = labels.dim() > 1
+    if several:
+        checks.label_sets("labels", labels, "features", features)
+    else:
+        checks.integer_vector("labels", labels, features.shape[0], features.device, rows_of="features")
     checks.both_or_neither("keys", keys, "key_labels", key_labels)
     if keys is not None and key_labels is not None:
         checks.keys(keys)
         features, keys = promoted(features, keys)
         checks.same_kind("keys", keys, "features", features)
-        checks.integer_vector("key_labels", key_labels, keys.shape[0], keys.device, rows_of="keys")
+        if several:
+            checks.label_sets("key_labels", key_labels, "keys", keys)
+            checks.same_width("key_labels", key_labels, "labels", labels)
+        else:
+            checks.integer_vector("key_labels", key_labels, keys.shape[0], keys.device, rows_of="keys")
     checks.samples(None, sample_weight, features.shape[0], features.device, rows_of="features")
     checks.temperature("temperature", temperature, features.device)
 
     shape = features.shape[:-1]
 
     def of_views(values: Tensor) -> Tensor:
-        return values if features.dim() == 2 else values[:, None].expand(shape)
+        return values if features.dim() == 2 else values[:, None].expand(*shape, *values.shape[1:])
 
-    label = of_views(labels).flatten()
     x = features.reshape(-1, features.shape[-1])
-    classes = by_class(label, x, backend)
-    z = in_order(x, classes)
-
-    temperature = terms.flat(temperature, z)
-    if keys is None or key_labels is None:
-        parts = _among_themselves(z, classes, temperature, normalize, backend)
+    temperature = terms.flat(temperature, x)
+    place: Tensor | slice = slice(None)  # of each anchor among those of the sweeps
+    if several:
+        sets = of_views(labels).reshape(x.shape[0], -1)
+        parts = _of_label_sets(x, sets, keys, key_labels, temperature, normalize, backend)
     else:
-        parts = _against_keys(z, label[classes.order], keys, key_labels, temperature, normalize, backend)
+        label = of_views(labels).flatten()
+        classes = by_class(label, x, backend)
+        place, z = classes.inverse, in_order(x, classes)
+        if keys is None or key_labels is None:
+            parts = _among_themselves(z, classes, temperature, normalize, backend)
+        else:
+            parts = _against_keys(z, label[classes.order], keys, key_labels, temperature, normalize, backend)
     positives, negatives, mean, others = parts
     vectors = (negatives.row_lse, positives.row_lse, mean, others, variant == "in")
     if reduction == "none" or sample_weight is not None:
-        per_row, invalid = (value[classes.inverse].reshape(shape) for value in class_contrast(*vectors))
+        per_row, invalid = (value[place].reshape(shape) for value in class_contrast(*vectors))
         weight = None if sample_weight is None else of_views(sample_weight)
         if weight is not None and empty == "drop":
             weight = weight.masked_fill(invalid, 0.0)
         loss = terms.reduce(per_row, reduction, weight)
     else:
-        divisor = 1 if reduction == "sum" else None if empty == "drop" else max(z.shape[0], 1)
+        divisor = 1 if reduction == "sum" else None if empty == "drop" else max(x.shape[0], 1)
         loss = class_contrast_sum(*vectors, divisor=divisor, backend=backend)
     if not return_stats:
         return loss
 
     def in_given_order(values: Tensor) -> Tensor:
-        return values.detach()[classes.inverse].reshape(shape)
+        return values.detach()[place].reshape(shape)
 
     return loss, LossStats(
         lse=in_given_order(torch.logaddexp(positives.row_lse, negatives.row_lse)),
@@ -220,3 +236,49 @@ def _against_keys(
         for ids in ("restrict", "exclude")
     )
     return Parts(positives, negatives, total / others.clamp(min=1.0), others)
+
+
+def _of_label_sets(
+    x: Tensor,
+    sets: Tensor,
+    keys: Tensor | None,
+    key_sets: Tensor | None,
+    temperature: float | Tensor,
+    normalize: bool,
+    backend: str,
+) -> Parts:
+    """How many labels two samples share is a product of their sets: the guide that says who is a positive."""
+    sets = (sets != 0).to(x.dtype)
+    if keys is None or key_sets is None:
+        # both sides of the symmetric product carry the root of the logit scale
+        x, row_scale = terms.with_logit_scale(x, temperature, -0.5, normalize, backend)
+        y, other_sets, col_scale = None, None, None
+        guide: Any = sets
+        exclude = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
+    else:
+        x, row_scale = terms.with_logit_scale(x, temperature, -1.0, normalize, backend)
+        y, col_scale = terms.with_norm_scale(keys, normalize, backend)
+        other_sets, exclude = (key_sets != 0).to(x.dtype), None
+        guide = (sets, other_sets)
+
+    def swept(op: Callable[..., Any], **options: Any) -> Any:
+        return op(
+            x,
+            y,
+            row_scale=row_scale,
+            col_scale=col_scale,
+            exclude=exclude,
+            guide=guide,
+            ceiling=0.5,
+            backend=backend,
+            **options,
+        )
+
+    total = swept(similarity_sum, of="identity", keep="above").row_sum
+    others = similarity_sum(sets, other_sets, of="step", exclude=exclude, backend=backend).row_sum
+    return Parts(
+        positives=swept(similarity_logsumexp, keep="above"),
+        negatives=swept(similarity_logsumexp),
+        mean=total / others.clamp(min=1.0),
+        others=others,
+    )

@@ -122,6 +122,11 @@ def uniform_similarity(
     return (total - same + positive_in_group * positive) / size
 
 
+def group_sizes(ids: Tensor) -> Tensor:
+    """Of each row how many have its id."""
+    return matches(ids.long().sort().values, ids)[1]
+
+
 def total_of_group(
     x: Tensor, cols: Tensor, x_scale: float | Tensor | None, x_group: Tensor, size: Tensor, group: Tensor
 ) -> Tensor:
@@ -190,17 +195,33 @@ def _optional(check: Check) -> Check:
 OPTIONS: dict[str, Check] = {
     "reduction": _one_of("mean", "sum", "none"),
     "backend": _one_of(*BACKENDS),
-    **dict.fromkeys(("normalize", "include_same_view", "detach_others", "squared"), _one_of(True, False)),
+    **dict.fromkeys(
+        (
+            "normalize",
+            "include_same_view",
+            "detach_others",
+            "squared",
+            "symmetric",
+            "contrast_anchors",
+            "contrast_positives",
+        ),
+        _one_of(True, False),
+    ),
     "variant": _one_of("out", "in"),
     "empty": _one_of("zero", "drop"),
     "aggregate": _one_of("geometric", "arithmetic"),
+    "weight": _one_of("per_pair", "per_anchor"),
+    "over": _one_of("pairs", "anchors"),
+    "margin_strategy": _one_of("absolute", "relative"),
     **dict.fromkeys(("temperature", "logit_scale"), checks.positive_number),
+    "teacher_temperature": _optional(checks.positive_number),
     **dict.fromkeys(("sigma", "t", "alpha"), checks.positive),
-    "label_smoothing": checks.fraction,
+    **dict.fromkeys(("label_smoothing", "one_hot"), checks.fraction),
     "logit_bias": _optional(checks.number),
     "output_dict": lambda _, value: checks.no_dict(value),
     "sample_weight": _optional(checks.floating),
-    **dict.fromkeys(("target", "ids", "query_ids", "key_ids", "key_labels"), _optional(checks.integers)),
+    **dict.fromkeys(("target", "ids", "query_ids", "key_ids"), _optional(checks.integers)),
+    "key_labels": _optional(checks.labels),
     "keys": _optional(lambda _, value: checks.keys(value)),
 }
 

@@ -24,13 +24,19 @@ from contrastive_ops.ops.rowwise import (
     with_pair_products,
     with_scale,
 )
+from contrastive_ops.ops.similarity_expectation import SimilarityExpectation, similarity_expectation
 from contrastive_ops.ops.similarity_logsumexp import SimilarityLSE, similarity_logsumexp
+from contrastive_ops.ops.similarity_sum import SimilaritySum, similarity_sum
+from contrastive_ops.ops.similarity_topk import SimilarityTopK, similarity_topk
 from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 
 __all__ = [
     "BACKENDS",
     "Classes",
+    "SimilarityExpectation",
     "SimilarityLSE",
+    "SimilaritySum",
+    "SimilarityTopK",
     "VolumeLSE",
     "area_logsumexp",
     "by_class",
@@ -46,7 +52,10 @@ __all__ = [
     "orthogonalised",
     "row_dot",
     "row_dots",
+    "similarity_expectation",
     "similarity_logsumexp",
+    "similarity_sum",
+    "similarity_topk",
     "softplus",
     "sums_of_groups",
     "unit",

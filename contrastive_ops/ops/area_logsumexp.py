@@ -14,7 +14,7 @@ from contrastive_ops.dtypes import promoted, statistics_dtype
 from contrastive_ops.ops import autograd
 from contrastive_ops.ops.arguments import integers, per_row
 from contrastive_ops.ops.gramian_volume import orthogonalised
-from contrastive_ops.ops.volume_logsumexp import VolumeLSE, backward_fake, call, forward_fake
+from contrastive_ops.ops.volume_logsumexp import VolumeLSE, call
 
 
 def area_logsumexp(
@@ -122,9 +122,9 @@ def of_parallelogram(area: Tensor, squared: bool) -> Tensor:
 autograd.define(
     "area_logsumexp",
     "Tensor anchor, Tensor lines, Tensor? row_scale, Tensor? col_scale, Tensor? exclude",
-    ("anchor", "lines", "row_scale", "col_scale"),
     "bool squared, bool rows, bool cols, bool totals",
+    gradients=4,
+    results=("row_lse", "col_lse"),
     others=("row_total", "col_total"),
+    shown=2,
 )
-torch.library.register_fake("contrastive_ops::area_logsumexp", forward_fake)
-torch.library.register_fake("contrastive_ops::area_logsumexp_backward", backward_fake)

@@ -3,49 +3,81 @@
 Every op `name` has one shape, so that this is written once:
 
     name(*tensors, *flags, needs, backend)
-        -> row_max, col_max, row_log_sum, col_log_sum, kept, *others, row_lse, col_lse
-    name_backward(grad_row_lse, grad_col_lse, *grad_others, row_max, col_max, row_log_sum, col_log_sum, kept,
-                  *tensors, *flags, needs, backend)
+        -> *statistics, kept, *others, *results
+    name_backward(*grad_results, *grad_others, *statistics, kept, *saved, *tensors, *flags, needs, backend)
         -> a gradient for each of the first tensors, as many as `needs` has entries
 
-The statistics are a maximum and the log of a sum relative to it. Their sum is the log-sum-exp, which a kernel writes
-while it has both, but backward takes them apart: at logits of 1e4 the rounding of the log-sum-exp is 1e-3, and so would
-be the error of every gradient. `kept` is what a backend keeps from forward for backward; `needs` are the gradients that
-may be asked for, and in backward those that are, which may be fewer.
+The statistics of a log-sum-exp are a maximum and the log of a sum relative to it. Their sum is the result, which a
+kernel writes while it has both, but backward takes them apart: at logits of 1e4 the rounding of the log-sum-exp is
+1e-3, and so would be the error of every gradient. `kept` is what a backend keeps from forward for backward, `saved` are
+results that backward reads; `needs` are the gradients that may be asked for, and in backward those that are, which may
+be fewer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from contrastive_ops import backends, checks
+from contrastive_ops.dtypes import statistics_dtype
 
-STATISTICS = "Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor kept"
+LSE_STATISTICS = ("row_max", "col_max", "row_log_sum", "col_log_sum")
 
 
-def define(name: str, tensors: str, gradients: tuple[str, ...], flags: str, others: tuple[str, ...]) -> None:
-    """Define the schemas of an op and of its backward, and let the named backend run them.
+class Op(NamedTuple):
+    """The names of what an op takes and gives, in their order."""
 
-    tensors : the tensors of the schema, those that have gradients first
-    gradients : the names of the latter
-    flags : the rest of the options
-    others : what forward returns beside the statistics
+    tensors: tuple[str, ...]  # those that have gradients first
+    flags: tuple[str, ...]
+    gradients: tuple[str, ...]
+    statistics: tuple[str, ...]
+    others: tuple[str, ...]
+    results: tuple[str, ...]
+    saved: tuple[str, ...]
+    shown: int  # of the statistics, for who calls the op
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (*self.results, *self.others)
+
+
+_OPS: dict[str, Op] = {}
+
+
+def define(
+    name: str,
+    tensors: str,
+    flags: str,
+    *,
+    gradients: int,
+    results: tuple[str, ...],
+    others: tuple[str, ...] = (),
+    statistics: tuple[str, ...] = LSE_STATISTICS,
+    saved: tuple[str, ...] = (),
+    shown: int = 0,
+) -> None:
+    """Define the schemas of an op and of its backward with their fakes, and let the named backend run them.
+
+    Results and statistics are vectors of rows, of columns, or of those that leave a column out, as their names say.
     """
-    returned = "".join(f", Tensor {other}" for other in others)
+    names = tuple(_names(tensors))
+    op = Op(names, tuple(_names(flags)), names[:gradients], statistics, others, results, saved, shown)
+    _OPS[name] = op
+    options = f"{tensors}, {flags}, bool[{gradients}] needs, str backend"
+
+    def many(names: Sequence[str], prefix: str = "") -> str:
+        return ", ".join(f"Tensor {prefix}{name}" for name in names)
+
     torch.library.define(
-        f"contrastive_ops::{name}",
-        f"({tensors}, {flags}, bool[{len(gradients)}] needs, str backend) -> "
-        f"({STATISTICS}{returned}, Tensor row_lse, Tensor col_lse)",
+        f"contrastive_ops::{name}", f"({options}) -> ({many((*statistics, 'kept', *others, *results))})"
     )
-    incoming = ", ".join(f"Tensor grad_{output}" for output in ("row_lse", "col_lse", *others))
     torch.library.define(
         f"contrastive_ops::{name}_backward",
-        f"({incoming}, {STATISTICS}, {tensors}, {flags}, bool[{len(gradients)}] needs, str backend) -> "
-        f"({', '.join(f'Tensor {gradient}' for gradient in gradients)})",
+        f"({many(op.outputs, 'grad_')}, {many((*statistics, 'kept', *saved))}, {options}) -> ({many(op.gradients)})",
     )
 
     def run(function: str) -> Any:
@@ -58,25 +90,67 @@ def define(name: str, tensors: str, gradients: tuple[str, ...], flags: str, othe
     torch.library.impl(f"contrastive_ops::{name}", "CompositeExplicitAutograd", run(f"{name}_forward"))
     torch.library.impl(f"contrastive_ops::{name}_backward", "CompositeExplicitAutograd", run(f"{name}_backward"))
 
+    def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+        given = dict(zip((*op.tensors, *op.flags, "needs", "backend"), arguments, strict=True))
+        x, y = arguments[:2]
+        dtype, cols = statistics_dtype(x), given["cols"]
+        n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
+        second = any(given.get(name) is not None for name in ("u", "guide_x", "ceiling", "col_ceiling"))
+        kept = backends.module(given["backend"]).kept(name, x, y, cols, given["needs"], second)
 
-def call(name: str, gradients: int, arguments: tuple[Any, ...], backend: str) -> tuple[Tensor, ...]:
-    """Run the op differentiably: row_lse, col_lse, *others, row_max, col_max.
+        def size(of: str) -> Any:
+            if of == "kept":
+                return kept
+            if of == "excluded":
+                return 0 if given["exclude"] is None else n
+            if (of.startswith("teacher") and given["u"] is None) or (of.endswith("total") and not given["totals"]):
+                return 0
+            return (n if given["rows"] else 0) if "row" in of else (m if cols else 0)
 
-    `arguments` are its tensors and flags; the first `gradients` of them may have gradients.
+        return tuple(x.new_empty(size(of), dtype=dtype) for of in (*statistics, "kept", *others, *results))
+
+    def backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+        *_, needs, _backend = arguments
+        first = len(op.outputs) + len(statistics) + 1 + len(saved)
+        inputs = arguments[first : first + gradients]
+        x = inputs[0]
+        return tuple(
+            value.new_empty(value.shape) if need else x.new_empty(0, dtype=_dtype_of(value, x))
+            for value, need in zip(inputs, needs, strict=True)
+        )
+
+    torch.library.register_fake(f"contrastive_ops::{name}", forward_fake)
+    torch.library.register_fake(f"contrastive_ops::{name}_backward", backward_fake)
+
+
+def _names(schema: str) -> list[str]:
+    return [argument.split()[-1] for argument in schema.split(", ")]
+
+
+def _dtype_of(value: Tensor | None, x: Tensor) -> torch.dtype:
+    return statistics_dtype(x) if value is None else value.dtype
+
+
+def call(name: str, arguments: tuple[Any, ...], backend: str) -> tuple[Tensor, ...]:
+    """Run the op differentiably: its results, the others, and the statistics that are shown.
+
+    `arguments` are its tensors and flags.
     """
-    tensors = arguments[:gradients]
+    op = _OPS[name]
+    tensors = arguments[: len(op.gradients)]
     checks.no_jit_trace(name)
     checks.no_forward_mode(name, *tensors)
     enabled = torch.is_grad_enabled()
     needs = [enabled and tensor is not None and tensor.requires_grad for tensor in tensors]
     transformed = torch._C._are_functorch_transforms_active()
+    shown = len(op.outputs) + op.shown
     if not (any(needs) or transformed):  # no node; and Dynamo gives forward a ctx, though there is a setup_context
-        return _Differentiable.forward(name, gradients, *arguments, needs, backend)[:-3]
+        return _Differentiable.forward(name, *arguments, needs, backend)[:shown]
     if torch.compiler.is_compiling():
         arguments = _aliased(arguments)
     elif not transformed:
-        return _DifferentiableEager.apply(name, gradients, *arguments, needs, backend)
-    return _Differentiable.apply(name, gradients, *arguments, needs, backend)[:-3]
+        return _DifferentiableEager.apply(name, *arguments, needs, backend)
+    return _Differentiable.apply(name, *arguments, needs, backend)[:shown]
 
 
 def wants_steps(*grads: Tensor | None) -> bool:
@@ -119,26 +193,30 @@ class _Differentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name, gradients, *arguments):
-        *results, row_lse, col_lse = getattr(torch.ops.contrastive_ops, name)(*arguments)
-        statistics, others = results[:5], results[5:]
-        return (row_lse, col_lse, *others, *statistics)
+    def forward(name, *arguments):
+        """The results, the others, the statistics, and what is kept."""
+        op = _OPS[name]
+        returned = getattr(torch.ops.contrastive_ops, name)(*arguments)
+        first = len(op.statistics) + 1
+        results = first + len(op.others)
+        return (*returned[results:], *returned[first:results], *returned[:first])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        name, gradients, *arguments, _needs, backend = inputs
-        *outputs, row_max, col_max, row_log_sum, col_log_sum, kept = output
-        statistics = (row_max, col_max, row_log_sum, col_log_sum, kept)
-        flags = [argument for argument in arguments if isinstance(argument, bool)]
-        ctx.save_for_backward(*statistics, *arguments[: len(arguments) - len(flags)])
-        ctx.name, ctx.gradients, ctx.flags, ctx.backend = name, gradients, flags, backend
+        name, *arguments, _needs, backend = inputs
+        op = _OPS[name]
+        outputs, statistics = output[: len(op.outputs)], output[len(op.outputs) :]
+        tensors, flags = arguments[: len(op.tensors)], arguments[len(op.tensors) :]
+        saved = [outputs[op.results.index(result)] for result in op.saved]
+        ctx.save_for_backward(*statistics, *saved, *tensors)
+        ctx.name, ctx.flags, ctx.backend = name, flags, backend
         ctx.sizes = [value.shape[0] for value in outputs]
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)  # it would fill the 64 MB of a gradient of `kept` with zeros
 
     @staticmethod
     def backward(ctx, *grads):
-        needs = list(ctx.needs_input_grad[2 : 2 + ctx.gradients])
+        needs = list(ctx.needs_input_grad[1 : 1 + len(_OPS[ctx.name].gradients)])
         saved = ctx.saved_tensors  # once: checkpointing minds
         incoming = [
             saved[0].new_zeros(size) if grad is None else grad
@@ -150,7 +228,7 @@ class _Differentiable(torch.autograd.Function):
         else:
             results = getattr(torch.ops.contrastive_ops, f"{ctx.name}_backward")(*arguments)
         wanted = [result if need else None for result, need in zip(results, needs, strict=True)]
-        return (None, None, *wanted, *[None] * (len(ctx.needs_input_grad) - 2 - len(wanted)))
+        return (None, *wanted, *[None] * (len(ctx.needs_input_grad) - 1 - len(wanted)))
 
 
 class _DifferentiableEager(torch.autograd.Function):
@@ -164,9 +242,10 @@ class _DifferentiableEager(torch.autograd.Function):
     def forward(ctx, *inputs):
         output = _Differentiable.forward(*inputs)
         _Differentiable.setup_context(ctx, inputs, output)
-        outputs, (row_max, col_max, *_) = output[:-5], output[-5:]
-        ctx.mark_non_differentiable(row_max, col_max)
-        return (*outputs, row_max, col_max)
+        op = _OPS[ctx.name]
+        outputs = len(op.outputs)
+        ctx.mark_non_differentiable(*output[outputs : outputs + op.shown])
+        return output[: outputs + op.shown]
 
     backward = _Differentiable.backward
 

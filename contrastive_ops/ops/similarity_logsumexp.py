@@ -1,20 +1,17 @@
 """The streaming reduction behind every softmax-type loss: row and column log-sum-exps of scaled similarities.
 
-From top to bottom: the public function, the op's schema, its fakes.
+From top to bottom: the public function, the op's schema.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from contrastive_ops import backends, checks
 from contrastive_ops.backends import reference
-from contrastive_ops.dtypes import promoted, statistics_dtype
 from contrastive_ops.ops import autograd
-from contrastive_ops.ops.arguments import integers, per_row
+from contrastive_ops.ops.pairs import GUIDE, INDICES, VECTORS, guide_of, pairs
 
 
 class SimilarityLSE(NamedTuple):
@@ -39,6 +36,10 @@ def similarity_logsumexp(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     ids: str = "exclude",
+    guide: Tensor | tuple[Tensor, Tensor] | None = None,
+    ceiling: float | Tensor | None = None,
+    col_ceiling: float | Tensor | None = None,
+    keep: str = "below",
     rows: bool = True,
     cols: bool = False,
     backend: str = "auto",
@@ -70,6 +71,15 @@ def similarity_logsumexp(
     ids : "exclude" or "restrict"
         Whether pairs with equal ids are left out, or are the only ones that take part. Sorted ids let the engine
         skip whole tiles.
+    guide : pair of Tensors of shape (N, D_g) and (M, D_g), or in self-similarity one Tensor of shape (N, D_g), optional
+        Other features of the rows and columns, of any width, taken in the dtype of `x`: :math:`g_{ij} = \langle u_i,
+        v_j \rangle` says which pairs take part. Without it :math:`g_{ij}` is the pair's own logit. No gradient goes
+        through it.
+    ceiling, col_ceiling : float, Tensor of one element, or Tensor of shape (N,) / (M,), optional
+        A pair is above them if :math:`g_{ij} > \mathrm{ceiling}_i` or :math:`g_{ij} > \mathrm{col\_ceiling}_j`. In
+        self-similarity `ceiling` applies to both sides. They are constants.
+    keep : "below" or "above"
+        Which of the pairs take part: those that are not above the ceilings, or those that are.
     rows, cols : bool
         The directions to reduce; both cost one sweep. Self-similarity has `rows` only, the columns are the same.
     backend : "auto", "cpu", "cuda", "triton", "tiled", "reference"
@@ -99,85 +109,43 @@ def similarity_logsumexp(
 
     Examples
     --------
+    >>> import torch
     >>> x = torch.eye(3)
     >>> similarity_logsumexp(x, x, row_scale=2.0, exclude=torch.arange(3)).row_lse
     tensor([0.6931, 0.6931, 0.6931])
     """
-    checks.features("x", x)
-    n = x.shape[0]
-    if y is None:
-        m, col_name = n, "x"
-        for name, value in (("col_scale", col_scale), ("col_bias", col_bias), ("col_ids", col_ids)):
-            if value is not None:
-                raise ValueError(
-                    f"{name} must be None in self-similarity (y=None), where the row option applies to both sides, "
-                    "got a value; pass y=x for logits that are not symmetric."
-                )
-        if cols or not rows:
-            raise ValueError(
-                f"rows=True, cols=False is expected in self-similarity (y=None), got rows={rows}, cols={cols}; "
-                "the columns have the same log-sum-exp, or pass y=x."
-            )
-    else:
-        checks.features("y", y)
-        x, y = promoted(x, y)
-        checks.same_kind("y", y, "x", x)
-        m, col_name = y.shape[0], "y"
-        checks.both_or_neither("row_ids", row_ids, "col_ids", col_ids)
-        checks.a_direction(rows, cols)
-    checks.choice("ids", ids, ("exclude", "restrict"))
-    if ids == "restrict" and row_ids is None:
-        raise ValueError('row_ids must be given with ids="restrict", got None; pass ids="exclude" for no groups.')
-
-    vectors = (
-        per_row("row_scale", row_scale, n, x, "x"),
-        per_row("col_scale", col_scale, m, x, col_name),
-        per_row("row_bias", row_bias, n, x, "x"),
-        per_row("col_bias", col_bias, m, x, col_name),
+    given = pairs(
+        "similarity_logsumexp",
+        x,
+        y,
+        row_scale=row_scale,
+        col_scale=col_scale,
+        row_bias=row_bias,
+        col_bias=col_bias,
+        exclude=exclude,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        ids=ids,
+        rows=rows,
+        cols=cols,
+        backend=backend,
     )
-    chosen = backends.choose("similarity_logsumexp", x, backend)
-    indices = (
-        integers("exclude", exclude, n, x, "x", chosen),
-        integers("row_ids", row_ids, n, x, "x", chosen),
-        integers("col_ids", col_ids, m, x, col_name, chosen),
-    )
-    arguments = (x, y, *vectors, *indices, ids == "restrict", rows, cols)
-    if chosen == "reference":  # dense PyTorch, autograd sees through it
+    guides, above = guide_of(given, guide, ceiling, col_ceiling, keep)
+    arguments = (*given.features, *given.vectors, *given.indices, *guides, given.restrict, above, rows, cols)
+    if given.backend == "reference":  # dense PyTorch, autograd sees through it
         outputs = reference.similarity_logsumexp(*arguments)
     else:
-        outputs = autograd.call("similarity_logsumexp", len(_GRADIENTS), arguments, chosen)
+        outputs = autograd.call("similarity_logsumexp", arguments, given.backend)
     row_lse, col_lse, excluded, row_max, col_max = outputs
     return SimilarityLSE(row_lse, col_lse, row_max, col_max, excluded)
 
 
-_GRADIENTS = ("x", "y", "row_scale", "col_scale", "row_bias", "col_bias")
 autograd.define(
     "similarity_logsumexp",
-    "Tensor x, Tensor? y, Tensor? row_scale, Tensor? col_scale, Tensor? row_bias, Tensor? col_bias, "
-    "Tensor? exclude, Tensor? row_ids, Tensor? col_ids",
-    _GRADIENTS,
-    "bool restrict, bool rows, bool cols",
+    f"Tensor x, Tensor? y, {VECTORS}, {INDICES}, {GUIDE}",
+    "bool restrict, bool above, bool rows, bool cols",
+    gradients=6,
+    results=("row_lse", "col_lse"),
     others=("excluded",),
+    shown=2,
 )
-
-
-@torch.library.register_fake("contrastive_ops::similarity_logsumexp")
-def _forward_fake(x, y, *options):
-    _row_scale, _col_scale, _row_bias, _col_bias, exclude, *_, rows, cols, needs, backend = options
-    n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
-    dtype = statistics_dtype(x)
-    row, col, excluded = n if rows else 0, m if cols else 0, 0 if exclude is None else n
-    kept = backends.module(backend).kept(x, y, cols, needs)
-    return tuple(x.new_empty(size, dtype=dtype) for size in (row, col, row, col, kept, excluded, row, col))
-
-
-@torch.library.register_fake("contrastive_ops::similarity_logsumexp_backward")
-def _backward_fake(*arguments):
-    x, y, *_, needs, _backend = arguments[8:]  # after the gradients, the statistics and what forward kept
-    n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
-    dtype = statistics_dtype(x)
-    sizes = (x.shape, x.shape if y is None else y.shape, (n,), (m,), (n,), (m,))
-    dtypes = (x.dtype, x.dtype, dtype, dtype, dtype, dtype)
-    return tuple(
-        x.new_empty(size if need else (0,), dtype=dtype) for size, dtype, need in zip(sizes, dtypes, needs, strict=True)
-    )

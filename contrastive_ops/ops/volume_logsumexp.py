@@ -1,18 +1,17 @@
 """The streaming reduction behind the Gramian losses: row and column log-sum-exps of negative volumes.
 
-From top to bottom: the public function, the op's schema, its fakes.
+From top to bottom: the public function, the op's schema.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from contrastive_ops import backends, checks
 from contrastive_ops.backends import reference
-from contrastive_ops.dtypes import promoted, statistics_dtype
+from contrastive_ops.dtypes import promoted
 from contrastive_ops.ops import autograd
 from contrastive_ops.ops.arguments import integers, per_row
 
@@ -100,6 +99,7 @@ def volume_logsumexp(
 
     Examples
     --------
+    >>> import torch
     >>> anchor = torch.tensor([[2.0, 0.0, 0.0]])
     >>> tuples = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
     >>> volume_logsumexp(anchor, tuples).row_max
@@ -132,10 +132,8 @@ def volume_logsumexp(
 
 def call(name: str, arguments: tuple[Any, ...], chosen: str) -> VolumeLSE:
     """Run the op by the backend that is chosen: dense PyTorch, which autograd sees through, or an engine."""
-    if chosen == "reference":
-        outputs = getattr(reference, name)(*arguments)
-    else:
-        outputs = autograd.call(name, 4, arguments, chosen)
+    dense = chosen == "reference"
+    outputs = getattr(reference, name)(*arguments) if dense else autograd.call(name, arguments, chosen)
     row_lse, col_lse, row_total, col_total, row_max, col_max = outputs
     return VolumeLSE(row_lse, col_lse, row_max, col_max, row_total, col_total)
 
@@ -143,31 +141,9 @@ def call(name: str, arguments: tuple[Any, ...], chosen: str) -> VolumeLSE:
 autograd.define(
     "volume_logsumexp",
     "Tensor anchor, Tensor tuples, Tensor? row_scale, Tensor? col_scale, Tensor? exclude",
-    ("anchor", "tuples", "row_scale", "col_scale"),
     "bool rows, bool cols, bool totals",
+    gradients=4,
+    results=("row_lse", "col_lse"),
     others=("row_total", "col_total"),
+    shown=2,
 )
-
-
-def forward_fake(anchor, tuples, *arguments):
-    *_, rows, cols, totals, needs, backend = arguments
-    n, m = anchor.shape[0], tuples.shape[0]
-    row, col = n if rows else 0, m if cols else 0
-    kept = backends.module(backend).kept(anchor, tuples, cols, needs)
-    sizes = (row, col, row, col, kept, row if totals else 0, col if totals else 0, row, col)
-    return tuple(anchor.new_empty(size, dtype=statistics_dtype(anchor)) for size in sizes)
-
-
-def backward_fake(*arguments):
-    anchor, tuples, *_, needs, _backend = arguments[9:]  # after the gradients, the statistics and what forward kept
-    dtype = statistics_dtype(anchor)
-    sizes = (anchor.shape, tuples.shape, anchor.shape[:1], tuples.shape[:1])
-    dtypes = (anchor.dtype, tuples.dtype, dtype, dtype)
-    return tuple(
-        anchor.new_empty(size if need else (0,), dtype=dtype)
-        for size, dtype, need in zip(sizes, dtypes, needs, strict=True)
-    )
-
-
-torch.library.register_fake("contrastive_ops::volume_logsumexp", forward_fake)
-torch.library.register_fake("contrastive_ops::volume_logsumexp_backward", backward_fake)

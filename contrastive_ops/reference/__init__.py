@@ -2,7 +2,16 @@
 
 from contrastive_ops.reference.area_logsumexp import line_logits
 from contrastive_ops.reference.gram import gram_loss, gram_volumes, triangle_areas, triangle_loss
-from contrastive_ops.reference.losses import clip_loss, dcl, dclw, info_nce, nt_xent, supcon
+from contrastive_ops.reference.losses import (
+    clip_loss,
+    dcl,
+    dclw,
+    info_nce,
+    nt_xent,
+    nt_xent_labelled,
+    siglip_loss,
+    supcon,
+)
 from contrastive_ops.reference.multi_view import (
     alignment,
     dhel,
@@ -13,7 +22,8 @@ from contrastive_ops.reference.multi_view import (
     pvc,
     uniformity,
 )
-from contrastive_ops.reference.similarity_logsumexp import logits_at, logsumexp, similarity_logits
+from contrastive_ops.reference.second_form import guided_info_nce, soft_target_loss
+from contrastive_ops.reference.similarity import logits_at, logsumexp, similarity_logits
 from contrastive_ops.reference.volume_logsumexp import volume_logits, volumes
 
 __all__ = [
@@ -24,6 +34,7 @@ __all__ = [
     "dhel",
     "gram_loss",
     "gram_volumes",
+    "guided_info_nce",
     "info_nce",
     "joint_entropy",
     "line_logits",
@@ -32,9 +43,12 @@ __all__ = [
     "mv_dhel",
     "mv_infonce",
     "nt_xent",
+    "nt_xent_labelled",
     "pairwise_views",
     "pvc",
+    "siglip_loss",
     "similarity_logits",
+    "soft_target_loss",
     "supcon",
     "triangle_areas",
     "triangle_loss",

@@ -178,7 +178,8 @@ def supcon(
     """The printed formula, with the masks of the positives and of what there is: without keys all but the anchor."""
     shape, singles = features.shape[:-1], [1] * (features.dim() - 2)
     z = _unit(features.flatten(0, -2), normalize)
-    label = labels.reshape(-1, *singles).expand(shape).flatten()
+    of_label = labels.shape[1:]
+    label = labels.reshape(-1, *singles, *of_label).expand(*shape, *of_label).flatten(0, len(shape) - 1)
     if keys is None or key_labels is None:
         keys, key_labels = z, label
         others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -186,7 +187,11 @@ def supcon(
         keys = _unit(keys, normalize)
         others = torch.ones(len(z), len(keys), dtype=torch.bool, device=z.device)
     logits = z @ keys.T / temperature
-    same = (label[:, None] == key_labels[None, :]) & others
+    if labels.dim() > 1:
+        label, key_labels = ((of != 0).double() for of in (label, key_labels))
+        same = (label @ key_labels.T > 0) & others
+    else:
+        same = (label[:, None] == key_labels[None, :]) & others
     valid = same.any(1) & (same != others).any(1)
     log_p = logits - logits.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
     size = same.sum(1).clamp(min=1)
@@ -197,3 +202,47 @@ def supcon(
     per_row, valid = per_row.masked_fill(~valid, 0.0).reshape(shape), valid.reshape(shape)
     weight = torch.ones_like(per_row) if sample_weight is None else sample_weight.reshape(-1, *singles).expand(shape)
     return _reduce(per_row, reduction, weight * valid if empty == "drop" else weight)
+
+
+def nt_xent_labelled(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    over: str = "pairs",
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """For each positive pair the cross-entropy of its logit and those of the anchor's negatives."""
+    z = _unit(features, normalize)
+    logits = z @ z.T / temperature
+    same = labels[:, None] == labels[None, :]
+    positive = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    none = same.all(1)[:, None]
+    lse = logits.masked_fill(same & ~none, -torch.inf).logsumexp(1, keepdim=True)
+    of_pairs = (torch.logaddexp(logits, lse) - logits).masked_fill(~positive | none, 0.0)
+    size = positive.sum(1)
+    if over == "pairs" and reduction != "none":
+        return of_pairs.sum() / (size.sum().clamp(min=1) if reduction == "mean" else 1)
+    return _reduce(of_pairs.sum(1) / size.clamp(min=1), reduction)
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    weight: str = "per_pair",
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Binary cross-entropy of every pair: 1 for those that belong together, 0 for the others."""
+    logits = logit_scale * (_unit(image_features, normalize) @ _unit(text_features, normalize).T) + logit_bias
+    match = _equal(ids, image_features)
+    positives, negatives = (-F.logsigmoid(sign * logits) for sign in (1, -1))
+    if weight == "per_pair":
+        return _reduce(positives.where(match, negatives).sum(1), reduction)
+    per_anchor = positives.where(match, 0.0) / match.sum(1) + negatives.masked_fill(match, 0.0)
+    return _reduce((per_anchor.sum(1) + per_anchor.sum(0)) / 2, reduction)

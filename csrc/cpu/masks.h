@@ -51,7 +51,7 @@ class Masks {
         mirrored_(!problem.pairs.y.has_value()),
         mutual_(mirrored_ || problem.mutual),
         restrict_(problem.restrict_to_ids),
-        ceilings_(problem.ceiling.has_value() || problem.col_ceiling.has_value() || problem.above),
+        ceilings_(problem.ceiling.has_value() || problem.col_ceiling.has_value()),
         above_(problem.above),
         row_ids_(problem.row_ids, n),
         col_ids_(mirrored_ ? row_ids_ : Ids(problem.col_ids, m)) {

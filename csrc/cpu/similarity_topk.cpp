@@ -8,7 +8,6 @@
 #include "tasks.h"
 
 #include <ATen/ops/full.h>
-#include <ATen/ops/neg.h>
 #include <c10/util/irange.h>
 
 #include <algorithm>
@@ -74,7 +73,7 @@ class Forward {
     if (pairs > candidate_values_.numel()) {
       constexpr c10::ScalarType dtype = c10::CppTypeToScalarType<T>::value;
       candidate_values_ = at::empty({pairs}, dtype);
-      candidate_keys_ = noise_ ? at::empty({pairs}, dtype) : candidate_values_;
+      candidate_keys_ = noise_ || !largest_ ? at::empty({pairs}, dtype) : candidate_values_;
       candidate_cols_ = at::empty({pairs}, at::kByte);
       candidate_ends_ = at::empty({block.tiles() * kTile}, at::kInt);
     }
@@ -83,7 +82,7 @@ class Forward {
   void reduce(int64_t tile, const TileAt<T>& at) {
     const T* thresholds = thresholds_.data() + (at.rows.begin - rows_.begin);
     const Noise noise{static_cast<uint64_t>(noise_.value_or(0)), at.rows.begin, at.cols.begin};
-    kernels_.candidates(at.pairs, thresholds, noise_ ? &noise : nullptr, candidates_of(tile));
+    kernels_.candidates(at.pairs, thresholds, largest_, noise_ ? &noise : nullptr, candidates_of(tile));
   }
 
   void end(const Block& block) {
@@ -181,7 +180,7 @@ class Forward {
       std::sort(best, best + counts_[row], [](const Entry<T>& a, const Entry<T>& b) { return a.better_than(b); });
       for (const auto rank : c10::irange(counts_[row])) {
         const int64_t place = (rows_.begin + row) * stride + rank;
-        values[place] = largest_ ? best[rank].value : -best[rank].value;
+        values[place] = best[rank].value;
         indices[place] = best[rank].col;
       }
     });
@@ -214,12 +213,6 @@ Best similarity_topk(const Problem& problem, int64_t k, bool largest, std::optio
     form.col_bias = form.row_bias;
     walked.col_ids = walked.row_ids;
     walked.mutual = true;
-  }
-  if (!largest) {  // the largest of the negative logits
-    form.row_scale = form.row_scale.has_value() ? at::neg(*form.row_scale) : full(form.x.size(0), -1.0f);
-    for (std::optional<Tensor>* bias : {&form.row_bias, &form.col_bias}) {
-      *bias = bias->has_value() ? std::optional(at::neg(**bias)) : std::nullopt;
-    }
   }
   return with_plane(walked, [&](auto& plane) {
     using T = typename std::decay_t<decltype(plane)>::T;

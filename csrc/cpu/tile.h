@@ -143,8 +143,10 @@ struct TileKernels {
   // Given the maxima of the logits, the sums of exp(logit - maximum) value, in place of those that `reduce` makes.
   void (*moments)(const Tile<T>& tile, const T* values, MaxSum<T> rows, MaxSum<T> cols);
 
-  // The pairs whose keys are above the thresholds of their rows, or NaN; without noise the keys are the logits.
-  void (*candidates)(const Tile<T>& tile, const T* thresholds, const Noise* noise, const Candidates<T>& candidates);
+  // The pairs whose keys are above the thresholds of their rows, or NaN. Without noise the keys are the logits, or to
+  // find the smallest their negatives, and those of pairs that do not take part are -inf.
+  void (*candidates)(
+      const Tile<T>& tile, const T* thresholds, bool largest, const Noise* noise, const Candidates<T>& candidates);
 
   // Fold `part` into the running statistics of n rows (columns).
   void (*fold)(int64_t n, MaxSum<T> running, MaxSum<T> part);

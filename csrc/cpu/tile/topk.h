@@ -30,32 +30,40 @@ inline void add_noise(const Noise& noise, int64_t i, T* keys) {
   }
 }
 
+// Negative logits, where the smallest are sought; those of pairs that do not take part stay at -inf, below all others.
+template <typename T>
+inline Vec<T> reversed(Vec<T> logit) {
+  const Vec<T> key = at::vec::maximum(logit.neg(), Vec<T>(std::numeric_limits<T>::lowest()));
+  return Vec<T>::blendv(key, logit, logit == Vec<T>(-kInfinity<T>));
+}
+
 template <bool Stored, typename T>
-void candidates_of(const Tile<T>& tile, const T* thresholds, const Noise* noise, const Candidates<T>& candidates) {
-  alignas(64) T values[kTile];
+void candidates_of(
+    const Tile<T>& tile, const T* thresholds, bool largest, const Noise* noise, const Candidates<T>& candidates) {
   alignas(64) T keys[kTile];
   int32_t count = 0;
   for (int64_t i = 0; i < tile.rows; candidates.ends[i++] = count) {
     const LogitRow<Stored, T> row(tile, i);
     Vec<T> highest(-kInfinity<T>);
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
-      const Vec<T> value = row.at(j);
-      value.store(values + j);
-      highest = at::vec::maximum(highest, value);
+      const Vec<T> key = largest ? row.at(j) : reversed(row.at(j));
+      key.store(keys + j);
+      highest = at::vec::maximum(highest, key);
     }
-    const T* of_row = values;
     if (noise != nullptr) {
-      std::copy_n(values, kTile, keys);
       add_noise(*noise, i, keys);
-      of_row = keys;
     } else if ((highest <= Vec<T>(thresholds[i])).zero_mask() == 0) {
       continue;
     }
+    alignas(64) T values[kTile];
+    for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+      row.at(j).store(values + j);
+    }
     // written so that NaN is one of them
     for (int64_t j = 0; j < kTile; ++j) {
-      if (!(of_row[j] <= thresholds[i])) {
+      if (!(keys[j] <= thresholds[i])) {
         candidates.values[count] = values[j];
-        candidates.keys[count] = of_row[j];
+        candidates.keys[count] = keys[j];
         candidates.cols[count] = static_cast<uint8_t>(j);
         ++count;
       }
@@ -64,8 +72,9 @@ void candidates_of(const Tile<T>& tile, const T* thresholds, const Noise* noise,
 }
 
 template <typename T>
-void candidates(const Tile<T>& tile, const T* thresholds, const Noise* noise, const Candidates<T>& candidates) {
-  with_stored(tile, [&](auto stored) { candidates_of<stored.value>(tile, thresholds, noise, candidates); });
+void candidates(
+    const Tile<T>& tile, const T* thresholds, bool largest, const Noise* noise, const Candidates<T>& candidates) {
+  with_stored(tile, [&](auto stored) { candidates_of<stored.value>(tile, thresholds, largest, noise, candidates); });
 }
 
 }  // namespace
