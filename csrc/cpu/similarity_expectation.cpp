@@ -5,10 +5,11 @@
 #include "choose_products.h"
 #include "ops.h"
 #include "plane.h"
+#include "sides.h"
 #include "softmax.h"
+#include "totals.h"
 
 #include <ATen/ops/add.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/irange.h>
@@ -35,7 +36,7 @@ class Forward {
  public:
   template <typename Products>
   explicit Forward(const Plane<Products>& plane)
-      : kernels_(plane.kernels()), partials_(plane.partials(5)), sums_(plane), moments_(plane) {
+      : kernels_(plane.kernels()), partials_(plane.partials(plane.taught() ? 5 : 3)), sums_(plane), means_(plane) {
     if (plane.taught()) {
       teacher_.emplace(plane);
     }
@@ -52,55 +53,52 @@ class Forward {
     };
     const Tile<T> pairs = stored(kernels_, at.pairs, at.pair_logits);
     kernels_.reduce(pairs, rows(kMax, kSum), cols(kMax, kSum));
+    Tile<T> weights = pairs;
     if (teacher_) {
-      const Tile<T> teacher = stored(kernels_, at.teacher, at.teacher_logits);
-      kernels_.reduce(teacher, rows(kTeacherMax, kTeacherSum), cols(kTeacherMax, kTeacherSum));
-      kernels_.moments(teacher, pairs.logits, rows(kTeacherMax, kMoment), cols(kTeacherMax, kMoment));
-    } else {
-      kernels_.moments(pairs, pairs.logits, rows(kMax, kMoment), cols(kMax, kMoment));
+      weights = stored(kernels_, at.teacher, at.teacher_logits);
+      kernels_.reduce(weights, rows(kTeacherMax, kTeacherSum), cols(kTeacherMax, kTeacherSum));
     }
+    const auto mean_of = [&](const auto& direction) {
+      const MaxSum<T> of_weights = teacher_ ? direction(kTeacherMax, kTeacherSum) : direction(kMax, kSum);
+      return MeanOf<T>{of_weights, direction(kMax, kSum).max, direction(kMean, kMean).max};
+    };
+    kernels_.means(weights, pairs.logits, mean_of(rows), mean_of(cols));
   }
 
   void end(const Block& block) {
-    sums_.fold(block, partials_, kMax, kSum);
     if (teacher_) {
-      teacher_->fold(block, partials_, kTeacherMax, kTeacherSum);
+      sums_.fold(block, partials_, kMax, kSum);
+      fold_means(block, *teacher_, kTeacherMax, kTeacherSum);
+    } else {
+      fold_means(block, sums_, kMax, kSum);
     }
-    moments_.fold(block, partials_, teacher_ ? kTeacherMax : kMax, kMoment);
   }
 
   Expectations result(const Tensor& kept) const {
-    const MaxSums<T>& weights = teacher_ ? *teacher_ : sums_;
-    const Tensor row_mean = quotient(moments_.row_sum(), weights.row_sum());
-    const Tensor col_mean = quotient(moments_.col_sum(), weights.col_sum());
     const Tensor none = full(0, T(0));
     return {
         sums_.finish(),
         teacher_ ? teacher_->finish() : SoftmaxStatistics{none, none, none, none, none, none},
         kept,
-        row_mean,
-        col_mean};
+        means_.rows(),
+        means_.cols()};
   }
 
  private:
-  enum : int64_t { kMax, kSum, kMoment, kTeacherMax, kTeacherSum };
+  enum : int64_t { kMax, kSum, kMean, kTeacherMax, kTeacherSum };
 
-  // 0 for an empty set.
-  static Tensor quotient(const Tensor& moments, const Tensor& sums) {
-    const Tensor means = at::empty({sums.size(0)}, sums.options());
-    const T* of_moments = moments.const_data_ptr<T>();
-    const T* of_sums = sums.const_data_ptr<T>();
-    T* of_means = means.mutable_data_ptr<T>();
-    for (const auto i : c10::irange(sums.size(0))) {
-      of_means[i] = of_sums[i] == T(0) ? T(0) : of_moments[i] / of_sums[i];
-    }
-    return means;
+  void fold_means(const Block& block, const MaxSums<T>& weights, int64_t max, int64_t sum) {
+    const auto fold = [&](MaxSum<T> running, MaxSum<T> part, Range range, int64_t tile, bool cols) {
+      const T* means = cols ? partials_.cols(tile, kMean) : partials_.rows(tile, kMean);
+      kernels_.fold_means(range.size(), running, part, means, means_.at(range, cols));
+    };
+    weights.for_each_part(block, partials_, max, sum, fold);
   }
 
   const TileKernels<T>& kernels_;
   Partials<T> partials_;
   MaxSums<T> sums_;
-  MaxSums<T> moments_;  // with maxima of their own: folding changes them
+  Totals<T> means_;
   std::optional<MaxSums<T>> teacher_;
 };
 

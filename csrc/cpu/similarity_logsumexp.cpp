@@ -4,6 +4,7 @@
 #include "choose_products.h"
 #include "ops.h"
 #include "plane.h"
+#include "sides.h"
 #include "softmax.h"
 #include "totals.h"
 

@@ -3,7 +3,7 @@
 #include "choose_products.h"
 #include "ops.h"
 #include "plane.h"
-#include "softmax.h"
+#include "sides.h"
 #include "totals.h"
 
 namespace contrastive_ops {

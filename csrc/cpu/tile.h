@@ -36,6 +36,15 @@ struct MaxSum {
   T* sum;
 };
 
+// One direction of the means of a tile, given the maxima and sums of the logits that they are weighted by and the
+// largest values; null where it is not asked for.
+template <typename T>
+struct MeanOf {
+  MaxSum<T> weights;
+  const T* largest;
+  T* mean;
+};
+
 // One direction of the backward: u = dL/d lse, and lse as maximum and log of the sum relative to it. They stay apart,
 // as the rounding of their sum is as large as the logits are. An empty set has the maximum +inf and a log of 0.
 // grad_total = dL/d sum of the logits is null, in both directions, where there are no totals.
@@ -140,8 +149,8 @@ struct TileKernels {
   // is skipped.
   void (*sum)(const Tile<T>& tile, Function function, T* rows, T* cols);
 
-  // Given the maxima of the logits, the sums of exp(logit - maximum) value, in place of those that `reduce` makes.
-  void (*moments)(const Tile<T>& tile, const T* values, MaxSum<T> rows, MaxSum<T> cols);
+  // Means of the values under the softmax of the logits, over rows and columns; 0 of an empty set.
+  void (*means)(const Tile<T>& tile, const T* values, MeanOf<T> rows, MeanOf<T> cols);
 
   // The pairs whose keys are above the thresholds of their rows, or NaN. Without noise the keys are the logits, or to
   // find the smallest their negatives, and those of pairs that do not take part are -inf.
@@ -150,6 +159,9 @@ struct TileKernels {
 
   // Fold `part` into the running statistics of n rows (columns).
   void (*fold)(int64_t n, MaxSum<T> running, MaxSum<T> part);
+
+  // The same, and the means of the part into the running ones, for at most 128 rows.
+  void (*fold_means)(int64_t n, MaxSum<T> running, MaxSum<T> part, const T* part_means, double* means);
 
   // coefficients = (u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j) + the gradients of the totals) row_scale_i
   // col_scale_j, the gradient of the pair: for dot products the weight of y_j in the gradient of x_i, and of x_i in

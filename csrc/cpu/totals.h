@@ -1,4 +1,4 @@
-// Sums over rows and columns of the plane, added in float64: of 10^8 terms they keep the digits of float32.
+// Sums and means over rows and columns of the plane, in float64: of 10^8 terms they keep the digits of float32.
 #pragma once
 
 #include "block.h"
@@ -16,17 +16,21 @@ class Totals {
         cols_(full(plane.cols() ? plane.m() : 0, 0.0)),
         of_cols_(plane.mirrored() ? rows_ : cols_) {}
 
-  // Number k of the partials, in the order of the tiles.
+  // Those that a tile's rows, or its columns, are part of.
+  double* at(Range range, bool cols) const {
+    return values_of<double>(cols ? of_cols_ : rows_, range.begin);
+  }
+
+  // Adds number k of the partials, in the order of the tiles.
   void add(const Block& block, Partials<T>& partials, int64_t k) const {
-    const auto add_to = [](const at::Tensor& totals, Range range, const T* part) {
-      double* of_range = values_of<double>(totals, range.begin);
+    const auto add_to = [](double* totals, Range range, const T* part) {
       for (int64_t i = 0; part != nullptr && i < range.size(); ++i) {
-        of_range[i] += static_cast<double>(part[i]);
+        totals[i] += static_cast<double>(part[i]);
       }
     };
     block.for_each_contribution(
-        [&](Range rows, int64_t tile) { add_to(rows_, rows, partials.rows(tile, k)); },
-        [&](Range cols, int64_t tile) { add_to(of_cols_, cols, partials.cols(tile, k)); });
+        [&](Range rows, int64_t tile) { add_to(at(rows, false), rows, partials.rows(tile, k)); },
+        [&](Range cols, int64_t tile) { add_to(at(cols, true), cols, partials.cols(tile, k)); });
   }
 
   at::Tensor rows() const {

@@ -5,6 +5,8 @@
 #include "logsumexp.h"
 #include "vectors.h"
 
+#include <cmath>
+
 namespace contrastive_ops {
 namespace CPU_CAPABILITY {
 namespace {
@@ -12,14 +14,68 @@ namespace {
 // A pair without weight counts nothing, whatever the value is.
 template <typename T>
 inline Vec<T> weighted(Vec<T> value, Vec<T> weight) {
-  return counted(value, weight) * weight;
+  return Vec<T>::blendv(value, Vec<T>(T(0)), weight == Vec<T>(T(0))) * weight;
+}
+
+// Values of pairs relative to one of their row and one of their column, times the exponentials.
+template <typename T>
+struct Moments {
+  const T* values;
+  const T* row_origins;
+  const T* col_origins;
+
+  Vec<T> row(int64_t i, int64_t j, Vec<T> exponential) const {
+    return weighted(Vec<T>::loadu(values + i * kTile + j) - Vec<T>(row_origins[i]), exponential);
+  }
+  Vec<T> col(int64_t i, int64_t j, Vec<T> exponential) const {
+    return weighted(Vec<T>::loadu(values + i * kTile + j) - Vec<T>::loadu(col_origins + j), exponential);
+  }
+};
+
+// Sums of values relative to the largest ones are small where the values are alike, and exact for a single one: in
+// s - mean nothing else is left.
+template <typename T>
+void means(const Tile<T>& tile, const T* values, MeanOf<T> rows, MeanOf<T> cols) {
+  alignas(64) T row_origins[kTile];
+  alignas(64) T col_origins[kTile];
+  const auto find_origins = [](int64_t n, const T* largest, T* origins) {
+    for (int64_t i = 0; largest != nullptr && i < n; ++i) {
+      origins[i] = std::abs(largest[i]) < kInfinity<T> ? largest[i] : T(0);
+    }
+  };
+  find_origins(tile.rows, rows.largest, row_origins);
+  find_origins(kTile, cols.largest, col_origins);
+  sum_terms<true>(
+      tile,
+      MaxSum<T>{rows.weights.max, rows.mean},
+      MaxSum<T>{cols.weights.max, cols.mean},
+      Moments<T>{values, row_origins, col_origins});
+  const auto divide = [](int64_t n, MeanOf<T> set, const T* origins) {
+    for (int64_t i = 0; set.mean != nullptr && i < n; ++i) {
+      const T sum = set.weights.sum[i];
+      set.mean[i] = sum == T(0) ? T(0) : origins[i] + set.mean[i] / sum;
+    }
+  };
+  divide(tile.rows, rows, row_origins);
+  divide(kTile, cols, col_origins);
 }
 
 template <typename T>
-void moments(const Tile<T>& tile, const T* values, MaxSum<T> rows, MaxSum<T> cols) {
-  sum_terms<true>(tile, rows, cols, [&](int64_t i, int64_t j, Vec<T> exponential) {
-    return weighted(Vec<T>::loadu(values + i * kTile + j), exponential);
+void fold_means(int64_t n, MaxSum<T> running, MaxSum<T> part, const T* part_means, double* means) {
+  alignas(64) T shares[kTile];
+  for_each_vector<T>(n, [&](int64_t i, int64_t count) {
+    const Shrinking<T> factors(running, part, i, count);
+    const Vec<T> part_sum = Vec<T>::loadu(part.sum + i, count) * factors.part;
+    const Vec<T> sum = at::vec::fmadd(Vec<T>::loadu(running.sum + i, count), factors.running, part_sum);
+    factors.max.store(running.max + i, count);
+    sum.store(running.sum + i, count);
+    Vec<T>::blendv(part_sum / sum, Vec<T>(T(0)), sum == Vec<T>(T(0))).store(shares + i, count);
   });
+  for (int64_t i = 0; i < n; ++i) {
+    const auto share = static_cast<double>(shares[i]);
+    const double old = share == 1.0 ? 0.0 : (1.0 - share) * means[i];
+    means[i] = old + (share == 0.0 ? 0.0 : share * static_cast<double>(part_means[i]));
+  }
 }
 
 template <typename T>

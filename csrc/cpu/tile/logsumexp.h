@@ -19,34 +19,38 @@ inline Vec<T> shift_of(Vec<T> max) {
   return Vec<T>::blendv(max, Vec<T>(T(0)), max == Vec<T>(-kInfinity<T>));
 }
 
-// A term of a sum: its exponential.
-struct Exponential {
+// The terms of the sums over rows and over columns: the exponentials.
+struct Exponentials {
   template <typename T>
-  Vec<T> operator()(int64_t, int64_t, Vec<T> exponential) const {
+  Vec<T> row(int64_t, int64_t, Vec<T> exponential) const {
+    return exponential;
+  }
+  template <typename T>
+  Vec<T> col(int64_t, int64_t, Vec<T> exponential) const {
     return exponential;
   }
 };
 
-template <bool Stored, typename T, typename Term>
-void sum_rows(const Tile<T>& tile, MaxSum<T> rows, const Term& term) {
+template <bool Stored, typename T, typename Terms>
+void sum_rows(const Tile<T>& tile, MaxSum<T> rows, const Terms& terms) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     const LogitRow<Stored, T> row(tile, i);
     const Vec<T> shift(shift_of(rows.max[i]));
     Vec<T> sum(T(0));
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
-      sum = sum + term(i, j, exp(row.at(j) - shift));
+      sum = sum + terms.row(i, j, exp(row.at(j) - shift));
     }
     rows.sum[i] = sum_of(sum);
   }
 }
 
-template <bool Stored, typename T, typename Term>
-void sum_cols(const Tile<T>& tile, MaxSum<T> cols, const Term& term) {
+template <bool Stored, typename T, typename Terms>
+void sum_cols(const Tile<T>& tile, MaxSum<T> cols, const Terms& terms) {
   for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
     const Vec<T> shift = shift_of(Vec<T>::loadu(cols.max + j));
     Vec<T> sum(T(0));
     for (int64_t i = 0; i < tile.rows; ++i) {
-      sum = sum + term(i, j, exp(LogitRow<Stored, T>(tile, i).at(j) - shift));
+      sum = sum + terms.col(i, j, exp(LogitRow<Stored, T>(tile, i).at(j) - shift));
     }
     sum.store(cols.sum + j);
   }
@@ -59,8 +63,8 @@ constexpr T kSharedShift = T(40);
 
 // Both directions from one exponential per pair: sums relative to the maximum of the tile, then rescaled to the
 // maximum of each row and column. Returns false, with nothing done, where the maxima are too far apart.
-template <bool Stored, typename T, typename Term>
-bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols, const Term& term) {
+template <bool Stored, typename T, typename Terms>
+bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols, const Terms& terms) {
   T lowest = kInfinity<T>;
   T highest = -kInfinity<T>;
   const auto extend = [&](T max) {
@@ -82,9 +86,9 @@ bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols, const Term& t
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
       Vec<T> col_sum = Vec<T>::loadu(cols.sum + j);
       for (int r = 0; r < kRows; ++r) {
-        const Vec<T> value = term(i + r, j, exp(LogitRow<Stored, T>(tile, i + r).at(j) - shift));
-        sum[r] = sum[r] + value;
-        col_sum = col_sum + value;
+        const Vec<T> exponential = exp(LogitRow<Stored, T>(tile, i + r).at(j) - shift);
+        sum[r] = sum[r] + terms.row(i + r, j, exponential);
+        col_sum = col_sum + terms.col(i + r, j, exponential);
       }
       col_sum.store(cols.sum + j);
     }
@@ -106,16 +110,16 @@ bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols, const Term& t
 }
 
 // The sums, given the maxima; a null direction is skipped.
-template <bool Stored, typename T, typename Term>
-void sum_terms(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols, const Term& term) {
-  if (rows.max != nullptr && cols.max != nullptr && sum_both<Stored>(tile, rows, cols, term)) {
+template <bool Stored, typename T, typename Terms>
+void sum_terms(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols, const Terms& terms) {
+  if (rows.max != nullptr && cols.max != nullptr && sum_both<Stored>(tile, rows, cols, terms)) {
     return;
   }
   if (rows.max != nullptr) {
-    sum_rows<Stored>(tile, rows, term);
+    sum_rows<Stored>(tile, rows, terms);
   }
   if (cols.max != nullptr) {
-    sum_cols<Stored>(tile, cols, term);
+    sum_cols<Stored>(tile, cols, terms);
   }
 }
 
@@ -143,7 +147,7 @@ void reduce_logits(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
       rows.max[i + r] = max_of(row_max[r]);
     }
   });
-  sum_terms<Stored>(tile, rows, cols, Exponential());
+  sum_terms<Stored>(tile, rows, cols, Exponentials());
 }
 
 template <typename T>
@@ -151,24 +155,30 @@ void reduce(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
   with_stored(tile, [&](auto stored) { reduce_logits<stored.value>(tile, rows, cols); });
 }
 
-// A sum that is to be multiplied by a factor. Where that is 0 it counts nothing, even one that is infinite.
+// The factors by which the sums shrink where the running maxima and those of a part become one.
 template <typename T>
-inline Vec<T> counted(Vec<T> sum, Vec<T> factor) {
-  return Vec<T>::blendv(sum, Vec<T>(T(0)), factor == Vec<T>(T(0)));
-}
+struct Shrinking {
+  Vec<T> max;
+  Vec<T> running;
+  Vec<T> part;
+
+  Shrinking(MaxSum<T> running_sums, MaxSum<T> part_sums, int64_t i, int64_t count) {
+    const Vec<T> old_max = Vec<T>::loadu(running_sums.max + i, count);
+    const Vec<T> part_max = Vec<T>::loadu(part_sums.max + i, count);
+    max = at::vec::maximum(old_max, part_max);
+    const Vec<T> shift = shift_of(max);
+    running = exp(old_max - shift);
+    part = exp(part_max - shift);
+  }
+};
 
 template <typename T>
 void fold(int64_t n, MaxSum<T> running, MaxSum<T> part) {
   for_each_vector<T>(n, [&](int64_t i, int64_t count) {
-    const Vec<T> old_max = Vec<T>::loadu(running.max + i, count);
-    const Vec<T> part_max = Vec<T>::loadu(part.max + i, count);
-    const Vec<T> max = at::vec::maximum(old_max, part_max);
-    const Vec<T> shift = shift_of(max);
-    const Vec<T> old_factor = exp(old_max - shift);
-    const Vec<T> part_factor = exp(part_max - shift);
-    const Vec<T> old_sum = counted(Vec<T>::loadu(running.sum + i, count), old_factor) * old_factor;
-    const Vec<T> sum = at::vec::fmadd(counted(Vec<T>::loadu(part.sum + i, count), part_factor), part_factor, old_sum);
-    max.store(running.max + i, count);
+    const Shrinking<T> factors(running, part, i, count);
+    const Vec<T> old_sum = Vec<T>::loadu(running.sum + i, count) * factors.running;
+    const Vec<T> sum = at::vec::fmadd(Vec<T>::loadu(part.sum + i, count), factors.part, old_sum);
+    factors.max.store(running.max + i, count);
     sum.store(running.sum + i, count);
   });
 }
