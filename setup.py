@@ -271,7 +271,10 @@ def cpp_extension():
             flags.append(WITH_MATRIX_UNIT)
     return torch_build.CppExtension(
         "contrastive_ops._C",
-        ["csrc/extension.cpp", *(str(path) for path in sorted(Path("csrc/cpu").glob("*.cpp")) if path.name not in APART)],
+        [
+            "csrc/extension.cpp",
+            *(str(path) for path in sorted(Path("csrc/cpu").glob("*.cpp")) if path.name not in APART),
+        ],
         extra_compile_args={"cxx": flags},
         extra_link_args=[STRIPPED] if sys.platform.startswith("linux") else [],
         depends=[str(path) for path in Path("csrc/cpu").rglob("*.h")],

@@ -58,11 +58,9 @@ class Forward {
       weights = stored(kernels_, at.teacher, at.teacher_logits);
       kernels_.reduce(weights, rows(kTeacherMax, kTeacherSum), cols(kTeacherMax, kTeacherSum));
     }
-    const auto mean_of = [&](const auto& direction) {
-      const MaxSum<T> of_weights = teacher_ ? direction(kTeacherMax, kTeacherSum) : direction(kMax, kSum);
-      return MeanOf<T>{of_weights, direction(kMax, kSum).max, direction(kMean, kMean).max};
-    };
-    kernels_.means(weights, pairs.logits, mean_of(rows), mean_of(cols));
+    const int64_t max = teacher_ ? kTeacherMax : kMax;
+    kernels_.means(
+        weights, pairs.logits, rows(max, max).max, cols(max, max).max, rows(kMean, kMean).max, cols(kMean, kMean).max);
   }
 
   void end(const Block& block) {

@@ -36,15 +36,6 @@ struct MaxSum {
   T* sum;
 };
 
-// One direction of the means of a tile, given the maxima and sums of the logits that they are weighted by and the
-// largest values; null where it is not asked for.
-template <typename T>
-struct MeanOf {
-  MaxSum<T> weights;
-  const T* largest;
-  T* mean;
-};
-
 // One direction of the backward: u = dL/d lse, and lse as maximum and log of the sum relative to it. They stay apart,
 // as the rounding of their sum is as large as the logits are. An empty set has the maximum +inf and a log of 0.
 // grad_total = dL/d sum of the logits is null, in both directions, where there are no totals.
@@ -149,8 +140,9 @@ struct TileKernels {
   // is skipped.
   void (*sum)(const Tile<T>& tile, Function function, T* rows, T* cols);
 
-  // Means of the values under the softmax of the logits, over rows and columns; 0 of an empty set.
-  void (*means)(const Tile<T>& tile, const T* values, MeanOf<T> rows, MeanOf<T> cols);
+  // Means of the values under the softmax of stored logits, given its maxima, over rows and columns; 0 of an empty set.
+  // Those that are null are skipped.
+  void (*means)(const Tile<T>& tile, const T* values, const T* row_max, const T* col_max, T* row_means, T* col_means);
 
   // The pairs whose keys are above the thresholds of their rows, or NaN. Without noise the keys are the logits, or to
   // find the smallest their negatives, and those of pairs that do not take part are -inf.

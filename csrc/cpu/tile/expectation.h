@@ -5,8 +5,6 @@
 #include "logsumexp.h"
 #include "vectors.h"
 
-#include <cmath>
-
 namespace contrastive_ops {
 namespace CPU_CAPABILITY {
 namespace {
@@ -17,47 +15,76 @@ inline Vec<T> weighted(Vec<T> value, Vec<T> weight) {
   return Vec<T>::blendv(value, Vec<T>(T(0)), weight == Vec<T>(T(0))) * weight;
 }
 
-// Values of pairs relative to one of their row and one of their column, times the exponentials.
-template <typename T>
-struct Moments {
-  const T* values;
-  const T* row_origins;
-  const T* col_origins;
+// Sums of weights and of weighted values, whose quotients are means. In float64: a gradient has little but the rounding
+// of the mean in s - mean, and of a single pair nothing is left.
+struct MeanSums {
+  double weight = 0.0;
+  double moment = 0.0;
 
-  Vec<T> row(int64_t i, int64_t j, Vec<T> exponential) const {
-    return weighted(Vec<T>::loadu(values + i * kTile + j) - Vec<T>(row_origins[i]), exponential);
-  }
-  Vec<T> col(int64_t i, int64_t j, Vec<T> exponential) const {
-    return weighted(Vec<T>::loadu(values + i * kTile + j) - Vec<T>::loadu(col_origins + j), exponential);
+  double mean() const {
+    return weight == 0.0 ? 0.0 : moment / weight;
   }
 };
 
-// Sums of values relative to the largest ones are small where the values are alike, and exact for a single one: in
-// s - mean nothing else is left.
 template <typename T>
-void means(const Tile<T>& tile, const T* values, MeanOf<T> rows, MeanOf<T> cols) {
-  alignas(64) T row_origins[kTile];
-  alignas(64) T col_origins[kTile];
-  const auto find_origins = [](int64_t n, const T* largest, T* origins) {
-    for (int64_t i = 0; largest != nullptr && i < n; ++i) {
-      origins[i] = std::abs(largest[i]) < kInfinity<T> ? largest[i] : T(0);
+inline MeanSums row_sums(const T* weights, const T* values) {
+  double weight[kLanes] = {};
+  double moment[kLanes] = {};
+  for (int64_t j = 0; j < kTile; j += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto w = static_cast<double>(weights[j + lane]);
+      weight[lane] += w;
+      moment[lane] += w * (w == 0.0 ? 0.0 : static_cast<double>(values[j + lane]));
+    }
+  }
+  MeanSums sums;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    sums.weight += weight[lane];
+    sums.moment += moment[lane];
+  }
+  return sums;
+}
+
+template <typename T>
+inline void add_to_cols(const T* weights, const T* values, double* weight, double* moment) {
+  for (int64_t j = 0; j < kTile; ++j) {
+    const auto w = static_cast<double>(weights[j]);
+    weight[j] += w;
+    moment[j] += w * (w == 0.0 ? 0.0 : static_cast<double>(values[j]));
+  }
+}
+
+template <typename T>
+void means(const Tile<T>& tile, const T* values, const T* row_max, const T* col_max, T* row_means, T* col_means) {
+  alignas(64) T weights[kTile];
+  alignas(64) double col_weight[kTile] = {};
+  alignas(64) double col_moment[kTile] = {};
+  // shift(j) is what the exponentials of a row are relative to
+  const auto weigh = [&](int64_t i, const auto& shift) {
+    const LogitRow<true, T> row(tile, i);
+    for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
+      exp(row.at(j) - shift(j)).store(weights + j);
     }
   };
-  find_origins(tile.rows, rows.largest, row_origins);
-  find_origins(kTile, cols.largest, col_origins);
-  sum_terms<true>(
-      tile,
-      MaxSum<T>{rows.weights.max, rows.mean},
-      MaxSum<T>{cols.weights.max, cols.mean},
-      Moments<T>{values, row_origins, col_origins});
-  const auto divide = [](int64_t n, MeanOf<T> set, const T* origins) {
-    for (int64_t i = 0; set.mean != nullptr && i < n; ++i) {
-      const T sum = set.weights.sum[i];
-      set.mean[i] = sum == T(0) ? T(0) : origins[i] + set.mean[i] / sum;
+  T highest;
+  const bool shared =
+      row_means != nullptr && col_means != nullptr && shared_shift(tile.rows, row_max, col_max, highest);
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const T* of_row = values + i * kTile;
+    if (row_means != nullptr) {
+      weigh(i, [&](int64_t) { return Vec<T>(shared ? highest : shift_of(row_max[i])); });
+      row_means[i] = static_cast<T>(row_sums(weights, of_row).mean());
     }
-  };
-  divide(tile.rows, rows, row_origins);
-  divide(kTile, cols, col_origins);
+    if (col_means != nullptr) {
+      if (!shared) {
+        weigh(i, [&](int64_t j) { return shift_of(Vec<T>::loadu(col_max + j)); });
+      }
+      add_to_cols(weights, of_row, col_weight, col_moment);
+    }
+  }
+  for (int64_t j = 0; j < kTile && col_means != nullptr; ++j) {
+    col_means[j] = static_cast<T>(MeanSums{col_weight[j], col_moment[j]}.mean());
+  }
 }
 
 template <typename T>

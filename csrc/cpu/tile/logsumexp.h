@@ -19,38 +19,26 @@ inline Vec<T> shift_of(Vec<T> max) {
   return Vec<T>::blendv(max, Vec<T>(T(0)), max == Vec<T>(-kInfinity<T>));
 }
 
-// The terms of the sums over rows and over columns: the exponentials.
-struct Exponentials {
-  template <typename T>
-  Vec<T> row(int64_t, int64_t, Vec<T> exponential) const {
-    return exponential;
-  }
-  template <typename T>
-  Vec<T> col(int64_t, int64_t, Vec<T> exponential) const {
-    return exponential;
-  }
-};
-
-template <bool Stored, typename T, typename Terms>
-void sum_rows(const Tile<T>& tile, MaxSum<T> rows, const Terms& terms) {
+template <bool Stored, typename T>
+void sum_rows(const Tile<T>& tile, MaxSum<T> rows) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     const LogitRow<Stored, T> row(tile, i);
     const Vec<T> shift(shift_of(rows.max[i]));
     Vec<T> sum(T(0));
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
-      sum = sum + terms.row(i, j, exp(row.at(j) - shift));
+      sum = sum + exp(row.at(j) - shift);
     }
     rows.sum[i] = sum_of(sum);
   }
 }
 
-template <bool Stored, typename T, typename Terms>
-void sum_cols(const Tile<T>& tile, MaxSum<T> cols, const Terms& terms) {
+template <bool Stored, typename T>
+void sum_cols(const Tile<T>& tile, MaxSum<T> cols) {
   for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
     const Vec<T> shift = shift_of(Vec<T>::loadu(cols.max + j));
     Vec<T> sum(T(0));
     for (int64_t i = 0; i < tile.rows; ++i) {
-      sum = sum + terms.col(i, j, exp(LogitRow<Stored, T>(tile, i).at(j) - shift));
+      sum = sum + exp(LogitRow<Stored, T>(tile, i).at(j) - shift);
     }
     sum.store(cols.sum + j);
   }
@@ -61,20 +49,27 @@ void sum_cols(const Tile<T>& tile, MaxSum<T> cols, const Terms& terms) {
 template <typename T>
 constexpr T kSharedShift = T(40);
 
-// Both directions from one exponential per pair: sums relative to the maximum of the tile, then rescaled to the
-// maximum of each row and column. Returns false, with nothing done, where the maxima are too far apart.
-template <bool Stored, typename T, typename Terms>
-bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols, const Terms& terms) {
+// The highest of the maxima of a tile, and whether it may be the shift of all: not where they are too far apart.
+template <typename T>
+bool shared_shift(int64_t row_count, const T* row_max, const T* col_max, T& highest) {
   T lowest = kInfinity<T>;
-  T highest = -kInfinity<T>;
+  highest = -kInfinity<T>;
   const auto extend = [&](T max) {
     highest = std::max(highest, max);
     lowest = max == -kInfinity<T> ? lowest : std::min(lowest, max);
   };
-  std::for_each(rows.max, rows.max + tile.rows, extend);
-  std::for_each(cols.max, cols.max + kTile, extend);
+  std::for_each(row_max, row_max + row_count, extend);
+  std::for_each(col_max, col_max + kTile, extend);
   // written so that NaN and an infinite maximum go the other road
-  if (!(highest - lowest <= kSharedShift<T>)) {
+  return highest - lowest <= kSharedShift<T>;
+}
+
+// Both directions from one exponential per pair: sums relative to the maximum of the tile, then rescaled to the
+// maximum of each row and column. Returns false, with nothing done, where the maxima are too far apart.
+template <bool Stored, typename T>
+bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
+  T highest;
+  if (!shared_shift(tile.rows, rows.max, cols.max, highest)) {
     return false;
   }
   const Vec<T> shift(highest);
@@ -86,9 +81,9 @@ bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols, const Terms& 
     for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
       Vec<T> col_sum = Vec<T>::loadu(cols.sum + j);
       for (int r = 0; r < kRows; ++r) {
-        const Vec<T> exponential = exp(LogitRow<Stored, T>(tile, i + r).at(j) - shift);
-        sum[r] = sum[r] + terms.row(i + r, j, exponential);
-        col_sum = col_sum + terms.col(i + r, j, exponential);
+        const Vec<T> term = exp(LogitRow<Stored, T>(tile, i + r).at(j) - shift);
+        sum[r] = sum[r] + term;
+        col_sum = col_sum + term;
       }
       col_sum.store(cols.sum + j);
     }
@@ -107,20 +102,6 @@ bool sum_both(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols, const Terms& 
   rescale(tile.rows, rows);
   rescale(kTile, cols);
   return true;
-}
-
-// The sums, given the maxima; a null direction is skipped.
-template <bool Stored, typename T, typename Terms>
-void sum_terms(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols, const Terms& terms) {
-  if (rows.max != nullptr && cols.max != nullptr && sum_both<Stored>(tile, rows, cols, terms)) {
-    return;
-  }
-  if (rows.max != nullptr) {
-    sum_rows<Stored>(tile, rows, terms);
-  }
-  if (cols.max != nullptr) {
-    sum_cols<Stored>(tile, cols, terms);
-  }
 }
 
 template <bool Stored, typename T>
@@ -147,7 +128,15 @@ void reduce_logits(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols) {
       rows.max[i + r] = max_of(row_max[r]);
     }
   });
-  sum_terms<Stored>(tile, rows, cols, Exponentials());
+  if (rows.max != nullptr && cols.max != nullptr && sum_both<Stored>(tile, rows, cols)) {
+    return;
+  }
+  if (rows.max != nullptr) {
+    sum_rows<Stored>(tile, rows);
+  }
+  if (cols.max != nullptr) {
+    sum_cols<Stored>(tile, cols);
+  }
 }
 
 template <typename T>

@@ -7,8 +7,6 @@ namespace contrastive_ops {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int kLanes = 16;  // sums side by side, for vector instructions
-
 template <typename T>
 inline double dot_product(int64_t depth, const T* a, const T* b) {
   double sums[kLanes] = {};

@@ -54,6 +54,8 @@ inline T sum_of(Vec<T> x) {
   return at::vec::vec_reduce_all<T>([](Vec<T>& a, Vec<T>& b) { return a + b; }, x);
 }
 
+constexpr int kLanes = 16;  // sums of float64 side by side, for vector instructions
+
 // f(i, count) for consecutive vectors of a range of n values; the last may hold fewer.
 template <typename T, typename F>
 inline void for_each_vector(int64_t n, const F& f) {
