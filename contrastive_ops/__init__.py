@@ -28,12 +28,16 @@ from contrastive_ops.losses import (
     uniformity,
 )
 from contrastive_ops.ops import (
+    FlexLSE,
+    FlexSum,
     SimilarityExpectation,
     SimilarityLSE,
     SimilaritySum,
     SimilarityTopK,
     VolumeLSE,
     area_logsumexp,
+    flex_logsumexp,
+    flex_sum,
     gramian_volume,
     similarity_expectation,
     similarity_logsumexp,
@@ -43,6 +47,8 @@ from contrastive_ops.ops import (
 )
 
 __all__ = [
+    "FlexLSE",
+    "FlexSum",
     "LossStats",
     "SimilarityExpectation",
     "SimilarityLSE",
@@ -56,6 +62,8 @@ __all__ = [
     "dclw",
     "dhel",
     "explain",
+    "flex_logsumexp",
+    "flex_sum",
     "gram_loss",
     "gram_retrieve",
     "gramian_volume",

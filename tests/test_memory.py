@@ -38,7 +38,16 @@ def step(n):
         arguments = (x, y, y.roll(1, 0))
     if name.startswith("mv"):
         arguments = (torch.cat([x, y]).unflatten(0, (4, -1)),)
-    getattr(co, name)(*arguments, backend=backend).backward()
+    if name == "flex_logsumexp":
+        label, scale = torch.arange(n) % 100, torch.tensor(3.0, requires_grad=True)
+        options = {
+            "score_mod": lambda score, row, col: scale * score + (label[row] - label[col]).abs(),
+            "mask_mod": lambda row, col: label[row] != label[col],
+        }
+        out = co.flex_logsumexp(x, y, **options, parameters=[scale], cols=True)
+        (out.row_lse.sum() + out.col_lse.sum()).backward()
+    else:
+        getattr(co, name)(*arguments, backend=backend).backward()
     assert x.grad.isfinite().all()
     return peak() - before
 
@@ -76,6 +85,10 @@ def test_extra_memory_is_far_below_one_matrix(name, n, backend):
 def test_extra_memory_of_areas():
     n = 3 * N // 2  # its tiles, some 100 MB, are not far below half of a matrix of N
     assert extra_bytes("tiled", "triangle_loss", n) < n * n * 4 / 2
+
+
+def test_extra_memory_of_a_pair_function():
+    assert extra_bytes("tiled", "flex_logsumexp", N) < MATRIX / 8
 
 
 def test_the_measurement_sees_a_matrix():

@@ -265,7 +265,4 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_grads):
-        raise RuntimeError(
-            f"{ctx.name} is differentiable once, got a second differentiation (create_graph=True); "
-            'call it with backend="reference", which autograd differentiates to any order.'
-        )
+        checks.no_second_differentiation(ctx.name, 'call it with backend="reference"')

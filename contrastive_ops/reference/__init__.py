@@ -1,6 +1,7 @@
 """The dense, naive twin of every op and every loss: the specification in code."""
 
 from contrastive_ops.reference.area_logsumexp import line_logits
+from contrastive_ops.reference.flex import flex_logsumexp, flex_sum
 from contrastive_ops.reference.gram import gram_loss, gram_volumes, triangle_areas, triangle_loss
 from contrastive_ops.reference.losses import (
     clip_loss,
@@ -32,6 +33,8 @@ __all__ = [
     "dcl",
     "dclw",
     "dhel",
+    "flex_logsumexp",
+    "flex_sum",
     "gram_loss",
     "gram_volumes",
     "guided_info_nce",
