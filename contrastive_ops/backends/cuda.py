@@ -13,6 +13,7 @@ from torch import Tensor
 from contrastive_ops import build, checks, tracing
 from contrastive_ops.backends import rowwise, sweep
 from contrastive_ops.backends import tuples as tuple_basis
+from contrastive_ops.plane import Block, Incoming, Kernels, Part, Problem, Slopes, Sums
 
 OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
 MOST_VECTORS = 5  # of factor.cu
@@ -22,7 +23,7 @@ INDICES = (torch.int32, torch.int64)
 ROWS_FEATURES = 256  # the most that rows_tiling takes: traced sizes can't be given to it
 
 
-class CudaKernels(sweep.Kernels):
+class CudaKernels(Kernels):
     """The operators of csrc/cuda/binding.cpp in a namespace of torch.ops.
 
     That of the GPU is contrastive_ops_cuda; the tests have one whose kernels run on the CPU.
@@ -31,75 +32,73 @@ class CudaKernels(sweep.Kernels):
     def __init__(self, namespace: str) -> None:
         self.operators = getattr(torch.ops, namespace)
 
-    def forward_tiling(self, problem: sweep.Problem) -> tuple[int, int]:
+    def forward_tiling(self, problem: Problem) -> tuple[int, int]:
         return self.operators.tiling(problem.members)
 
-    def block_tiling(self, problem: sweep.Problem) -> tuple[int, int]:
+    def block_tiling(self, problem: Problem) -> tuple[int, int]:
         return self.operators.tiling(problem.members)
 
-    def rows_tiling(self, problem: sweep.Problem) -> tuple[int, int] | None:
+    def rows_tiling(self, problem: Problem) -> tuple[int, int] | None:
         if problem.members:
             return None
         tiling = self.operators.rows_tiling(problem.x.dtype, problem.features)
         return tiling if tiling[0] else None
 
-    def forward(
-        self, problem: sweep.Problem, row: sweep.Part, col: sweep.Part, rows_per_group: int, cols_per_strip: int
-    ) -> None:
-        self.operators.forward(*_of(problem), row, col, rows_per_group, cols_per_strip)
+    def forward(self, problem: Problem, row: Part, col: Part, rows_per_group: int, cols_per_strip: int) -> None:
+        self.operators.forward(*_of(problem), row[:3], col[:3], rows_per_group, cols_per_strip)
 
-    def excluded(self, problem: sweep.Problem, logits: Tensor) -> None:
+    def excluded(self, problem: Problem, logits: Tensor) -> None:
         self.operators.excluded(*_of(problem), logits)
 
     def merge(
         self,
-        part: sweep.Part,
+        part: Part,
         parts: int,
-        mirror: sweep.Part,
+        mirror: Part,
         mirrors: int,
         maximum: Tensor,
         log_sum: Tensor,
-        lse: Tensor,
+        lse: Tensor | None,
+        mean: Tensor | None,
     ) -> None:
-        self.operators.merge(part, mirror, maximum, log_sum)
-        torch.add(maximum, log_sum, out=lse)
+        self.operators.merge(part[:3], mirror[:3], maximum, log_sum)
+        if lse is not None:
+            torch.add(maximum, log_sum, out=lse)
 
     def block(
         self,
-        problem: sweep.Problem,
-        incoming: sweep.Incoming,
+        problem: Problem,
+        incoming: Incoming,
         unit: Tensor | None,
         coefficients: Tensor | None,
-        row: sweep.Sums,
-        col: sweep.Sums,
-        block: sweep.Block,
+        row: Sums,
+        col: Sums,
+        block: Block,
     ) -> None:
-        self.operators.block(*_of(problem), incoming, unit, coefficients, row, col, *block)
+        self.operators.block(*_of(problem), incoming[:8], unit, coefficients, row[:3], col[:3], *block)
 
     def rows(
         self,
-        problem: sweep.Problem,
-        incoming: sweep.Incoming,
+        problem: Problem,
+        incoming: Incoming,
         unit: Tensor | None,
         gradient: Tensor | None,
-        sums: sweep.Sums,
+        sums: Sums,
         cols_per_strip: int,
     ) -> None:
-        self.operators.rows(*_of(problem), incoming, unit, gradient, sums, cols_per_strip)
+        self.operators.rows(*_of(problem), incoming[:8], unit, gradient, sums[:3], cols_per_strip)
 
     def rowwise(self, x: Tensor) -> ModuleType | None:
         return rowwise.kernels(x, "cuda")
 
-    def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
-        return dtype.itemsize == 2 and features <= ROWS_FEATURES
+    def takes_attention(self, op: str, dtype: torch.dtype, features: int) -> bool:
+        return op == "similarity_logsumexp" and dtype.itemsize == 2 and features <= ROWS_FEATURES
 
-    def attention_tiling(self, problem: sweep.Problem) -> tuple[int, int]:
+    def attention_tiling(self, problem: Problem) -> tuple[int, int]:
         return self.operators.rows_tiling(problem.x.dtype, problem.features)
 
-    def attention(
-        self, problem: sweep.Problem, unit: Tensor | None, row: sweep.Part, slopes: sweep.Slopes, cols_per_strip: int
-    ) -> None:
-        self.operators.attention(*_of(problem), unit, row, slopes, cols_per_strip)
+    def attention(self, problem: Problem, unit: Tensor | None, row: Part, slopes: Slopes, cols_per_strip: int) -> None:
+        self.operators.attention(*_of(problem), unit, row[:3], slopes[:2], cols_per_strip)
 
     def factor(self, tuples: Tensor) -> tuple_basis.Basis:
         count, members, _ = tuples.shape
@@ -110,7 +109,7 @@ class CudaKernels(sweep.Kernels):
         return basis
 
 
-def _of(problem: sweep.Problem) -> tuple[Any, ...]:
+def _of(problem: Problem) -> tuple[Any, ...]:
     """The arguments of an operator for a Problem of sweep.h."""
     return (
         problem.x, problem.y, problem.vectors, problem.span, problem.mirrored, problem.restrict, problem.tf32
