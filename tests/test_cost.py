@@ -81,7 +81,7 @@ def recorded(engine, monkeypatch):
             return math.ceil(cost.N / real.rows_tiling(x.dtype, x.shape[1])[0]), math.ceil(cost.N / args[-1])
 
         def of_block(x, y, *args):
-            rows, cols = real.tiling(y.shape[1] if y.dim() == 3 else 0)
+            rows, cols = real.tiling(args[3], y.shape[1] if y.dim() == 3 else 0)
             return math.ceil(args[-3] / rows), math.ceil(args[-2] / cols)
 
         grids = {"forward": of_forward, "attention": of_rows, "rows": of_rows, "block": of_block}

@@ -15,7 +15,9 @@ from contrastive_ops.backends import rowwise, sweep
 from contrastive_ops.backends import tuples as tuple_basis
 from contrastive_ops.plane import Block, Incoming, Kernels, Part, Problem, Slopes, Sums
 
-OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
+OPS = (
+    "similarity_logsumexp", "similarity_sum", "similarity_expectation", "volume_logsumexp", "gramian_volume"
+)  # fmt: skip
 MOST_VECTORS = 5  # of factor.cu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDICES = (torch.int32, torch.int64)
@@ -33,19 +35,19 @@ class CudaKernels(Kernels):
         self.operators = getattr(torch.ops, namespace)
 
     def forward_tiling(self, problem: Problem) -> tuple[int, int]:
-        return self.operators.tiling(problem.members)
+        return self.operators.tiling(problem.reduction, problem.members)
 
     def block_tiling(self, problem: Problem) -> tuple[int, int]:
-        return self.operators.tiling(problem.members)
+        return self.operators.tiling(problem.reduction, problem.members)
 
     def rows_tiling(self, problem: Problem) -> tuple[int, int] | None:
-        if problem.members:
+        if problem.members or problem.guided or problem.reduction != "logsumexp":
             return None
         tiling = self.operators.rows_tiling(problem.x.dtype, problem.features)
         return tiling if tiling[0] else None
 
     def forward(self, problem: Problem, row: Part, col: Part, rows_per_group: int, cols_per_strip: int) -> None:
-        self.operators.forward(*_of(problem), row[:3], col[:3], rows_per_group, cols_per_strip)
+        self.operators.forward(*_of(problem), row, col, rows_per_group, cols_per_strip)
 
     def excluded(self, problem: Problem, logits: Tensor) -> None:
         self.operators.excluded(*_of(problem), logits)
@@ -61,7 +63,7 @@ class CudaKernels(Kernels):
         lse: Tensor | None,
         mean: Tensor | None,
     ) -> None:
-        self.operators.merge(part[:3], mirror[:3], maximum, log_sum)
+        self.operators.merge(part, mirror, maximum, log_sum, mean)
         if lse is not None:
             torch.add(maximum, log_sum, out=lse)
 
@@ -75,7 +77,7 @@ class CudaKernels(Kernels):
         col: Sums,
         block: Block,
     ) -> None:
-        self.operators.block(*_of(problem), incoming[:8], unit, coefficients, row[:3], col[:3], *block)
+        self.operators.block(*_of(problem), incoming, unit, coefficients, row, col, *block)
 
     def rows(
         self,
@@ -86,7 +88,7 @@ class CudaKernels(Kernels):
         sums: Sums,
         cols_per_strip: int,
     ) -> None:
-        self.operators.rows(*_of(problem), incoming[:8], unit, gradient, sums[:3], cols_per_strip)
+        self.operators.rows(*_of(problem), incoming, unit, gradient, sums, cols_per_strip)
 
     def rowwise(self, x: Tensor) -> ModuleType | None:
         return rowwise.kernels(x, "cuda")
@@ -98,7 +100,7 @@ class CudaKernels(Kernels):
         return self.operators.rows_tiling(problem.x.dtype, problem.features)
 
     def attention(self, problem: Problem, unit: Tensor | None, row: Part, slopes: Slopes, cols_per_strip: int) -> None:
-        self.operators.attention(*_of(problem), unit, row[:3], slopes[:2], cols_per_strip)
+        self.operators.attention(*_of(problem), unit, row, slopes[:2], cols_per_strip)
 
     def factor(self, tuples: Tensor) -> tuple_basis.Basis:
         count, members, _ = tuples.shape
@@ -112,7 +114,8 @@ class CudaKernels(Kernels):
 def _of(problem: Problem) -> tuple[Any, ...]:
     """The arguments of an operator for a Problem of sweep.h."""
     return (
-        problem.x, problem.y, problem.vectors, problem.span, problem.mirrored, problem.restrict, problem.tf32
+        problem.x, problem.y, problem.vectors, problem.span, problem.second, problem.reduction,
+        problem.mirrored, problem.restrict, problem.above, problem.tf32
     )  # fmt: skip
 
 
@@ -162,10 +165,6 @@ def no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str 
     )
 
 
-def kept(*arguments: Any) -> int:
-    return sweep.kept(KERNELS, *arguments)
-
-
 def factor(vectors: Tensor) -> tuple_basis.Basis:
     return KERNELS.factor(vectors)
 
@@ -176,17 +175,4 @@ def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
     return torch.ops.contrastive_ops.volume_gradient(vectors, inverse, factor)
 
 
-def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_logsumexp_forward(KERNELS, *arguments)
-
-
-def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_logsumexp_backward(KERNELS, *arguments)
-
-
-def volume_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.volume_logsumexp_forward(KERNELS, *arguments)
-
-
-def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.volume_logsumexp_backward(KERNELS, *arguments)
+globals().update(sweep.functions(lambda: KERNELS, OPS))
