@@ -28,7 +28,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.resources_cuda import host
-from contrastive_ops import build
+from contrastive_ops import build, plane
 from contrastive_ops.backends import cuda, sweep, triton
 
 PAGE = Path(__file__).parents[1] / "bench" / "COST.md"
@@ -150,7 +150,7 @@ def product_programs(m: int, d: int, k: int, device: Device) -> int:
 @dataclass(frozen=True, eq=False)  # by identity, a key
 class Engine:
     name: str
-    kernels: Callable[[], sweep.Kernels]
+    kernels: Callable[[], plane.Kernels]
     rows_features: int  # the most that rows take
     attention_features: int  # and attention
     lanes: Callable[[int], int]  # of features, those that rows and attention compute
@@ -159,12 +159,12 @@ class Engine:
 
 
 @functools.cache
-def triton_kernels() -> sweep.Kernels:
+def triton_kernels() -> plane.Kernels:
     return triton.kernels("launch").TritonKernels()
 
 
 @functools.cache
-def cuda_kernels() -> sweep.Kernels:
+def cuda_kernels() -> plane.Kernels:
     if build.cuda is not None:
         return cuda.KERNELS
     torch.ops.load_library(host().backend())
@@ -252,16 +252,16 @@ def pretending(device: Device) -> Iterator[None]:
         yield
 
 
-def problem(case: Case, d: int, device: str) -> sweep.Problem:
+def problem(case: Case, d: int, device: str) -> plane.Problem:
     """As the kernels take it."""
     x = torch.empty(N, d, dtype=torch.bfloat16, device=device)
     y = x.new_empty(N, case.members, d) if case.members else x
     scale, index = x.new_empty(N, dtype=torch.float32), x.new_empty(N, dtype=torch.int32)
     of_cols = (scale, index) if case.mirrored else (scale if case.members else None, None)
     ids = index if case.groups > 1 else None
-    vectors = sweep.Vectors(scale, of_cols[0], None, None, index, of_cols[1], ids, ids)
-    span = sweep.Span(None, None)
-    return sweep.Problem(x, y, vectors, span, mirrored=case.mirrored, restrict=case.groups > 1)
+    vectors = plane.Vectors(scale, of_cols[0], None, None, index, of_cols[1], ids, ids)
+    span = plane.Span(None, None)
+    return plane.Problem(x, y, vectors, span, mirrored=case.mirrored, restrict=case.groups > 1)
 
 
 @functools.cache
@@ -408,7 +408,7 @@ def takes_rows(engine: Engine, case: Case, d: int, device: Device) -> bool:
 
 
 def takes_attention(engine: Engine, case: Case, d: int) -> bool:
-    return case.frozen and engine.kernels().takes_attention(torch.bfloat16, d)
+    return case.frozen and engine.kernels().takes_attention("similarity_logsumexp", torch.bfloat16, d)
 
 
 def ours(engine: Engine, d: int, device: Device, case: Case = CLIP) -> list[Phase]:

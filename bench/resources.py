@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from contrastive_ops import build as installed
+from contrastive_ops import plane
 from contrastive_ops.backends import sweep
 from contrastive_ops.backends import triton as backend
 
@@ -123,17 +124,37 @@ def volume_builds() -> Iterator[Build]:
         yield from _builds(name, f"P = {members}", _volume_problem(name, members))
 
 
+def reduction_builds() -> Iterator[Build]:
+    """The other ops over pairs, with all options: those that take the most registers of 32 and of 16 bits."""
+    for name, variant in itertools.product(("float32", "float16"), ("softplus", "mean", "teacher", "guide")):
+        yield from _builds(name, f"{variant}, all", _problem(name, False, "all", variant))
+
+
+def topk_builds() -> Iterator[Build]:
+    launch, tilings = backend.kernels("launch"), backend.kernels("tilings")
+    for name, k in itertools.product(("float32", "float16"), (16, plane.MOST_CANDIDATES)):
+        problem = _problem(name, False, "all")
+        tiling = tilings.topk_tiling(problem, k)
+        (x, y, vectors, span, *_, second), described = launch.inputs(problem, tiling)
+        best = plane.Best(torch.zeros(SIZE, 1, k, dtype=torch.int64), torch.zeros(SIZE, 1, k))
+        bound = torch.zeros(SIZE, dtype=torch.int64)
+        arguments = (x, y, vectors, span, second, 2**62, bound, best, SIZE, SIZE, FEATURES, 64)
+        flags = {**launch.options(problem, tiling), "LARGEST": True, "DESCRIBED": described, "K": k, "grid": (1, 1)}
+        shape = " x ".join(map(str, tiling[:3]))
+        yield Build("topk", name, f"k = {k}", shape, _warmup(launch.topk_kernel, arguments, flags))
+
+
 def helper_builds() -> Iterator[Build]:
     """What does O(N D) work or less."""
     launch = backend.kernels("launch")
     problem = _problem("bfloat16", False, "all")
-    vector, part = _vector(), _part(totals=False)
+    vector, part = _vector(), _part(problem)
     excluded = (problem.x, problem.y, problem.vectors, vector, SIZE, FEATURES)
     flags = {"BLOCK_M": launch.EXCLUDED, "BLOCK_D": 128, "grid": (1,)}
     tile = f"{launch.EXCLUDED} x 128"
     yield Build("excluded", "bfloat16", "x, y, all", tile, _warmup(launch.excluded_kernel, excluded, flags))
     flags = {"BLOCK": launch.MERGE, "grid": (1,)}
-    merge = _warmup(launch.merge_kernel, (part, 16, part, 16, vector, vector, vector, SIZE), flags)
+    merge = _warmup(launch.merge_kernel, (part, 16, part, 16, vector, vector, vector, None, SIZE), flags)
     yield Build("merge", "float32", "self", str(launch.MERGE), merge)
 
 
@@ -194,88 +215,110 @@ def row_builds() -> Iterator[Build]:
             yield build("tuple_gradient", "bfloat16", variant, tile, gradient, **flags)
 
 
-BUILDERS: tuple[Callable[[], Iterator[Build]], ...] = (pair_builds, volume_builds, helper_builds, row_builds)
+BUILDERS: tuple[Callable[[], Iterator[Build]], ...] = (
+    pair_builds, volume_builds, reduction_builds, topk_builds, helper_builds, row_builds,
+)  # fmt: skip
 
 
 def _builds(name: str, variant: str, problem: Any) -> Iterator[Build]:
     """The kernels of forward and backward, as launch.py launches them."""
     launch, tilings = backend.kernels("launch"), backend.kernels("tilings")
     volumes, everything = problem.members > 0, "all" in variant
-    part, vector = _part(totals=volumes), _vector()
-    sizes = (SIZE, SIZE, FEATURES)
+    part, vector = _part(problem, totals=volumes), _vector()
+    planes = 2 if problem.teaches else max(problem.members, 1)
+    sizes, own = launch.sizes(problem), launch.sizes(problem)[:3]
     unit = vector if name == "float16" else None
-    incoming = sweep.Incoming(
+    maxima, of_mean = problem.reduction not in plane.SUMS, problem.reduction == "expectation"
+    incoming = plane.Incoming(
         vector,
         vector,
-        vector,
-        vector,
-        row_excluded=None if volumes else vector,
+        vector if maxima else None,
+        vector if maxima else None,
+        row_excluded=None if volumes or of_mean else vector,
         col_excluded=vector if problem.mirrored else None,
         row_total=vector if volumes else None,
         col_total=vector if volumes else None,
+        row_share=vector if of_mean else None,
+        col_share=vector if of_mean else None,
+        teacher_row_max=vector if problem.teaches else None,
+        teacher_col_max=vector if problem.teaches else None,
+        row_mean=vector if of_mean else None,
+        col_mean=vector if of_mean else None,
     )
-    matrix = part.maximum
-    row_sums = sweep.Sums(matrix, matrix if everything else None, matrix if volumes else None)
-    col_sums = sweep.Sums(matrix if everything or volumes else None, matrix if everything else None)
-    inputs = (problem.x, problem.y, problem.vectors)
+    matrix = torch.zeros(16, SIZE)
+    of_teacher = (matrix, matrix) if problem.teaches else (None, None)
+    row_sums = plane.Sums(matrix, matrix if everything else None, matrix if volumes else None, *of_teacher)
+    col_sums = plane.Sums(matrix if everything or volumes else None, matrix if everything else None, None, *of_teacher)
+    inputs = (problem.x, problem.y, problem.vectors, problem.second)
     block = (SIZE, SIZE, sweep.padded(SIZE))
 
     def build(kernel: str, tiling: Any, arguments: Sequence[Any], **flags: Any) -> Build:
         flags = {**launch.options(problem, tiling), **flags, "grid": (1, 1)}
+        if kernel != "product":
+            flags |= launch.choices(problem)
         if name == "tf32":
             flags["PRECISION"] = "tf32"
         shape = " x ".join(map(str, tiling[:3]))
         return Build(kernel, name, variant, shape, _warmup(getattr(launch, f"{kernel}_kernel"), arguments, flags))
 
     tiling = tilings.forward_tiling(problem)
-    x, y, described = launch.features(problem, tiling)
+    given, described = launch.inputs(problem, tiling)
     yield build(
-        "forward", tiling, (x, y, problem.vectors, problem.span, part, part, *sizes, 64, 64),
+        "forward", tiling, (*given, part, part, *sizes, 64, 64),
         MEMBERS=problem.members, MIRRORED=problem.mirrored, DESCRIBED=described,
     )  # fmt: skip
     tiling = tilings.block_tiling(problem)
-    x, y, described = launch.features(problem, tiling)
+    given, described = launch.inputs(problem, tiling)
     coefficients, where = problem.x, (*sizes, 0, 0, *block)
     yield build(
         "block", tiling,
-        (x, y, problem.vectors, problem.span, incoming, unit, coefficients, row_sums, col_sums, *where),
-        MEMBERS=problem.members, DESCRIBED=described,
+        (*given, incoming, unit, coefficients, row_sums, col_sums, *where),
+        MEMBERS=problem.members, PLANES=planes, DESCRIBED=described,
     )  # fmt: skip
-    if everything and not volumes:
+    logsumexp = problem.reduction == "logsumexp" and not problem.guided
+    if everything and not volumes and logsumexp:
         stride = block[-1]
         strides = (1, stride) if problem.mirrored else (stride, 1)  # as for the rows, and as for the columns
         yield build(
             "product", tilings.product_tiling(problem),
-            (problem.x, problem.y, problem.x.float(), problem.vectors, *sizes, 0, 0, SIZE, SIZE, *strides, 0, 1.0),
+            (problem.x, problem.y, problem.x.float(), problem.vectors, *own, 0, 0, SIZE, SIZE, *strides, 0, 1.0),
             RESTRICT=True,
         )  # fmt: skip
+    op = "similarity_logsumexp" if logsumexp else "similarity_sum" if problem.reduction in plane.SUMS else ""
     for features in sorted({tilings.ROWS_FEATURES, tilings.ATTENTION_FEATURES}):
         problem.features = features  # whatever those of x: the tiling has them all
         tiling = tilings.rows_tiling(problem)
         if tiling is not None:
-            yield build("rows", tiling, (*inputs, incoming, unit, problem.x, row_sums, *sizes, 64))
-        if launch.TritonKernels().takes_attention(problem.x.dtype, features) and not (volumes or problem.mirrored):
-            slopes = sweep.Slopes(problem.x.float(), matrix)
-            yield build("attention", tilings.attention_tiling(problem), (*inputs, unit, part, slopes, *sizes, 64))
+            yield build("rows", tiling, (*inputs, incoming, unit, problem.x, row_sums, *own, 64))
+        takes = launch.TritonKernels().takes_attention(op, problem.x.dtype, features)
+        if takes and not (volumes or problem.mirrored):
+            slopes = plane.Slopes(problem.x.float(), matrix, None if logsumexp else matrix)
+            yield build("attention", tilings.attention_tiling(problem), (*inputs, unit, part, slopes, *own, 64))
 
 
-def _problem(name: str, mirrored: bool, options: str) -> Any:
+def _problem(name: str, mirrored: bool, options: str, variant: str = "logsumexp") -> Any:
     vector, index = _vector(), torch.zeros(SIZE, dtype=torch.int32)
     x = torch.zeros(SIZE, FEATURES, dtype=_dtype(name))
     col_exclude = index if mirrored else None
     if options == "few":
-        vectors = sweep.Vectors(vector, None, None, None, index, col_exclude, None, None)
+        vectors = plane.Vectors(vector, None, None, None, index, col_exclude, None, None)
     else:
-        vectors = sweep.Vectors(vector, vector, vector, vector, index, col_exclude, index, index)
-    return sweep.Problem(x, x, vectors, sweep.Span(None, None), mirrored=mirrored)
+        vectors = plane.Vectors(vector, vector, vector, vector, index, col_exclude, index, index)
+    reduction = {"mean": "expectation", "teacher": "expectation", "guide": "logsumexp"}.get(variant, variant)
+    second = plane.NO_SECOND
+    if variant == "teacher":
+        second = plane.Second(x, x, vector, vector, vector, vector)
+    elif variant == "guide":
+        second = plane.Second(x, x, row_ceiling=vector, col_ceiling=vector)
+    return plane.Problem(x, x, vectors, second=second, reduction=reduction, mirrored=mirrored)
 
 
 def _volume_problem(name: str, members: int) -> Any:
     vector, index = _vector(), torch.zeros(SIZE, dtype=torch.int32)
     anchor = torch.zeros(SIZE, FEATURES, dtype=_dtype(name))
     tuples = torch.zeros(SIZE, members, FEATURES, dtype=_dtype(name))
-    vectors = sweep.Vectors(vector, vector, None, None, index, None, None, None)
-    return sweep.Problem(anchor, tuples, vectors, sweep.Span(vector, vector))
+    vectors = plane.Vectors(vector, vector, None, None, index, None, None, None)
+    return plane.Problem(anchor, tuples, vectors, plane.Span(vector, vector))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -286,8 +329,9 @@ def _vector() -> torch.Tensor:
     return torch.zeros(SIZE)
 
 
-def _part(totals: bool) -> Any:
-    return sweep.Part(*[torch.zeros(16, SIZE) for _ in range(3 if totals else 2)])
+def _part(problem: Any, totals: bool = False) -> Any:
+    dtype = torch.float64 if problem.reduction in plane.SUMS else torch.float32
+    return plane.Part(**{field: torch.zeros(16, SIZE, dtype=dtype) for field in plane.fields_of_part(problem, totals)})
 
 
 def _warmup(kernel: Any, arguments: Sequence[Any], flags: dict[str, Any]) -> Callable[[], Any]:

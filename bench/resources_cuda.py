@@ -65,52 +65,89 @@ def host() -> Any:
     return module
 
 
+class Reduced(NamedTuple):
+    """A reduction of the kernels of tiles."""
+
+    variant: str
+    instance: str
+    reduction: str = "logsumexp"
+    members: int = 0
+    ceilings: bool = False
+    teacher: bool = False
+
+
+REDUCED = (
+    Reduced("pairs", "LogSumExp<Tile<0,1>,false>"),
+    Reduced("guided", "LogSumExp<Tile<0,1>,true>", ceilings=True),
+    Reduced("sum", "Sum", "softplus"),
+    Reduced("mean", "Expectation", "expectation", teacher=True),
+    *(Reduced(f"P = {members}", f"LogSumExp<Tile<{members},1>,false>", members=members) for members in range(1, 5)),
+)
+
+
 def launches(operators: Any) -> Iterator[Launch]:
     """Every kernel of the engine, once."""
-    nothing: list[Tensor | None] = [None] * 8
     for dtype, element in ELEMENTS.items():
-        for members in range(5):
-            rows, cols = operators.tiling(members)
-            variant, instance = f"P = {members}" if members else "pairs", f"{element},Tile<{members}>"
-            part = [*_empty((SIZE // cols, SIZE), (SIZE // cols, SIZE)), None]
-            problem = _problem(dtype, members)
-            arguments = (*problem, part, nothing[:3], rows, cols)
-            yield Launch("forward", dtype, variant, (rows, cols), instance, arguments)
-            coefficients = torch.empty(max(members, 1), SIZE, SIZE, dtype=dtype)
-            sums = (nothing[:3], nothing[:3])
-            arguments = (*problem, nothing, None, coefficients, *sums, 0, 0, SIZE, SIZE, SIZE)
-            yield Launch("block", dtype, variant, (rows, cols), instance, arguments)
+        for reduced in REDUCED:
+            rows, cols = operators.tiling(reduced.reduction, reduced.members)
+            instance = f"{element},{reduced.instance}"
+            problem, strips = _problem(dtype, FEATURES, reduced), SIZE // cols
+            part = _part(strips, reduced)
+            yield Launch(
+                "forward", dtype, reduced.variant, (rows, cols), instance, (*problem, part, _NO_PART, rows, cols)
+            )
+            planes = 2 if reduced.teacher else max(reduced.members, 1)
+            coefficients = torch.empty(planes, SIZE, SIZE, dtype=dtype)
+            place = (0, 0, SIZE, SIZE, SIZE)
+            arguments = (*problem, _NOTHING, None, coefficients, _NO_SUMS, _NO_SUMS, *place)
+            yield Launch("block", dtype, reduced.variant, (rows, cols), instance, arguments)
     for dtype in (torch.bfloat16, torch.float16):
         for features in (64, 128, 256):
             gradient = torch.empty(1, SIZE, features)
-            arguments = (*_problem(dtype, 0, features), nothing, None, gradient, nothing[:3], SIZE)
+            arguments = (*_problem(dtype, features), _NOTHING, None, gradient, _NO_SUMS, SIZE)
             tile, instance = operators.rows_tiling(dtype, features), f"{ELEMENTS[dtype]},RowsTile<{features}>"
             yield Launch("rows", dtype, f"D <= {features}", tile, instance, arguments)
-            part = [*_empty((1, SIZE), (1, SIZE)), None]
-            arguments = (*_problem(dtype, 0, features), None, part, _empty((1, SIZE, features), (1, SIZE)), SIZE)
+            slopes = _empty((1, SIZE, features), (1, SIZE))
+            arguments = (*_problem(dtype, features), None, _part(1, REDUCED[0]), slopes, SIZE)
             yield Launch("attention", dtype, f"D <= {features}", tile, instance, arguments)
     for dtype, element in ELEMENTS.items():
-        yield Launch("excluded", dtype, "", None, element, (*_problem(dtype, 0), *_empty((SIZE,))))
+        yield Launch("excluded", dtype, "", None, element, (*_problem(dtype), *_empty((SIZE,))))
     for dtype, element in ELEMENTS.items():
         for count in range(1, 6):
             basis = _empty((1, count, count), (1,), dtype=torch.float64)
             arguments = (torch.ones(1, count, FEATURES, dtype=dtype), *basis)
             yield Launch("factor", dtype, f"K = {count}", None, f"{element},{count}", arguments)
-    part = [*_empty((2, SIZE), (2, SIZE)), None]
-    yield Launch("merge", torch.float32, "", None, "", (part, nothing[:3], *_empty((SIZE,), (SIZE,))))
+    vectors = _empty((SIZE,), (SIZE,))
+    yield Launch("merge", torch.float32, "", None, "", (_part(2, REDUCED[0]), _NO_PART, *vectors, None))
+
+
+# lists of optional tensors without any, see csrc/cuda/binding.cpp
+_NO_PART, _NO_SUMS, _NOTHING = (None,) * 6, (None,) * 5, (None,) * 14
+
+
+def _part(count: int, reduced: Reduced) -> list[Tensor | None]:
+    """What forward folds."""
+    if reduced.reduction == "softplus":
+        return [None, *_empty((count, SIZE), dtype=torch.float64), *[None] * 4]
+    of_teacher = _empty(*[(count, SIZE)] * 3) if reduced.teacher else [None] * 3
+    return [*_empty((count, SIZE), (count, SIZE)), None, *of_teacher]
 
 
 def _empty(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.empty(shape, dtype=dtype) for shape in shapes]
 
 
-def _problem(dtype: torch.dtype, members: int, features: int = FEATURES) -> tuple[Any, ...]:
+def _problem(dtype: torch.dtype, features: int = FEATURES, reduced: Reduced = REDUCED[0]) -> tuple[Any, ...]:
     """The arguments of an operator that are a Problem of csrc/cuda/sweep.h."""
+    members = reduced.members
     x = torch.ones(SIZE, features, dtype=dtype)
     y = torch.ones((SIZE, members, features) if members else (SIZE, features), dtype=dtype)
     span = (torch.ones(members * (members + 1) // 2, SIZE), torch.ones(SIZE)) if members else (None, None)
     exclude = torch.arange(SIZE, dtype=torch.int32)
-    return (x, y, [None] * 4 + [exclude] + [None] * 3, span, False, False, False)
+    second = [x, x] if reduced.teacher or reduced.ceilings else [None, None]
+    ceilings = [torch.ones(SIZE)] * 2 if reduced.ceilings else [None, None]
+    vectors = [*[None] * 4, exclude, *[None] * 3]
+    return (x, y, vectors, span, [*second, *[None] * 4, *ceilings], reduced.reduction, False, False, False, False)
 
 
 def rows_of(target: str) -> Iterator[Row]:

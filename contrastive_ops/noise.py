@@ -10,14 +10,18 @@ STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
+def start(seed: int) -> int:
+    """Where the stream of a seed begins, as a signed 64-bit number."""
+    return int(_mix(torch.tensor(_signed(seed))))
+
+
 def gumbel(seed: int, rows: Tensor, cols: Tensor, dtype: torch.dtype) -> Tensor:
     """Standard Gumbel noise of pairs; rows and columns are int64 indices below 2^32 that are broadcast.
 
     The place of the pair (i, j) in the stream of the seed is i 2^32 + j + 1; of the 64 bits there the first 24 make a
     number in (0, 1).
     """
-    start = _mix(rows.new_full((), _signed(seed)))
-    bits = _mix(start + ((rows << 32) + cols + 1) * STEP)
+    bits = _mix(start(seed) + ((rows << 32) + cols + 1) * STEP)
     uniform = (_shifted(bits, 40).to(dtype) + 0.5) * 2.0**-24
     return -(-uniform.log()).log()
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from contrastive_ops.backends.sweep import Block, Incoming, Kernels, Part, Problem, Slopes, Sums, cdiv
 from contrastive_ops.kernels import rowwise, tilings
 from contrastive_ops.kernels.sweep import (
     attention_kernel,
@@ -20,6 +19,8 @@ from contrastive_ops.kernels.sweep import (
     product_kernel,
     rows_kernel,
 )
+from contrastive_ops.kernels.topk import topk_kernel
+from contrastive_ops.plane import Best, Block, Incoming, Kernels, Part, Problem, Slopes, Sums, cdiv
 
 EXCLUDED = 32  # rows of a program that looks up the excluded logits
 MERGE = 1024  # rows of a program that merges partials
@@ -37,18 +38,33 @@ def options(problem: Problem, tiling: tilings.Tiling) -> dict[str, Any]:
     }
 
 
-def features(problem: Problem, tiling: tilings.Tiling) -> tuple[Any, Any, bool]:
-    """x and y as a kernel takes them, and whether they are tensor descriptors.
+def sizes(problem: Problem) -> tuple[Any, ...]:
+    """N, M and the features of the pairs and of the second form."""
+    return problem.n, problem.m, problem.features, None if problem.second.u is None else problem.second_features
+
+
+def choices(problem: Problem) -> dict[str, Any]:
+    """What a problem makes of its pairs."""
+    return {"REDUCTION": problem.reduction, "ABOVE": problem.above}
+
+
+def inputs(problem: Problem, tiling: tilings.Tiling) -> tuple[tuple[Any, ...], bool]:
+    """The inputs as `forward` and `block` take them, and whether features are tensor descriptors.
 
     These need rows that start at multiples of 16 bytes; other features come by pointers.
     """
-    both = (problem.x, problem.y)
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in both)
-    if not tiling.descriptors or problem.members or not aligned:
-        return *both, False
-    blocks = ([block, tiling.block_d] for block in (tiling.block_m, tiling.block_n))
-    x, y = (TensorDescriptor.from_tensor(x, block) for x, block in zip(both, blocks, strict=True))
-    return x, y, True
+    second = problem.second
+    features: list[Any] = [problem.x, problem.y, second.u, second.v]
+    aligned = all(x is None or (x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0) for x in features)
+    described = tiling.descriptors and not problem.members and aligned
+    if described:
+        blocks = ([tiling.block_m, tiling.block_d], [tiling.block_n, tiling.block_d]) * 2
+        features = [
+            None if x is None else TensorDescriptor.from_tensor(x, block)
+            for x, block in zip(features, blocks, strict=True)
+        ]
+    x, y, u, v = features
+    return (x, y, problem.vectors, problem.span, u, v, second._replace(u=None, v=None)), described
 
 
 class TritonKernels(Kernels):
@@ -64,11 +80,11 @@ class TritonKernels(Kernels):
 
     def forward(self, problem: Problem, row: Part, col: Part, rows_per_group: int, cols_per_strip: int) -> None:
         tiling = tilings.forward_tiling(problem)
-        x, y, described = features(problem, tiling)
+        given, described = inputs(problem, tiling)
         forward_kernel[(cdiv(problem.n, rows_per_group), cdiv(problem.m, cols_per_strip))](
-            x, y, problem.vectors, problem.span, row, col,
-            problem.n, problem.m, problem.features, rows_per_group, cols_per_strip,
-            MEMBERS=problem.members, MIRRORED=problem.mirrored, DESCRIBED=described, **options(problem, tiling),
+            *given, row, col, *sizes(problem), rows_per_group, cols_per_strip,
+            MEMBERS=problem.members, MIRRORED=problem.mirrored, DESCRIBED=described, **choices(problem),
+            **options(problem, tiling),
         )  # fmt: skip
 
     def excluded(self, problem: Problem, logits: Tensor) -> None:
@@ -77,10 +93,18 @@ class TritonKernels(Kernels):
         )
 
     def merge(
-        self, part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor, lse: Tensor
+        self,
+        part: Part,
+        parts: int,
+        mirror: Part,
+        mirrors: int,
+        maximum: Tensor,
+        log_sum: Tensor,
+        lse: Tensor | None,
+        mean: Tensor | None,
     ) -> None:
         size = maximum.shape[0]
-        merge_kernel[(cdiv(size, MERGE),)](part, parts, mirror, mirrors, maximum, log_sum, lse, size, BLOCK=MERGE)
+        merge_kernel[(cdiv(size, MERGE),)](part, parts, mirror, mirrors, maximum, log_sum, lse, mean, size, BLOCK=MERGE)
 
     def block(
         self,
@@ -93,11 +117,11 @@ class TritonKernels(Kernels):
         block: Block,
     ) -> None:
         tiling = tilings.block_tiling(problem)
-        x, y, described = features(problem, tiling)
+        given, described = inputs(problem, tiling)
         block_kernel[(cdiv(block.rows, tiling.block_m), cdiv(block.cols, tiling.block_n))](
-            x, y, problem.vectors, problem.span, incoming, unit, coefficients, row, col,
-            problem.n, problem.m, problem.features, *block,
-            MEMBERS=problem.members, DESCRIBED=described, **options(problem, tiling),
+            *given, incoming, unit, coefficients, row, col, *sizes(problem), *block,
+            MEMBERS=problem.members, PLANES=0 if coefficients is None else len(coefficients), DESCRIBED=described,
+            **choices(problem), **options(problem, tiling),
         )  # fmt: skip
 
     def product(
@@ -107,9 +131,10 @@ class TritonKernels(Kernels):
         if tile is None:
             super().product(problem, block, total, coefficients, y, begins)
             return
-        product_kernel[(cdiv(block.rows, tile[0]), cdiv(problem.features, tile[1]))](
-            coefficients, y, total, problem.vectors, problem.n, problem.m, problem.features, *block[:4],
-            *coefficients.stride(), int(begins), 1.0, **options(problem, tilings.product_tiling(problem)),
+        tiling, features = tilings.product_tiling(problem), y.shape[1]
+        product_kernel[(cdiv(block.rows, tile[0]), cdiv(features, tile[1]))](
+            coefficients, y, total, problem.vectors, problem.n, problem.m, features, *block[:4],
+            *coefficients.stride(), int(begins), 1.0, **options(problem, tiling),
         )  # fmt: skip
 
     def product_tiling(self, problem: Problem) -> tuple[int, int] | None:
@@ -128,15 +153,19 @@ class TritonKernels(Kernels):
     ) -> None:
         tiling = tilings.rows_tiling(problem)
         rows_kernel[(cdiv(problem.n, tiling.block_m), cdiv(problem.m, cols_per_strip))](
-            problem.x, problem.y, problem.vectors, incoming, unit, gradient, sums,
-            problem.n, problem.m, problem.features, cols_per_strip, **options(problem, tiling),
+            problem.x, problem.y, problem.vectors, problem.second, incoming, unit, gradient, sums,
+            problem.n, problem.m, problem.features, cols_per_strip, **choices(problem), **options(problem, tiling),
         )  # fmt: skip
 
     def rowwise(self, x: Tensor) -> ModuleType | None:
         return rowwise
 
-    def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
-        return dtype.itemsize == 2 and features <= tilings.ATTENTION_FEATURES
+    def takes_attention(self, op: str, dtype: torch.dtype, features: int) -> bool:
+        return (
+            op in ("similarity_logsumexp", "similarity_sum")
+            and dtype.itemsize == 2
+            and features <= tilings.ATTENTION_FEATURES
+        )
 
     def attention_tiling(self, problem: Problem) -> tuple[int, int]:
         return tilings.attention_tiling(problem)[:2]
@@ -144,6 +173,21 @@ class TritonKernels(Kernels):
     def attention(self, problem: Problem, unit: Tensor | None, row: Part, slopes: Slopes, cols_per_strip: int) -> None:
         tiling = tilings.attention_tiling(problem)
         attention_kernel[(cdiv(problem.n, tiling.block_m), cdiv(problem.m, cols_per_strip))](
-            problem.x, problem.y, problem.vectors, unit, row, slopes,
-            problem.n, problem.m, problem.features, cols_per_strip, **options(problem, tiling),
+            problem.x, problem.y, problem.vectors, problem.second, unit, row, slopes,
+            problem.n, problem.m, problem.features, cols_per_strip, **choices(problem), **options(problem, tiling),
+        )  # fmt: skip
+
+    def topk_tiling(self, problem: Problem, k: int) -> tuple[int, int]:
+        return tilings.topk_tiling(problem, k)[:2]
+
+    def topk(
+        self, problem: Problem, largest: bool, noise: int | None, bound: Tensor | None, best: Best, cols_per_strip: int
+    ) -> None:
+        k = best.keys.shape[2]
+        tiling = tilings.topk_tiling(problem, k)
+        given, described = inputs(problem, tiling)
+        x, y, vectors, span, *_, second = given
+        topk_kernel[(cdiv(problem.n, tiling.block_m), cdiv(problem.m, cols_per_strip))](
+            x, y, vectors, span, second, noise, bound, best, problem.n, problem.m, problem.features, cols_per_strip,
+            LARGEST=largest, DESCRIBED=described, K=k, **options(problem, tiling),
         )  # fmt: skip

@@ -2,10 +2,10 @@
 
 forward, one program per (group of rows, strip of columns):
     for each tile of rows of the group, for each tile of columns of the strip:
-        s = logits of the tile, -inf where a pair does not take part
-        fold max and sum of e^s over its rows and over its columns into statistics that no other program writes
+        s = logits of the tile, and with a second form also z
+        fold what the reduction has of its rows and of its columns into statistics that no other program writes
 block, one program per tile:
-    s again, g = dL/ds -> g a b into a workspace, and partial sums of g for scales and biases
+    s again, g = dL/ds -> g a b into a workspace, and partial sums of g for scales and biases; likewise of z
 product, where only equal ids take part, one program per (tile of rows, features) of a block:
     for each tile of columns that is needed: dX += coefficients Y
 rows, for 16-bit features of few dimensions, one program per (tile of rows, strip of columns):
@@ -19,23 +19,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from contrastive_ops.backends.sweep import AT_MINIMUM
+from contrastive_ops.kernels.reduction import (
+    empty_state,
+    function_of,
+    gradients_of_tile,
+    join,
+    load_state,
+    slope_of,
+    state_if,
+    statistics_of_tile,
+    store_state,
+)
 from contrastive_ops.kernels.tile import (
     exp,
-    fold,
-    gradient_of_tile,
     has_excluded,
     is_needed,
     logits_of_tile,
     pairs_of_tile,
     ranges_of_cols,
     ranges_of_rows,
-    reduce_tile,
     scaled_by_cols,
     scaled_by_rows,
+    second_pairs_of_tile,
     shift_of,
     those_taking_part,
 )
+from contrastive_ops.plane import AT_MINIMUM
 
 SMALLEST = tl.constexpr(AT_MINIMUM)
 
@@ -69,48 +78,32 @@ def excluded_kernel(
 
 
 @triton.jit
-def store_part(part, index, last, maximum, total, of_logits):
-    inside = index < last
-    tl.store(part.maximum + index, maximum, mask=inside)
-    tl.store(part.sum + index, total, mask=inside)
-    if part.total is not None:
-        tl.store(part.total + index, of_logits, mask=inside)
-
-
-@triton.jit
-def total_of(logits, AXIS: tl.constexpr):
-    """Sums of the logits of the pairs that take part."""
-    return tl.sum(tl.where(logits > -float("inf"), logits, 0.0), AXIS)
-
-
-@triton.jit
 def forward_kernel(
-    x, y, vectors, span, row_part, col_part, n, m, features, rows_per_group, cols_per_strip,
-    MEMBERS: tl.constexpr, MIRRORED: tl.constexpr, RESTRICT: tl.constexpr, DESCRIBED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, y, vectors, span, u, v, second, row_part, col_part, n, m, features, width, rows_per_group, cols_per_strip,
+    MEMBERS: tl.constexpr, MIRRORED: tl.constexpr, DESCRIBED: tl.constexpr,
+    REDUCTION: tl.constexpr, RESTRICT: tl.constexpr, ABOVE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     group, strip = tl.program_id(0), tl.program_id(1)
     first_row = group * rows_per_group
     last_row = tl.minimum(first_row + rows_per_group, n)
     first_col = strip * cols_per_strip
     last_col = tl.minimum(first_col + cols_per_strip, m)
-    ROWS: tl.constexpr = row_part.maximum is not None
-    COLS: tl.constexpr = col_part.maximum is not None
+    ROWS: tl.constexpr = row_part.sum is not None
+    COLS: tl.constexpr = col_part.sum is not None
+    TEACHES: tl.constexpr = REDUCTION == "expectation" and u is not None
     row_begin = strip.to(tl.int64) * n  # of the statistics of this strip
     col_begin = group.to(tl.int64) * m
     if COLS:
         for col in range(first_col, last_col, BLOCK_N):
             cols = col_begin + col + tl.arange(0, BLOCK_N)
-            nothing = tl.zeros((BLOCK_N,), tl.float32)
-            store_part(col_part, cols, col_begin + m, nothing - float("inf"), nothing, nothing)
+            store_state(col_part, 0, cols, cols < col_begin + m, empty_state(col_part, BLOCK_N))
     tl.debug_barrier()
     # statistics of the rows stay in registers, those of the columns in memory, where no other program writes them
     for row in range(first_row, last_row, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
         of_rows = ranges_of_rows(vectors, rows, n)
-        row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-        row_sum = tl.zeros((BLOCK_M,), tl.float32)
-        row_total = tl.zeros((BLOCK_M,), tl.float32)
+        row_state = empty_state(row_part, BLOCK_M)
         begin = first_col
         if MIRRORED:
             begin = tl.maximum(first_col, row)
@@ -122,71 +115,95 @@ def forward_kernel(
                 # asked for before the products, needed after them
                 if COLS:
                     place = col_begin + cols
-                    col_max = tl.load(col_part.maximum + place, mask=cols < m, other=-float("inf"))
-                    col_sum = tl.load(col_part.sum + place, mask=cols < m, other=0.0)
+                    col_state = load_state(col_part, place, cols < m, False, BLOCK_N)
                 pairs, _ = pairs_of_tile(
                     x, y, span, rows, cols, row, col, n, m, features,
                     MEMBERS, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
-                logits = those_taking_part(
-                    logits, vectors, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
-                )
-                tile_row_max, tile_row_sum, tile_col_max, tile_col_sum = reduce_tile(logits, ROWS, COLS, BLOCK_N)
+                others = logits
+                if u is not None:
+                    others = second_pairs_of_tile(
+                        u, v, rows, cols, row, col, n, m, width, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
+                    )
+                    others = logits_of_tile(others, second, rows, cols, n, m)
+                of_tile_rows, of_tile_cols = statistics_of_tile(
+                    logits, others, row_part, col_part, vectors, second,
+                    of_rows, of_cols, has, rows, cols, row, col, n, m,
+                    REDUCTION, TEACHES, RESTRICT, ABOVE, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
                 if ROWS:
-                    row_max, row_sum = fold(row_max, row_sum, tile_row_max, tile_row_sum)
-                    if row_part.total is not None:
-                        row_total += total_of(logits, 1)
+                    row_state = join(row_part, row_state, of_tile_rows)
                 if COLS:
                     if MIRRORED:  # the tiles on the diagonal have both sides already
-                        tile_col_max = tl.where(row + BLOCK_M <= col, tile_col_max, -float("inf"))
-                        tile_col_sum = tl.where(row + BLOCK_M <= col, tile_col_sum, 0.0)
-                    col_total = tile_col_sum
-                    if col_part.total is not None:
-                        col_total = tl.load(col_part.total + place, mask=cols < m, other=0.0) + total_of(logits, 0)
-                    col_max, col_sum = fold(col_max, col_sum, tile_col_max, tile_col_sum)
+                        of_tile_cols = state_if(row + BLOCK_M <= col, col_part, of_tile_cols, BLOCK_N)
+                    col_state = col_state + load_state(col_part, place, cols < m, True, BLOCK_N)
+                    col_state = join(col_part, col_state, of_tile_cols)
                     tl.debug_barrier()  # several threads may have read an element, of which one writes it
-                    store_part(col_part, place, col_begin + m, col_max, col_sum, col_total)
+                    store_state(col_part, 0, place, place < col_begin + m, col_state)
                     tl.debug_barrier()  # other threads may read it for the next tile
         if ROWS:
-            store_part(row_part, row_begin + rows, row_begin + n, row_max, row_sum, row_total)
+            store_state(row_part, 0, row_begin + rows, row_begin + rows < row_begin + n, row_state)
 
 
 @triton.jit
-def fold_parts(part, parts, best, total, index, size):
-    """Fold the partials [parts, size] of every row into (max, sum), in their order."""
+def join_parts(part, parts, state, index, size, BLOCK: tl.constexpr):
+    """Join the partials [parts, size] of every row to its state, in their order."""
     place = index.to(tl.int64)
     for _ in range(parts):
-        part_best = tl.load(part.maximum + place, mask=index < size, other=-float("inf"))
-        best, total = fold(best, total, part_best, tl.load(part.sum + place, mask=index < size, other=0.0))
+        state = join(part, state, load_state(part, place, index < size, False, BLOCK))
         place += size
-    return best, total
+    return state
 
 
 @triton.jit
-def merge_kernel(part, parts, mirror, mirrors, out_max, out_log_sum, out_lse, size, BLOCK: tl.constexpr):
+def merge_kernel(
+    part, parts, mirror, mirrors, out_max, out_log_sum, out_lse, out_mean, size, BLOCK: tl.constexpr
+):  # fmt: skip
     """Join the partials of every row; in self-similarity also those of its columns."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    best, total = fold_parts(part, parts, best, total, index, size)
+    state = join_parts(part, parts, empty_state(part, BLOCK), index, size, BLOCK)
     if mirror.maximum is not None:
-        best, total = fold_parts(mirror, mirrors, best, total, index, size)
+        state = join_parts(mirror, mirrors, state, index, size, BLOCK)
+    best, total = state[0], state[1]
     best = tl.where(total == total, best, total)  # NaN is in the sums only, so far
     tl.store(out_max + index, best, mask=index < size)
     log_sum = tl.log(total)
     tl.store(out_log_sum + index, log_sum, mask=index < size)
-    tl.store(out_lse + index, best + log_sum, mask=index < size)
+    if out_lse is not None:
+        tl.store(out_lse + index, best + log_sum, mask=index < size)
+    if out_mean is not None:
+        tl.store(out_mean + index, tl.where(total == 0.0, 0.0, state[2] / total), mask=index < size)
+
+
+@triton.jit
+def store_sums(
+    gradient, pairs, vectors, row_scale, row_bias, col_scale, col_bias,
+    rows, cols, n, m, row_place, col_place, local_rows, local_cols, block_rows, block_cols,
+):  # fmt: skip
+    """Partial sums of g for the scales and biases of a tile; also gives g b."""
+    weighted = scaled_by_cols(gradient, vectors, cols, m)
+    if row_scale is not None:
+        tl.store(row_scale + row_place, tl.sum(weighted * pairs, 1), mask=local_rows < block_rows)
+    if row_bias is not None:
+        tl.store(row_bias + row_place, tl.sum(gradient, 1), mask=local_rows < block_rows)
+    if col_scale is not None:
+        of_scale = tl.sum(scaled_by_rows(gradient * pairs, vectors, rows, n), 0)
+        tl.store(col_scale + col_place, of_scale, mask=local_cols < block_cols)
+    if col_bias is not None:
+        tl.store(col_bias + col_place, tl.sum(gradient, 0), mask=local_cols < block_cols)
+    return weighted
 
 
 @triton.jit
 def block_kernel(
-    x, y, vectors, span, incoming, unit, coefficients, row_sums, col_sums,
-    n, m, features, first_row, first_col, block_rows, block_cols, stride,
-    MEMBERS: tl.constexpr, RESTRICT: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, vectors, span, u, v, second, incoming, unit, coefficients, row_sums, col_sums,
+    n, m, features, width, first_row, first_col, block_rows, block_cols, stride,
+    MEMBERS: tl.constexpr, PLANES: tl.constexpr, DESCRIBED: tl.constexpr,
+    REDUCTION: tl.constexpr, RESTRICT: tl.constexpr, ABOVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients of one tile of a block, [block_rows, stride] or for volumes [P, block_rows, stride].
+    """Coefficients of one tile of a block, [PLANES, block_rows, stride], see `Kernels` in contrastive_ops/plane.py.
 
     The stride of rows is a multiple of 16, and what is beyond the columns of the block is stored, too, as 0: stores of
     whole vectors, which a mask of single columns would prevent. Tiles that are not needed are not written.
@@ -206,35 +223,44 @@ def block_kernel(
     row_place = tile_col.to(tl.int64) * block_rows + local_rows
     col_place = tile_row.to(tl.int64) * block_cols + local_cols
     needed = is_needed(of_rows, of_cols, has, RESTRICT)
+    TEACHES: tl.constexpr = REDUCTION == "expectation" and u is not None
     pairs = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    other_pairs, of_others = pairs, gradient
     coordinates = ()
     if MEMBERS > 0:  # ids are of pairs alone, so that all are needed
         pairs, coordinates = pairs_of_tile(
             x, y, span, rows, cols, row, col, n, m, features,
             MEMBERS, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        gradient = gradient_of_tile(
-            pairs, vectors, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
-        )
+        logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
+        gradient, _ = gradients_of_tile(
+            logits, logits, vectors, second, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m,
+            REDUCTION, TEACHES, RESTRICT, ABOVE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     elif needed:
         pairs, _ = pairs_of_tile(
             x, y, span, rows, cols, row, col, n, m, features,
             MEMBERS, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        gradient = gradient_of_tile(
-            pairs, vectors, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
-        )
-    weighted = scaled_by_cols(gradient, vectors, cols, m)
-    if row_sums.scale is not None:
-        tl.store(row_sums.scale + row_place, tl.sum(weighted * pairs, 1), mask=local_rows < block_rows)
-    if row_sums.bias is not None:
-        tl.store(row_sums.bias + row_place, tl.sum(gradient, 1), mask=local_rows < block_rows)
-    if col_sums.scale is not None:
-        of_scale = tl.sum(scaled_by_rows(gradient * pairs, vectors, rows, n), 0)
-        tl.store(col_sums.scale + col_place, of_scale, mask=local_cols < block_cols)
-    if col_sums.bias is not None:
-        tl.store(col_sums.bias + col_place, tl.sum(gradient, 0), mask=local_cols < block_cols)
+        logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
+        others = logits
+        if u is not None:
+            other_pairs = second_pairs_of_tile(
+                u, v, rows, cols, row, col, n, m, width, DESCRIBED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D
+            )
+            others = logits_of_tile(other_pairs, second, rows, cols, n, m)
+        gradients = gradients_of_tile(
+            logits, others, vectors, second, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m,
+            REDUCTION, TEACHES, RESTRICT, ABOVE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        gradient = gradients[0]
+        if TEACHES:
+            of_others = gradients[1]
+    weighted = store_sums(
+        gradient, pairs, vectors, row_sums.scale, row_sums.bias, col_sums.scale, col_sums.bias,
+        rows, cols, n, m, row_place, col_place, local_rows, local_cols, block_rows, block_cols,
+    )  # fmt: skip
     if coefficients is not None:
         weighted = scaled_by_rows(weighted, vectors, rows, n)
         if MEMBERS == 0:
@@ -253,6 +279,18 @@ def block_kernel(
             for t in tl.static_range(MEMBERS):
                 of_member = coefficients + t * tl.cast(block_rows, tl.int64) * stride
                 tl.store(of_member + place, (q * coordinates[t]).to(coefficients.dtype.element_ty), mask=inside)
+    if TEACHES:
+        weighted = store_sums(
+            of_others, other_pairs, second,
+            row_sums.teacher_scale, row_sums.teacher_bias, col_sums.teacher_scale, col_sums.teacher_bias,
+            rows, cols, n, m, row_place, col_place, local_rows, local_cols, block_rows, block_cols,
+        )  # fmt: skip
+        if PLANES == 2 and needed:
+            weighted = scaled_by_rows(weighted, second, rows, n)
+            if unit is not None:
+                weighted = weighted / tl.load(unit + 1)
+            of_teacher = coefficients + tl.cast(block_rows, tl.int64) * stride
+            tl.store(of_teacher + place, weighted.to(coefficients.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -302,8 +340,8 @@ def product_kernel(
 
 @triton.jit
 def rows_kernel(
-    x, y, vectors, incoming, unit, grad, sums, n, m, features, cols_per_strip,
-    RESTRICT: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, vectors, second, incoming, unit, grad, sums, n, m, features, cols_per_strip,
+    REDUCTION: tl.constexpr, RESTRICT: tl.constexpr, ABOVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of rows over a strip of columns, [strips, N, D], with all features in registers."""
@@ -328,9 +366,11 @@ def rows_kernel(
             y_place = cols.to(tl.int64)[:, None] * features + feature[None, :]
             y_tile = tl.load(y + y_place, mask=(cols[:, None] < m) & (feature[None, :] < features), other=0.0)
             pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
-            gradient = gradient_of_tile(
-                pairs, vectors, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
-            )
+            logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
+            gradient, _ = gradients_of_tile(
+                logits, logits, vectors, second, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m,
+                REDUCTION, False, RESTRICT, ABOVE, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
             weighted = scaled_by_cols(gradient, vectors, cols, m)
             if sums.scale is not None:
                 scale_sum += tl.sum(weighted * pairs, 1)
@@ -355,11 +395,11 @@ def rows_kernel(
 
 @triton.jit
 def attention_kernel(
-    x, y, vectors, unit, part, slopes, n, m, features, cols_per_strip,
-    RESTRICT: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, vectors, second, unit, part, slopes, n, m, features, cols_per_strip,
+    REDUCTION: tl.constexpr, RESTRICT: tl.constexpr, ABOVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of a tile of rows over a strip of columns, and the gradients of their log-sum-exp in registers."""
+    """Statistics of a tile of rows over a strip of columns, and the gradients of what is reduced in registers."""
     strip = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
@@ -373,8 +413,8 @@ def attention_kernel(
     per_unit = 1.0
     if unit is not None:
         per_unit = 1.0 / tl.load(unit)
-    best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    state = empty_state(part, BLOCK_M)
+    of_bias = tl.zeros((BLOCK_M,), tl.float32)
     of_x = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     of_scale = tl.zeros((BLOCK_M,), tl.float32)
     for col in range(first_col, last_col, BLOCK_N):
@@ -386,15 +426,30 @@ def attention_kernel(
             y_tile = tl.load(y + y_place, mask=(cols[:, None] < m) & (feature[None, :] < features), other=0.0)
             pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
             logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
-            logits = those_taking_part(
-                logits, vectors, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
-            )
-            new = tl.maximum(best, tl.max(logits, 1))
-            shift = shift_of(new)
-            decay = exp(best - shift)
-            terms = exp(logits - shift[:, None])
-            best = new
-            total = total * decay + tl.sum(terms, 1)
+            if REDUCTION == "logsumexp":
+                logits = those_taking_part(
+                    logits, logits, -float("inf"), vectors, second, of_rows, of_cols, has, rows, cols, row, col, n, m,
+                    RESTRICT, ABOVE, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                new = tl.maximum(state[0], tl.max(logits, 1))
+                shift = shift_of(new)
+                decay = exp(state[0] - shift)
+                terms = exp(logits - shift[:, None])
+                state = (new, state[1] * decay + tl.sum(terms, 1))
+            else:
+                decay = tl.full((BLOCK_M,), 1.0, tl.float32)
+                values = those_taking_part(
+                    function_of(logits, REDUCTION), logits, 0.0,
+                    vectors, second, of_rows, of_cols, has, rows, cols, row, col, n, m,
+                    RESTRICT, ABOVE, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                terms = those_taking_part(
+                    slope_of(logits, REDUCTION), logits, 0.0,
+                    vectors, second, of_rows, of_cols, has, rows, cols, row, col, n, m,
+                    RESTRICT, ABOVE, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                state = (state[0] + tl.sum(values, 1).to(tl.float64),)
+                of_bias += tl.sum(terms, 1)
             weighted = scaled_by_cols(terms, vectors, cols, m)
             of_scale = of_scale * decay + tl.sum(weighted * pairs, 1)
             # before it is rounded: `unit` is a bound of the product
@@ -402,11 +457,14 @@ def attention_kernel(
             if unit is not None:
                 weighted *= per_unit
             of_x = tl.dot(weighted.to(y.dtype.element_ty), y_tile, of_x * decay[:, None], input_precision=PRECISION)
-    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    share = tl.full((BLOCK_M,), 1.0, tl.float32)
+    if REDUCTION == "logsumexp":
+        share = 1.0 / tl.where(state[1] == 0.0, 1.0, state[1])
     of_strip = strip.to(tl.int64) * n
-    tl.store(part.maximum + of_strip + rows, best, mask=rows < n)
-    tl.store(part.sum + of_strip + rows, total, mask=rows < n)
+    store_state(part, of_strip, rows, rows < n, state)
     tl.store(slopes.scale + of_strip + rows, of_scale * share, mask=rows < n)
+    if slopes.bias is not None:
+        tl.store(slopes.bias + of_strip + rows, of_bias, mask=rows < n)
     if unit is not None:
         share *= tl.load(unit)
     tl.store(slopes.x + of_strip * features + x_place, of_x * share[:, None], mask=x_inside)

@@ -1,10 +1,10 @@
-"""What happens on one tile of the N x M plane, for all kernels: pairs, logits, masks, statistics, gradients.
+"""What happens on one tile of the N x M plane, for all kernels: pairs, logits and masks. reduction.py has the rest.
 
     s_ij = a_i b_j pair_ij + c_i + d_j
     pair_ij = <x_i, y_j>, or for volumes minus the distance of x_i from the span of the vectors y_j1 .. y_jP
 
-Functions of values in registers: they read the inputs and write nothing. vectors, span and incoming are the tuples of
-contrastive_ops/backends/sweep.py; what is None was not given, and costs nothing: Triton compiles a kernel for each set
+Functions of values in registers: they read the inputs and write nothing. vectors, span and second are the tuples of
+contrastive_ops/plane.py; what is None was not given, and costs nothing: Triton compiles a kernel for each set
 of arguments that are there.
 
 A multiprocessor takes about as long for ten operations on every pair as for its products with 256 features. So masks
@@ -125,6 +125,19 @@ def pairs_of_tile(
 
 
 @triton.jit
+def second_pairs_of_tile(
+    u, v, rows, cols, row, col, n, m, width, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """<u_i, v_j>"""
+    if DESCRIBED:
+        pairs = described_dot_products(u, v, row, col, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    else:
+        pairs = dot_products(u, v, width, rows, cols, n, m, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    return pairs
+
+
+@triton.jit
 def scaled_by_rows(values, vectors, rows, n):
     """a_i values_ij"""
     if vectors.row_scale is not None:
@@ -193,28 +206,42 @@ def excluded_by_cols(vectors, rows, cols, m):
 
 
 @triton.jit
+def is_above(guides, second, rows, cols, n, m):
+    """Whether a pair is above the ceiling of its row or of its column; NaN is not."""
+    above = tl.zeros_like(guides) > 0.0
+    if second.row_ceiling is not None:
+        above = guides > tl.load(second.row_ceiling + rows, mask=rows < n, other=0.0)[:, None]
+    if second.col_ceiling is not None:
+        above = above | (guides > tl.load(second.col_ceiling + cols, mask=cols < m, other=0.0)[None, :])
+    return above
+
+
+@triton.jit
 def those_taking_part(
-    logits, vectors, of_rows, of_cols, has, rows, cols, row, col, n, m,
-    RESTRICT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    values, guides, nothing, vectors, second, of_rows, of_cols, has, rows, cols, row, col, n, m,
+    RESTRICT: tl.constexpr, ABOVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """-inf beyond the last row and column, and where the index or the ids leave a pair out."""
+    """`nothing` beyond the last row and column, and where the index, the ids or the guide leave a pair out."""
     leaves_out = has | (row + BLOCK_M > n) | (col + BLOCK_N > m)
     if vectors.row_ids is not None:
         leaves_out = leaves_out | RESTRICT | may_be_equal(of_rows, of_cols)
     if vectors.row_scale is None and vectors.col_scale is None:
         leaves_out = True  # Triton 3.6 can't compile rows_kernel where a product meets a condition as it is
+    if second.row_ceiling is not None or second.col_ceiling is not None:
+        leaves_out = True
     if leaves_out:
-        nothing = -float("inf")
-        logits = tl.where((rows[:, None] < n) & (cols[None, :] < m), logits, nothing)
+        values = tl.where((rows[:, None] < n) & (cols[None, :] < m), values, nothing)
         if vectors.row_ids is not None:
             row_id = tl.load(vectors.row_ids + rows, mask=rows < n, other=0)
             col_id = tl.load(vectors.col_ids + cols, mask=cols < m, other=0)
-            logits = tl.where((row_id[:, None] == col_id[None, :]) == RESTRICT, logits, nothing)
+            values = tl.where((row_id[:, None] == col_id[None, :]) == RESTRICT, values, nothing)
+        if second.row_ceiling is not None or second.col_ceiling is not None:
+            values = tl.where(is_above(guides, second, rows, cols, n, m) == ABOVE, values, nothing)
         if vectors.row_exclude is not None:
-            logits = tl.where(excluded_by_rows(vectors, rows, cols, n), nothing, logits)
+            values = tl.where(excluded_by_rows(vectors, rows, cols, n), nothing, values)
         if vectors.col_exclude is not None:
-            logits = tl.where(excluded_by_cols(vectors, rows, cols, m), nothing, logits)
-    return logits
+            values = tl.where(excluded_by_cols(vectors, rows, cols, m), nothing, values)
+    return values
 
 
 @triton.jit
@@ -224,115 +251,6 @@ def shift_of(maximum):
 
 
 @triton.jit
-def fold(old_max, old_sum, part_max, part_sum):
-    """Join two (max, sum of e^(s - max)); an empty set is (-inf, 0)."""
-    new_max = tl.maximum(old_max, part_max)
-    shift = shift_of(new_max)
-    return new_max, old_sum * exp(old_max - shift) + part_sum * exp(part_max - shift)
-
-
-@triton.jit
 def one_each(values, BLOCK: tl.constexpr):
     """The same vector with an element in a thread: what a reduction gives has copies in many, which all compute on."""
     return tl.gather(values, tl.arange(0, BLOCK), 0)
-
-
-@triton.jit
-def lowest(maxima):
-    """The least of some maxima, those of empty sets apart."""
-    infinity = float("inf")
-    return tl.min(tl.where(maxima == -infinity, infinity, maxima), 0)
-
-
-@triton.jit
-def relative_to(maximum, total, shift):
-    """Sums of e^(s - max) from those of e^(s - shift); they are what they should be where the shift is infinite."""
-    infinity = float("inf")
-    shifts = tl.zeros_like(maximum) + shift
-    factor = exp(tl.where(shifts == infinity, maximum, shifts) - maximum)
-    return tl.where(maximum == -infinity, total, total * factor)
-
-
-@triton.jit
-def reduce_tile(logits, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Maxima and sums over the rows and over the columns of a tile, with one exponential per pair where it is exact.
-
-    One shift serves all sets of a tile if their maxima lie within 40 of it: terms down to 2^-24 of the largest of a
-    set stay above the smallest normal number. NaN shows in the sums; the maxima pass it over.
-    """
-    row_max, col_max = tl.max(logits, 1), tl.max(logits, 0)
-    row_sum, col_sum = tl.zeros_like(row_max), tl.zeros_like(col_max)
-    shift = float("inf")
-    if ROWS and COLS:
-        high = tl.max(col_max, 0)
-        if high - tl.minimum(lowest(row_max), lowest(col_max)) <= 40.0:
-            shift = shift_of(high)
-            terms = exp(logits - shift)
-            row_sum, col_sum = tl.sum(terms, 1), tl.sum(terms, 0)
-        else:
-            row_sum = tl.sum(exp(logits - shift_of(row_max)[:, None]), 1)
-            col_sum = tl.sum(exp(logits - shift_of(col_max)[None, :]), 0)
-    elif ROWS:
-        row_sum = tl.sum(exp(logits - shift_of(row_max)[:, None]), 1)
-    else:
-        col_sum = tl.sum(exp(logits - shift_of(col_max)[None, :]), 0)
-    if COLS:
-        col_max, col_sum = one_each(col_max, BLOCK_N), one_each(col_sum, BLOCK_N)
-    if ROWS and COLS:
-        row_sum = relative_to(row_max, row_sum, shift)
-        col_sum = relative_to(col_max, col_sum, shift)
-    return row_max, row_sum, col_max, col_sum
-
-
-@triton.jit
-def gradient_of_tile(
-    pairs, vectors, incoming, of_rows, of_cols, has, rows, cols, row, col, n, m,
-    RESTRICT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dL/ds: u_i e^(s - row_max_i) + v_j e^(s - col_max_j), with one exponential per pair as in `reduce_tile`.
-
-    On top of it the gradients of the totals, and for a pair left out by index that of its own logit alone.
-    """
-    infinity = float("inf")
-    logits = logits_of_tile(pairs, vectors, rows, cols, n, m)
-    logits = those_taking_part(
-        logits, vectors, of_rows, of_cols, has, rows, cols, row, col, n, m, RESTRICT, BLOCK_M, BLOCK_N
-    )
-    if incoming.row_max is not None:
-        u = tl.load(incoming.row_weight + rows, mask=rows < n, other=0.0)
-        row_max = tl.load(incoming.row_max + rows, mask=rows < n, other=infinity)
-    if incoming.col_max is not None:
-        v = tl.load(incoming.col_weight + cols, mask=cols < m, other=0.0)
-        col_max = tl.load(incoming.col_max + cols, mask=cols < m, other=infinity)
-    if incoming.col_max is None:
-        gradient = u[:, None] * exp(logits - row_max[:, None])
-    elif incoming.row_max is None:
-        gradient = v[None, :] * exp(logits - col_max[None, :])
-    else:
-        low = tl.minimum(tl.min(row_max, 0), tl.min(col_max, 0))
-        high = tl.maximum(
-            tl.max(tl.where(row_max == infinity, -infinity, row_max), 0),
-            tl.max(tl.where(col_max == infinity, -infinity, col_max), 0),
-        )
-        if high - low <= 40.0:
-            shift = shift_of(high)
-            of_row = u * exp(shift - row_max)
-            of_col = v * exp(shift - col_max)
-            gradient = (of_row[:, None] + of_col[None, :]) * exp(logits - shift)
-        else:
-            gradient = u[:, None] * exp(logits - row_max[:, None])
-            gradient += v[None, :] * exp(logits - col_max[None, :])
-    if incoming.row_total is not None:
-        of_row = tl.load(incoming.row_total + rows, mask=rows < n, other=0.0)
-        gradient += tl.where(logits > -infinity, of_row[:, None], 0.0)
-    if incoming.col_total is not None:
-        of_col = tl.load(incoming.col_total + cols, mask=cols < m, other=0.0)
-        gradient += tl.where(logits > -infinity, of_col[None, :], 0.0)
-    if has:  # those left out by index, whose gradient is 0 so far
-        if incoming.row_excluded is not None:
-            of_row = tl.load(incoming.row_excluded + rows, mask=rows < n, other=0.0)
-            gradient += tl.where(excluded_by_rows(vectors, rows, cols, n), of_row[:, None], 0.0)
-        if incoming.col_excluded is not None:
-            of_col = tl.load(incoming.col_excluded + cols, mask=cols < m, other=0.0)
-            gradient += tl.where(excluded_by_cols(vectors, rows, cols, m), of_col[None, :], 0.0)
-    return gradient

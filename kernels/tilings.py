@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_ops.backends.sweep import Problem
+from contrastive_ops.plane import Problem
 
 
 class Tiling(NamedTuple):
@@ -28,6 +28,8 @@ class Tilings(NamedTuple):
     forward_many: Tiling
     block: Tiling
     block_many: Tiling
+    second: Tiling  # forward of pairs with a second form
+    second_block: Tiling
     volume: Tiling  # forward and block, P = 1 and 2
     volume_many: Tiling  # P = 3 and 4
     product: Tiling  # where only equal ids take part; at most, see `product_tiling`
@@ -44,13 +46,15 @@ TILINGS = {
             forward_many=Tiling(128, 64, 64, 8, 3),
             block=Tiling(128, 64, 64, 4, 3),
             block_many=Tiling(128, 64, 64, 8, 3),
+            second=Tiling(64, 64, 64, 8, 3),
+            second_block=Tiling(64, 64, 64, 8, 3),
             volume=Tiling(128, 64, 64, 8, 3),
             volume_many=Tiling(64, 32, 64, 8, 3),
             product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 32, 0, 8, 2),
         ),
         4: Tilings(
-            *[Tiling(64, 64, 32, 8, 2)] * 5,
+            *[Tiling(64, 64, 32, 8, 2)] * 7,
             volume_many=Tiling(64, 32, 16, 8, 3),
             product=Tiling(64, 32, 64, 8, 2),
             rows=None,
@@ -63,6 +67,8 @@ TILINGS = {
             forward_many=Tiling(128, 128, 64, 4, 3, descriptors=True),
             block=Tiling(64, 128, 64, 4, 3, descriptors=True),
             block_many=Tiling(64, 128, 64, 4, 3, descriptors=True),
+            second=Tiling(64, 64, 64, 8, 3, descriptors=True),
+            second_block=Tiling(64, 64, 64, 8, 3, descriptors=True),
             volume=Tiling(128, 64, 64, 4, 3),
             volume_many=Tiling(64, 64, 64, 4, 3),
             product=Tiling(64, 64, 256, 8, 3),
@@ -73,6 +79,8 @@ TILINGS = {
             forward_many=Tiling(128, 64, 32, 4, 3, descriptors=True),
             block=Tiling(128, 64, 32, 4, 3, descriptors=True),
             block_many=Tiling(128, 64, 32, 4, 3, descriptors=True),
+            second=Tiling(64, 64, 32, 8, 3, descriptors=True),
+            second_block=Tiling(64, 64, 32, 8, 3, descriptors=True),
             volume=Tiling(128, 64, 32, 8, 3),
             volume_many=Tiling(64, 32, 16, 8, 3),
             product=Tiling(64, 32, 64, 8, 2),
@@ -86,6 +94,8 @@ TILINGS = {
             forward_many=Tiling(64, 64, 64, 8, 3),
             block=Tiling(64, 64, 64, 8, 3),
             block_many=Tiling(64, 64, 64, 8, 3),
+            second=Tiling(64, 32, 128, 8, 2),
+            second_block=Tiling(64, 32, 64, 8, 2),
             volume=Tiling(64, 32, 64, 8, 2),
             volume_many=Tiling(64, 32, 64, 8, 2),
             product=Tiling(64, 64, 256, 8, 3),
@@ -96,6 +106,8 @@ TILINGS = {
             forward_many=Tiling(64, 64, 32, 8, 2),
             block=Tiling(64, 64, 32, 8, 2),
             block_many=Tiling(64, 32, 32, 4, 2),
+            second=Tiling(32, 32, 32, 8, 2),
+            second_block=Tiling(32, 32, 32, 8, 2),
             volume=Tiling(64, 32, 32, 8, 2),
             volume_many=Tiling(64, 32, 32, 8, 2),
             product=Tiling(64, 32, 128, 8, 2),
@@ -108,13 +120,15 @@ TILINGS = {
             forward_many=Tiling(128, 128, 64, 8, 2),
             block=Tiling(128, 128, 64, 8, 2),
             block_many=Tiling(128, 64, 64, 8, 2),
+            second=Tiling(64, 64, 64, 8, 2),
+            second_block=Tiling(64, 64, 64, 8, 2),
             volume=Tiling(128, 64, 64, 8, 2),
             volume_many=Tiling(64, 32, 64, 4, 2),
             product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 32, 0, 4, 2),
         ),
         4: Tilings(
-            *[Tiling(64, 64, 16, 8, 3)] * 5,
+            *[Tiling(64, 64, 16, 8, 3)] * 7,
             volume_many=Tiling(64, 32, 16, 4, 2),
             product=Tiling(64, 32, 128, 8, 2),
             rows=None,
@@ -124,6 +138,7 @@ TILINGS = {
 # the most features of rows and of attention: beyond, the blocks are faster, by bench/devices
 ROWS_FEATURES = 128
 ATTENTION_FEATURES = 256
+CANDIDATES = 4096  # of a program, in registers
 
 
 def device_class(x: Tensor) -> str:
@@ -154,6 +169,8 @@ def forward_tiling(problem: Problem) -> Tiling:
     tilings = _of(problem)
     if problem.members:
         return tilings.volume if problem.members <= 2 else tilings.volume_many
+    if problem.second.u is not None:
+        return tilings.second
     return tilings.forward_many if _many(problem) else tilings.forward
 
 
@@ -161,6 +178,8 @@ def block_tiling(problem: Problem) -> Tiling:
     tilings = _of(problem)
     if problem.members:
         return forward_tiling(problem)
+    if problem.second.u is not None:
+        return tilings.second_block
     return tilings.block_many if _many(problem) or problem.mirrored else tilings.block
 
 
@@ -177,13 +196,22 @@ def product_tiling(problem: Problem) -> Tiling:
 def rows_tiling(problem: Problem) -> Tiling | None:
     """None where rows_kernel does not take the problem."""
     tiling = _of(problem).rows
-    if tiling is None or problem.members or problem.features > ROWS_FEATURES:
+    simple = not problem.members and problem.second.u is None and problem.reduction != "expectation"
+    if tiling is None or not simple or problem.features > ROWS_FEATURES:
         return None
     return _of_all_features(tiling, problem)
 
 
 def attention_tiling(problem: Problem) -> Tiling:
     return _of_all_features(_of(problem).rows, problem)
+
+
+def topk_tiling(problem: Problem, k: int) -> Tiling:
+    """That of forward, with fewer rows where their candidates take the registers: no target spills any."""
+    tiling = _of(problem).forward_many._replace(block_n=64)
+    if k * 64 > CANDIDATES:
+        return tiling._replace(block_m=16, warps=4)
+    return tiling._replace(block_m=min(tiling.block_m, CANDIDATES // k), warps=8)
 
 
 def _of_all_features(tiling: Tiling, problem: Problem) -> Tiling:

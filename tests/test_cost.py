@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="triton: not installed; pip install triton")
 
 from bench import cost
-from contrastive_ops import backends
+from contrastive_ops import backends, plane
 from contrastive_ops.backends import sweep
 
 
@@ -81,7 +81,7 @@ def recorded(engine, monkeypatch):
             return math.ceil(cost.N / real.rows_tiling(x.dtype, x.shape[1])[0]), math.ceil(cost.N / args[-1])
 
         def of_block(x, y, *args):
-            rows, cols = real.tiling(y.shape[1] if y.dim() == 3 else 0)
+            rows, cols = real.tiling(args[3], y.shape[1] if y.dim() == 3 else 0)
             return math.ceil(args[-3] / rows), math.ceil(args[-2] / cols)
 
         grids = {"forward": of_forward, "attention": of_rows, "rows": of_rows, "block": of_block}
@@ -105,7 +105,7 @@ def test_launches_are_those_of_the_code(case, d, device, engine, monkeypatch):
     kernels, tilings = engine.kernels(), backends.triton.kernels("tilings")
     launched = recorded(engine, monkeypatch)
     products, sums = Counter(), []
-    monkeypatch.setattr(sweep, "_accumulate", lambda total, a, b, begins: products.update([(*a.shape, *b.shape[1:])]))
+    monkeypatch.setattr(plane, "accumulate", lambda total, a, b, begins: products.update([(*a.shape, *b.shape[1:])]))
     monkeypatch.setattr(sweep, "_add_sums", lambda totals, *of: sums.extend(t for t in totals if t is not None))
     with cost.pretending(device):
         on_device = cost.problem(case, d, "cuda").x
@@ -114,7 +114,7 @@ def test_launches_are_those_of_the_code(case, d, device, engine, monkeypatch):
     monkeypatch.setattr(tilings, "device_class", lambda x: device_class)
     problem = cost.problem(case, d, "meta")  # fake tensors of a GPU can't be indexed without one
     vector = problem.vectors.row_scale
-    incoming = sweep.Incoming(vector, vector, vector, vector, None if case.members else vector)
+    incoming = plane.Incoming(vector, vector, vector, vector, None if case.members else vector)
     basis = problem.y if case.members else problem.y[:, None]
     needs = [True, case.vectors > 1, True, case.members > 0, False, False]
     if cost.takes_attention(engine, case, d):

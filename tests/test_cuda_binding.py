@@ -34,6 +34,16 @@ def changed(values, place, value):
 
 
 EXCLUDE = changed(NONE, 4, ROWS)
+NO_PART, NO_SUMS, NOTHING = (None,) * 6, (None,) * 5, (None,) * 14
+
+
+def statistics(parts, size, make=empty):
+    """A maximum and a sum."""
+    return changed(changed(NO_PART, 0, make(parts, size)), 1, make(parts, size))
+
+
+TEACHER = (torch.ones(N, 3), torch.ones(M, 3), *NONE[2:])
+GUIDE = changed(NONE, 6, torch.ones(N))
 
 
 class Calls:
@@ -41,14 +51,17 @@ class Calls:
 
     def __init__(self, operators):
         self.operators = operators
-        self.rows, self.cols = operators.tiling(0)
+        self.rows, self.cols = operators.tiling("logsumexp", 0)
         self.block_cols = operators.rows_tiling(torch.float16, D)[1]
 
-    def problem(self, x=X, y=Y, vectors=NONE, span=(None, None), mirrored=False, equal=False, tf32=False):
-        return (x, y, vectors, span, mirrored, equal, tf32)
+    def problem(
+        self, x=X, y=Y, vectors=NONE, span=(None, None), second=NONE, reduction="logsumexp", mirrored=False,
+        equal=False, above=False, tf32=False,
+    ):  # fmt: skip
+        return (x, y, vectors, span, second, reduction, mirrored, equal, above, tf32)
 
-    def forward(self, *, row=None, col=(None,) * 3, rows_per_group=None, cols_per_strip=None, **problem):
-        row = (empty(1, N), empty(1, N), None) if row is None else row
+    def forward(self, *, row=None, col=NO_PART, rows_per_group=None, cols_per_strip=None, **problem):
+        row = statistics(1, N) if row is None else row
         parts = (self.rows if rows_per_group is None else rows_per_group,)
         parts += (self.cols if cols_per_strip is None else cols_per_strip,)
         self.operators.forward(*self.problem(**problem), row, col, *parts)
@@ -57,26 +70,24 @@ class Calls:
         logits = empty(N) if logits is None else logits
         self.operators.excluded(*self.problem(vectors=vectors, **problem), logits)
 
-    def merge(self, *, part=None, mirror=(None,) * 3, maximum=None, log_sum=None):
-        part = (torch.zeros(2, N), torch.zeros(2, N), None) if part is None else part
+    def merge(self, *, part=None, mirror=NO_PART, maximum=None, log_sum=None, mean=None):
+        part = statistics(2, N, torch.zeros) if part is None else part
         maximum = empty(N) if maximum is None else maximum
-        self.operators.merge(part, mirror, maximum, empty(N) if log_sum is None else log_sum)
+        self.operators.merge(part, mirror, maximum, empty(N) if log_sum is None else log_sum, mean)
 
-    def block(
-        self, *, incoming=NONE, unit=None, coefficients=None, sums=(None,) * 3, where=(0, 0, N, M, 16), **problem
-    ):
+    def block(self, *, incoming=NOTHING, unit=None, coefficients=None, sums=NO_SUMS, where=(0, 0, N, M, 16), **problem):
         coefficients = empty(1, N, 16) if coefficients is None else coefficients
-        self.operators.block(*self.problem(**problem), incoming, unit, coefficients, sums, (None,) * 3, *where)
+        self.operators.block(*self.problem(**problem), incoming, unit, coefficients, sums, NO_SUMS, *where)
 
-    def by_rows(self, *, x=None, y=None, gradient=None, sums=(None,) * 3, cols_per_strip=None, **problem):
+    def by_rows(self, *, x=None, y=None, gradient=None, sums=NO_SUMS, cols_per_strip=None, **problem):
         x, y = X.half() if x is None else x, Y.half() if y is None else y
         gradient = empty(1, N, D) if gradient is None else gradient
         cols_per_strip = self.block_cols if cols_per_strip is None else cols_per_strip
-        self.operators.rows(*self.problem(x, y, **problem), NONE, None, gradient, sums, cols_per_strip)
+        self.operators.rows(*self.problem(x, y, **problem), NOTHING, None, gradient, sums, cols_per_strip)
 
     def attention(self, *, x=None, y=None, unit=None, row=None, slopes=None, cols_per_strip=None, **problem):
         x, y = X.half() if x is None else x, Y.half() if y is None else y
-        row = (empty(1, N), empty(1, N), None) if row is None else row
+        row = statistics(1, N) if row is None else row
         slopes = (empty(1, N, D), empty(1, N)) if slopes is None else slopes
         cols_per_strip = self.block_cols if cols_per_strip is None else cols_per_strip
         self.operators.attention(*self.problem(x, y, **problem), unit, row, slopes, cols_per_strip)
@@ -111,11 +122,34 @@ REFUSALS = {
     "span-shape": ("forward", {"y": TUPLES, "span": (torch.ones(2, M), SPAN[1])},
                    "inverse must have shape (3, 9), got (2, 9)"),
     "mirrored": ("forward", {"mirrored": True}, "mirrored needs y to be x"),
+    "reduction": ("forward", {"reduction": "tanh"}, "there is no reduction tanh"),
+    "second-count": ("forward", {"second": NONE[1:]}, "second must be 8 optional tensors, got 7"),
+    "second-shape": ("forward", {"second": changed(TEACHER, 0, torch.ones(N))},
+                     "u must have shape (N, D), got (7)"),
+    "second-side": ("forward", {"second": changed(TEACHER, 1, torch.ones(N, 3))},
+                    "v must have shape (9, 3), got (7, 3)"),
+    "second-dtype": ("forward", {"second": changed(TEACHER, 0, torch.ones(N, 3).half())},
+                     "u must be of type Float, got Half"),
+    "second-one": ("forward", {"second": changed(TEACHER, 1, None)}, "u and v must be given together"),
+    "ceiling-shape": ("forward", {"second": changed(NONE, 7, torch.ones(N))},
+                      "col_ceiling must have shape (9), got (7)"),
+    "ceiling-mean": ("forward", {"second": GUIDE, "reduction": "expectation"}, "expectations have no guide"),
+    "volumes-sum": ("forward", {"y": TUPLES, "span": SPAN, "reduction": "relu"},
+                    "volumes have a log-sum-exp, and no second form"),
+    "volumes-guide": ("forward", {"y": TUPLES, "span": SPAN, "second": GUIDE},
+                      "volumes have a log-sum-exp, and no second form"),
     # where the results go
-    "parts-none": ("forward", {"row": (None,) * 3}, "row or col must be given"),
-    "parts-count": ("forward", {"row": (empty(2, N), empty(2, N), None)}, "maximum must have shape (1, 7), got (2, 7)"),
-    "parts-sum": ("forward", {"row": (empty(1, N), None, None)}, "row must have maximum and sum, or neither"),
-    "parts-total": ("forward", {"col": (None, None, empty(1, M))}, "col has a total, but no maximum"),
+    "parts-none": ("forward", {"row": NO_PART}, "row or col must be given"),
+    "parts-count": ("forward", {"row": statistics(2, N)}, "maximum must have shape (1, 7), got (2, 7)"),
+    "parts-sum": ("forward", {"row": changed(NO_PART, 0, empty(1, N))}, "row must have maximum and sum, or neither"),
+    "parts-total": ("forward", {"col": changed(NO_PART, 2, empty(1, M))}, "col has a total, but no maximum"),
+    "parts-of-sum": ("forward", {"reduction": "step"}, "sum must be of type Double, got Float"),
+    "parts-of-mean": ("forward", {"reduction": "expectation"}, "row must have a moment, if it is of means"),
+    "parts-of-logits": ("forward", {"row": changed(statistics(1, N), 5, empty(1, N))},
+                        "row must have a moment, if it is of means"),
+    "parts-of-teacher": ("forward", {"reduction": "expectation", "second": TEACHER,
+                                     "row": changed(statistics(1, N), 5, empty(1, N))},
+                         "row must have a teacher's, where there is one"),
     "parts-mirrored": ("forward", {"y": X, "mirrored": True}, "mirrored needs col"),
     "group": ("forward", {"rows_per_group": 1}, "rows_per_group must be a multiple of {rows}, got 1"),
     "strip": ("forward", {"cols_per_strip": 1}, "cols_per_strip must be a multiple of {cols}, got 1"),
@@ -123,25 +157,29 @@ REFUSALS = {
     "excluded-none": ("excluded", {"vectors": NONE}, "row_exclude must be given"),
     "excluded-volumes": ("excluded", {"y": TUPLES, "span": SPAN}, "y must have shape (M, D)"),
     "excluded-shape": ("excluded", {"logits": empty(M)}, "logits must have shape (7), got (9)"),
-    "merge-none": ("merge", {"part": (None,) * 3}, "parts must be from 1 to 1073741823, got 0"),
+    "merge-none": ("merge", {"part": NO_PART}, "parts must be from 1 to 1073741823, got 0"),
     "merge-shape": ("merge", {"log_sum": empty(M)}, "log_sum must have shape (7), got (9)"),
-    "merge-mirror": ("merge", {"mirror": (empty(2, M), empty(2, M), None)},
+    "merge-mirror": ("merge", {"mirror": statistics(2, M)},
                      "maximum must have shape (2, 7), got (2, 9)"),
+    "merge-mean": ("merge", {"mean": empty(N)}, "a mean needs moments"),
     "block-rows": ("block", {"where": (1, 0, N, M, 16)}, "rows from 1 to 8 are not in x"),
     "block-cols": ("block", {"where": (0, -1, N, M, 16)}, "columns from -1 to 8 are not in y"),
     "block-part-rows": ("block", {"where": (0, 0, 3, M, 16)}, "rows must be whole tiles of 128, got 3"),
     "block-part-cols": ("block", {"where": (0, 0, N, 4, 16)}, "cols must be whole tiles of 128, got 4"),
-    "block-along": ("block", {"sums": (None, None, empty(1, N))}, "along is of the rows of volumes alone"),
+    "block-along": ("block", {"sums": changed(NO_SUMS, 2, empty(1, N))}, "along is of the rows of volumes alone"),
     "block-stride": ("block", {"where": (0, 0, N, M, 8)}, "stride must be at least the columns, 9, got 8"),
     "block-stride-16": ("block", {"where": (0, 0, N, M, 12)}, "stride must be a multiple of 16, got 12"),
     "block-shape": ("block", {"coefficients": empty(N, 16)}, "coefficients must have shape (1, 7, 16), got (7, 16)"),
     "block-dtype": ("block", {"coefficients": empty(1, N, 16).half()}, "coefficients must be of type Float, got Half"),
     "block-aligned": ("block", {"coefficients": empty(1 + N * 16)[1:].view(1, N, 16)},
                       "coefficients must be aligned to 16 bytes"),
-    "block-sums": ("block", {"sums": (empty(2, N), None, None)}, "scale must have shape (1, 7), got (2, 7)"),
+    "block-sums": ("block", {"sums": changed(NO_SUMS, 0, empty(2, N))}, "scale must have shape (1, 7), got (2, 7)"),
     "block-unit": ("block", {"unit": torch.ones(())}, "unit must have shape (1), got ()"),
-    "incoming-max": ("block", {"incoming": changed(NONE, 0, torch.ones(N))}, "row_weight and row_max go together"),
-    "incoming-side": ("block", {"incoming": changed(NONE, 7, torch.ones(N))}, "col_total must have shape (9), got (7)"),
+    "incoming-max": ("block", {"incoming": changed(NOTHING, 0, torch.ones(N))}, "row_weight and row_max go together"),
+    "incoming-side": ("block", {"incoming": changed(NOTHING, 7, torch.ones(N))},
+                      "col_total must have shape (9), got (7)"),
+    "incoming-mean": ("block", {"incoming": changed(NOTHING, 8, torch.ones(N))}, "row_share and row_mean go together"),
+    "rows-guide": ("by_rows", {"second": GUIDE}, "there is no such kernel for this reduction or with a guide"),
     "rows-dtype": ("by_rows", {"x": X, "y": Y}, "there is no such kernel for D = 16 and the type of x"),
     "rows-volumes": ("by_rows", {"y": TUPLES.half(), "span": SPAN}, "y must have shape (M, D)"),
     "rows-strip": ("by_rows", {"cols_per_strip": 1}, "cols_per_strip must be a multiple of {block_cols}, got 1"),
@@ -149,7 +187,7 @@ REFUSALS = {
     "rows-gradient-dtype": ("by_rows", {"gradient": empty(1, N, D).bfloat16()},
                             "gradient must be of type Half, got BFloat16"),
     "attention-dtype": ("attention", {"x": X, "y": Y}, "there is no such kernel for D = 16 and the type of x"),
-    "attention-row": ("attention", {"row": (None,) * 3}, "row must be given"),
+    "attention-row": ("attention", {"row": NO_PART}, "row must be given"),
     "attention-slopes": ("attention", {"slopes": (empty(1, N, D), None)}, "slopes must be given"),
     "attention-shape": ("attention", {"slopes": (empty(N, D), None)},
                         "slopes.x must have shape (1, 7, 16), got (7, 16)"),
@@ -184,4 +222,6 @@ def test_the_same_call_without_a_fault_runs(operator, operators):
 def test_rows_take_as_many_features_as_the_backend_says(dtype, operators):
     kernels = cuda.CudaKernels("contrastive_ops_cuda_host")
     for features in (1, cuda.ROWS_FEATURES, cuda.ROWS_FEATURES + 1):
-        assert kernels.takes_attention(dtype, features) == (operators.rows_tiling(dtype, features)[0] > 0)
+        assert kernels.takes_attention("similarity_logsumexp", dtype, features) == (
+            operators.rows_tiling(dtype, features)[0] > 0
+        )

@@ -346,10 +346,12 @@ def test_the_library_registers_the_cuda_key():
 
 
 @built
-@pytest.mark.parametrize("members", range(5))
-def test_tilings(members):
+@pytest.mark.parametrize(
+    ("reduction", "members"), [*(("logsumexp", members) for members in range(5)), ("softplus", 0), ("expectation", 0)]
+)
+def test_tilings(reduction, members):
     """In self-similarity the diagonal is between tiles of rows."""
-    rows, cols = torch.ops.contrastive_ops_cuda.tiling(members)
+    rows, cols = torch.ops.contrastive_ops_cuda.tiling(reduction, members)
     assert rows % cols == 0
     for dtype in backends.cuda.DTYPES:
         assert all(size >= 0 for size in torch.ops.contrastive_ops_cuda.rows_tiling(dtype, 128))

@@ -8,21 +8,21 @@ code that they have on a GPU, see tests/cuda_host. Nothing here has run on a GPU
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import test_compile as compile_tests
 import test_losses as loss_tests
 import test_similarity_logsumexp as op_tests
+import test_similarity_topk as topk_tests
 import test_volume_logsumexp as volume_tests
 import torch
 from cuda_host import build as host
-from problems import ALL_OPTIONS, frozen, problem
+from problems import ALL_OPTIONS, EXPECTATIONS, LOGSUMEXP, OPS, SUMS, frozen, problem
 from tolerance import evaluate, judge
 
 import contrastive_ops as co
-from contrastive_ops import backends
+from contrastive_ops import backends, plane
 from contrastive_ops.backends import cuda, sweep
 
 DTYPES = {"triton": (torch.float32, torch.float16), "cuda-host": cuda.DTYPES}
@@ -37,12 +37,7 @@ def host_backend() -> Iterator[None]:
     if sentence is None:
         torch.ops.load_library(host.backend())
     kernels = cuda.CudaKernels("contrastive_ops_cuda_host")
-    functions = {
-        f"{op}_{way}": partial(getattr(sweep, f"{op}_{way}"), kernels)
-        for op in cuda.OPS[:2]
-        for way in ("forward", "backward")
-    }
-    functions["kept"] = partial(sweep.kept, kernels)
+    functions = sweep.functions(lambda: kernels, cuda.OPS)
     module = SimpleNamespace(OPS=cuda.OPS, factor=kernels.factor, why_not=lambda _op, _x: sentence, **functions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends._MODULES, "cuda-host", module)
@@ -59,17 +54,55 @@ def engine(request: pytest.FixtureRequest, host_backend: None) -> str:
     return request.param
 
 
+def skip_without(engine: str, op: str) -> None:
+    sentence = backends.why_not(engine, op, torch.empty(1, 1))
+    if sentence is not None:
+        pytest.skip(f"{engine}: {sentence}")
+
+
+# what a reduction has of its own, with all masks; log-sum-exps have all option sets
+SOME_OPTIONS = ("rows", "cols", "everything", "everything-restrict", "self-everything",
+                "guide-above", "guide-own_logits", "guide-everything", "self-guide-everything")  # fmt: skip
+
+
 @pytest.mark.parametrize(("engine", "dtype"), PAIRS, indirect=["engine"])
 @pytest.mark.parametrize("name", ALL_OPTIONS)
 def test_options(name, engine, dtype):
-    op_tests.test_options(name, engine, dtype)
+    op_tests.test_options(LOGSUMEXP, name, engine, dtype)
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "op", "name"),
+    [(*pair, op, name) for pair in FEWER for op in OPS[1:] for name in SOME_OPTIONS if name in op.options]
+    + [(*PAIRS[1], op, name) for op in OPS[1:] for name in ("everything-restrict", "self-everything")],
+    indirect=["engine"],
+)
+def test_options_of_every_op(op, name, engine, dtype):
+    skip_without(engine, op.name)
+    op_tests.test_options(op, name, engine, dtype)
+
+
+@pytest.mark.parametrize(("engine", "dtype"), FEWER, indirect=["engine"])
+@pytest.mark.parametrize("op", [op for op in SUMS if op not in OPS])
+def test_functions(op, engine, dtype):
+    skip_without(engine, op.name)
+    op_tests.test_functions(op, "everything", engine, dtype)
 
 
 @pytest.mark.parametrize(("engine", "dtype"), FEWER, indirect=["engine"])
 @pytest.mark.parametrize("name", ["both", "everything", "self-everything"])
 @pytest.mark.parametrize("shape", op_tests.SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_shapes(shape, name, engine, dtype):
-    op_tests.test_shapes(shape, name, engine, dtype)
+    op_tests.test_shapes(LOGSUMEXP, shape, name, engine, dtype)
+
+
+@pytest.mark.parametrize(("engine", "dtype"), FEWER, indirect=["engine"])
+@pytest.mark.parametrize("name", ["everything", "self-everything"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 64, 1), (129, 127, 257)], ids=str)
+@pytest.mark.parametrize("op", [SUMS[1], *EXPECTATIONS])
+def test_shapes_of_every_op(op, shape, name, engine, dtype):
+    skip_without(engine, op.name)
+    op_tests.test_shapes(op, shape, name, engine, dtype)
 
 
 # more than one group of rows and strip of columns, more tiles than groups, and more than one block, in both forms of
@@ -81,28 +114,38 @@ def test_shapes(shape, name, engine, dtype):
 )
 @pytest.mark.parametrize("name", ["everything-restrict", "self-everything", "self-ids-restrict-sorted"])
 def test_many_tiles(name, d, engine, dtype, monkeypatch):
-    monkeypatch.setattr(sweep, "PROGRAMS", 9)
+    monkeypatch.setattr(plane, "PROGRAMS", 9)
     monkeypatch.setattr(sweep, "WORKSPACE", 192 * dtype.itemsize // 2)  # blocks of 192 rows, of every dtype
     if engine == "triton":
         monkeypatch.setattr(backends.triton.kernels("launch"), "MERGE", 64)
-    op_tests.test_shapes((500, 420, d), name, engine, dtype)
+    op_tests.test_shapes(LOGSUMEXP, (500, 420, d), name, engine, dtype)
+
+
+@pytest.mark.parametrize(("engine", "dtype"), FEWER, indirect=["engine"])
+@pytest.mark.parametrize("name", ["everything-restrict", "self-everything"])
+@pytest.mark.parametrize("op", [SUMS[1], *EXPECTATIONS])
+def test_many_tiles_of_every_op(op, name, engine, dtype, monkeypatch):
+    skip_without(engine, op.name)
+    monkeypatch.setattr(plane, "PROGRAMS", 4)
+    monkeypatch.setattr(sweep, "WORKSPACE", 128 * dtype.itemsize // 2)
+    op_tests.test_shapes(op, (230, 180, 20), name, engine, dtype)
 
 
 @pytest.mark.parametrize("name", ["both", "self-row_scale-0d"])
 @pytest.mark.parametrize("size", ["scale 1e4", "magnitude 100", "negative scale"])
-def test_huge_logits(size, name, engine):
-    op_tests.test_huge_logits(size, name, engine, torch.float32)
+@pytest.mark.parametrize("op", [LOGSUMEXP, SUMS[1], EXPECTATIONS[0]])
+def test_huge_logits(op, size, name, engine):
+    skip_without(engine, op.name)
+    op_tests.test_huge_logits(op, size, name, engine, torch.float32)
 
 
 PROPERTIES = [
     op_tests.test_all_pairs_excluded,
-    op_tests.test_backward_can_run_twice,
     op_tests.test_columns_are_the_rows_of_the_transposed_problem,
     op_tests.test_duplicates,
     op_tests.test_excluded_rows_have_minus_infinity_and_no_gradient,
     op_tests.test_far_ids_are_told_apart,
     op_tests.test_index_beyond_the_columns_excludes_nothing,
-    op_tests.test_inputs_are_left_alone,
     op_tests.test_maxima_carry_no_gradient,
     op_tests.test_nan_in_an_excluded_pair_is_not_read,
     op_tests.test_zero_strides,
@@ -112,6 +155,22 @@ PROPERTIES = [
 @pytest.mark.parametrize("test", PROPERTIES, ids=lambda test: test.__name__)
 def test_properties(test, engine):
     test(engine)
+
+
+PROPERTIES_OF_EVERY_OP = [
+    op_tests.test_backward_can_run_twice,
+    op_tests.test_empty_sets_of_every_op,
+    op_tests.test_inputs_are_left_alone,
+    op_tests.test_nan_in_an_excluded_pair_is_not_read_by_any_op,
+    op_tests.test_nan_reaches_the_rows_of_every_op,
+]
+
+
+@pytest.mark.parametrize("op", [SUMS[1], *EXPECTATIONS])
+@pytest.mark.parametrize("test", PROPERTIES_OF_EVERY_OP, ids=lambda test: test.__name__)
+def test_properties_of_every_op(test, op, engine):
+    skip_without(engine, op.name)
+    test(op, engine)
 
 
 def launched(monkeypatch, engine, method):
@@ -127,9 +186,22 @@ def launched(monkeypatch, engine, method):
 @pytest.mark.parametrize("name", ["rows", "vectors-rows", "ids-restrict-far", "everything", "everything-restrict"])
 def test_frozen_columns(name, shape, engine, monkeypatch):
     """Forward has the gradients of 16-bit rows alone, and nothing is launched in backward."""
+    check_frozen_columns(LOGSUMEXP, name, shape, engine, monkeypatch)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 129, 17), (130, 450, 20)], ids=str)
+@pytest.mark.parametrize("name", ["vectors-rows", "everything"])
+@pytest.mark.parametrize("op", [op for op in SUMS if op.of in ("softplus", "square")])
+def test_frozen_columns_of_sums(op, name, shape, engine, monkeypatch):
+    skip_without(engine, op.name)
+    check_frozen_columns(op, name, shape, engine, monkeypatch)
+
+
+def check_frozen_columns(op, name, shape, engine, monkeypatch):
+    of = {} if op.of is None else {"of": op.of}
     calls = {method: launched(monkeypatch, engine, method) for method in ("forward", "attention", "block", "rows")}
     arguments, options = frozen(name, *shape, torch.float16)
-    judge(op_tests.fused, op_tests.naive, arguments, options, fused_options={"backend": engine})
+    judge(op.fused, op.naive, arguments, options | of, fused_options={"backend": engine})
     assert {method: len(of_method) for method, of_method in calls.items()} == {
         "forward": 0, "attention": 1, "block": 0, "rows": 0,
     }  # fmt: skip
@@ -216,7 +288,7 @@ def test_gradient_that_forward_was_not_told_of(engine):
 def test_tf32(engine, monkeypatch):
     """Where it is allowed, logits are those of operands rounded to 10 bits, ties away from zero."""
     (x, y), _ = problem("rows", 70, 130, 33)
-    monkeypatch.setattr(sweep.Problem, "tf32", True)
+    monkeypatch.setattr(plane.Problem, "tf32", True)
     lse = op_tests.fused(x, y, backend=engine)[0]
     bits = [value.detach().view(torch.int32) for value in (x, y)]
     rounded = [((value + 0x1000) & ~0x1FFF).view(torch.float32).double() for value in bits]
@@ -251,11 +323,45 @@ def test_nan_reaches_the_rows_it_affects_and_no_others(engine):
 
 
 @pytest.mark.parametrize("name", ["everything", "self-everything"])
-def test_layout_and_repetition_do_not_matter(name, engine):
-    op_tests.test_layout_does_not_matter(name, op_tests.strided, engine, torch.float32)
-    arguments, options = problem(name, 65, 70, 17)
-    first = evaluate(op_tests.fused, arguments, options | {"backend": engine})
-    op_tests.assert_same(evaluate(op_tests.fused, arguments, options | {"backend": engine}), first)
+@pytest.mark.parametrize("op", [LOGSUMEXP, SUMS[1], EXPECTATIONS[0]])
+def test_layout_and_repetition_do_not_matter(op, name, engine):
+    skip_without(engine, op.name)
+    op_tests.test_layout_does_not_matter(op, name, op_tests.strided, engine, torch.float32)
+    arguments, options = op.problem(name, 65, 70, 17)
+    first = evaluate(op.fused, arguments, options | {"backend": engine})
+    op_tests.assert_same(evaluate(op.fused, arguments, options | {"backend": engine}), first)
+
+
+@pytest.mark.parametrize(("engine", "dtype"), PAIRS, indirect=["engine"])
+@pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
+@pytest.mark.parametrize("name", ["everything", "everything-restrict", "self-everything"])
+def test_best(name, largest, engine, dtype):
+    skip_without(engine, topk_tests.OP)
+    topk_tests.test_options(name, largest, engine, dtype)
+
+
+# padded, several strips, more rows than a tile, and more than one sweep finds
+@pytest.mark.parametrize(("shape", "k"), [((1, 1), 10), ((3, 700), 10), ((130, 129), 2), ((5, 300), 300)], ids=str)
+def test_ties_of_the_best(shape, k, engine):
+    skip_without(engine, topk_tests.OP)
+    topk_tests.test_ties_go_to_the_lower_column(shape, k, engine)
+
+
+def test_best_of_nothing_and_of_nan(engine):
+    skip_without(engine, topk_tests.OP)
+    for n, m in ((0, 5), (5, 0)):
+        topk_tests.test_empty_sides(n, m, engine)
+    topk_tests.test_nan_comes_first_as_in_torch(engine)
+
+
+@pytest.mark.parametrize("seed", [0, 7, -12345678901, 2**63 - 1])
+def test_noise_of_the_best(seed, engine):
+    """The draws of `tiled`, from one tile or from several strips."""
+    skip_without(engine, topk_tests.OP)
+    x, y = torch.randn(70, 8), torch.randn(300, 8)
+    drawn, right = (co.similarity_topk(x, y, 3, noise=seed, backend=name) for name in (engine, "tiled"))
+    assert torch.equal(drawn.indices, right.indices)
+    torch.testing.assert_close(drawn.values, right.values)
 
 
 @pytest.mark.parametrize(("engine", "dtype"), PAIRS, indirect=["engine"])

@@ -6,11 +6,11 @@ import pytest
 import test_engines as engine_tests
 import test_similarity_logsumexp as op_tests
 import torch
-from problems import problem
+from problems import LOGSUMEXP, problem
 from tolerance import judge
 
 import contrastive_ops as co
-from contrastive_ops import backends
+from contrastive_ops import backends, plane
 from contrastive_ops.backends import sweep
 
 SENTENCE = backends.why_not("triton", "similarity_logsumexp", torch.empty(1, 1))
@@ -24,8 +24,8 @@ def test_oblong_tiles(name, monkeypatch):
     table = backends.triton.kernels("tilings").TILINGS["any"]
     oblong = table[4]._replace(forward=table[4].forward._replace(block_m=64, block_n=32))
     monkeypatch.setitem(table, 4, oblong)
-    monkeypatch.setattr(sweep, "PROGRAMS", 9)
-    op_tests.test_shapes((300, 270, 20), name, "triton", torch.float32)
+    monkeypatch.setattr(plane, "PROGRAMS", 9)
+    op_tests.test_shapes(LOGSUMEXP, (300, 270, 20), name, "triton", torch.float32)
 
 
 # several tiles of a block, and several blocks; 16-bit features beyond those that rows_kernel takes
@@ -35,7 +35,7 @@ def test_oblong_tiles(name, monkeypatch):
 def test_products_of_equal_ids(name, dtype, d, monkeypatch):
     """Of every block one product for each side, by the engine and not the vendor."""
     blocks, products = (engine_tests.launched(monkeypatch, "triton", method) for method in ("block", "product"))
-    monkeypatch.setattr(sweep, "_accumulate", None)
+    monkeypatch.setattr(plane, "accumulate", None)
     monkeypatch.setattr(sweep, "WORKSPACE", 128 * dtype.itemsize // 2)
     arguments, options = problem(name, 150, 170, d, dtype)
     judge(op_tests.fused, op_tests.naive, arguments, options, fused_options={"backend": "triton"}, roundings=1)
@@ -52,7 +52,7 @@ def test_a_fault_is_seen(monkeypatch):
     merge = engine.merge
     monkeypatch.setattr(engine, "merge", lambda self, part, parts, *rest: merge(self, part, parts - 1, *rest))
     with pytest.raises(AssertionError):
-        op_tests.test_options("vectors", "triton", torch.float32)
+        op_tests.test_options(LOGSUMEXP, "vectors", "triton", torch.float32)
 
 
 def test_refusals(monkeypatch):

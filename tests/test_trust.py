@@ -716,12 +716,8 @@ def engine(request, monkeypatch):
         torch.ops.load_library(host.backend())
         kernels = cuda.CudaKernels
         on_host = kernels("contrastive_ops_cuda_host")
-        functions = {
-            f"{op}_{way}": partial(getattr(sweep, f"{op}_{way}"), on_host)
-            for op in OPS[:2]
-            for way in ("forward", "backward")
-        }
-        module = SimpleNamespace(factor=lambda vectors: on_host.factor(vectors), **functions)
+        functions = sweep.functions(lambda: on_host, OPS)
+        module = SimpleNamespace(OPS=OPS, factor=lambda vectors: on_host.factor(vectors), **functions)
     launched = set()
     for name in KERNELS[request.param]:
         run = getattr(kernels, name)
@@ -735,7 +731,7 @@ def engine(request, monkeypatch):
 
 
 SWEEP = ("forward", "excluded", "merge", "block", "product", "rows", "attention")
-KERNELS = {"triton": SWEEP, "cuda-host": (*SWEEP, "factor")}
+KERNELS = {"triton": (*SWEEP, "topk"), "cuda-host": (*SWEEP, "factor")}
 engines = pytest.mark.parametrize("engine", list(KERNELS), indirect=True)
 
 
@@ -746,14 +742,14 @@ def difference(engine, op, dtype):
 @engines
 def test_the_check_launches_every_kernel_and_they_agree(engine):
     """Of 16 bits: float32 has no use for two of them."""
-    for op in OPS:
+    for op in engine.module.OPS:
         assert difference(engine, op, torch.float16) is None
     assert engine.launched == set(engine.names)
 
 
 @engines
 def test_engines_agree_in_float32(engine):
-    for op in OPS:
+    for op in engine.module.OPS:
         assert difference(engine, op, torch.float32) is None
 
 

@@ -16,6 +16,7 @@ import torch
 
 from bench.device import machine, stage
 from bench.measure import sentence
+from contrastive_ops import plane
 from contrastive_ops.backends import sweep, triton
 
 tilings = triton.kernels("tilings")
@@ -72,7 +73,7 @@ def _shared(tile: tuple[int, int], d: int, stages: int, itemsize: int) -> int:
     return sum(tile) * d * stages * itemsize
 
 
-def problem(candidate: Candidate, n: int, place: str) -> sweep.Problem:
+def problem(candidate: Candidate, n: int, place: str) -> plane.Problem:
     """A CLIP loss: scales of rows, of columns too where there are many options, and the positive excluded."""
     dtype = getattr(torch, candidate.dtype)
     members = {"volume": 2, "volume_many": 4}.get(candidate.field, 0)
@@ -83,28 +84,28 @@ def problem(candidate: Candidate, n: int, place: str) -> sweep.Problem:
     scale = torch.full((n,), 14.0, device=place)
     index = torch.arange(n, device=place, dtype=torch.int32)
     many = candidate.field.endswith("_many") or members
-    vectors = sweep.Vectors(scale, torch.ones_like(scale) if many else None, None, None, index, None, None, None)
-    span = sweep.Span(None, None)
+    vectors = plane.Vectors(scale, torch.ones_like(scale) if many else None, None, None, index, None, None, None)
+    span = plane.Span(None, None)
     if members:
         triangle = torch.randn(members * (members + 1) // 2, n, device=place) * 0.1
-        span = sweep.Span(triangle, torch.ones(n, device=place))
-    return sweep.Problem(x, y, vectors, span)
+        span = plane.Span(triangle, torch.ones(n, device=place))
+    return plane.Problem(x, y, vectors, span)
 
 
 def call_of(candidate: Candidate, n: int, place: str) -> Callable[[], Any]:
     """What is timed: the kernel, with the statistics' merge for forward."""
     given = problem(candidate, n, place)
     ones = torch.ones(n, device=place)
-    incoming = sweep.Incoming(1e-3 * ones, 1e-3 * ones, 14 * ones, 14 * ones)
+    incoming = plane.Incoming(1e-3 * ones, 1e-3 * ones, 14 * ones, 14 * ones)
     if candidate.field.startswith(("forward", "volume")):
         return lambda: sweep.forward(KERNELS, given, True, True)
     if candidate.field == "rows":
         return lambda: sweep._rows(KERNELS, given, incoming, None, [True, False, False])
     side = min(n, sweep.WORKSPACE)
-    block = sweep.Block(0, 0, side, side, side)
+    block = plane.Block(0, 0, side, side, side)
     coefficients = given.x.new_empty(1, side, side)
-    sums = sweep.Sums(given.empty(side, side))
-    return lambda: KERNELS.block(given, incoming, None, coefficients, sums, sweep.Sums(), block)
+    sums = plane.Sums(given.empty(side, side))
+    return lambda: KERNELS.block(given, incoming, None, coefficients, sums, plane.Sums(), block)
 
 
 @contextmanager

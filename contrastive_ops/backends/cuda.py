@@ -13,8 +13,11 @@ from torch import Tensor
 from contrastive_ops import build, checks, tracing
 from contrastive_ops.backends import rowwise, sweep
 from contrastive_ops.backends import tuples as tuple_basis
+from contrastive_ops.plane import Block, Incoming, Kernels, Part, Problem, Slopes, Sums
 
-OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
+OPS = (
+    "similarity_logsumexp", "similarity_sum", "similarity_expectation", "volume_logsumexp", "gramian_volume"
+)  # fmt: skip
 MOST_VECTORS = 5  # of factor.cu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDICES = (torch.int32, torch.int64)
@@ -22,7 +25,7 @@ INDICES = (torch.int32, torch.int64)
 ROWS_FEATURES = 256  # the most that rows_tiling takes: traced sizes can't be given to it
 
 
-class CudaKernels(sweep.Kernels):
+class CudaKernels(Kernels):
     """The operators of csrc/cuda/binding.cpp in a namespace of torch.ops.
 
     That of the GPU is contrastive_ops_cuda; the tests have one whose kernels run on the CPU.
@@ -31,58 +34,58 @@ class CudaKernels(sweep.Kernels):
     def __init__(self, namespace: str) -> None:
         self.operators = getattr(torch.ops, namespace)
 
-    def forward_tiling(self, problem: sweep.Problem) -> tuple[int, int]:
-        return self.operators.tiling(problem.members)
+    def forward_tiling(self, problem: Problem) -> tuple[int, int]:
+        return self.operators.tiling(problem.reduction, problem.members)
 
-    def block_tiling(self, problem: sweep.Problem) -> tuple[int, int]:
-        return self.operators.tiling(problem.members)
+    def block_tiling(self, problem: Problem) -> tuple[int, int]:
+        return self.operators.tiling(problem.reduction, problem.members)
 
-    def rows_tiling(self, problem: sweep.Problem) -> tuple[int, int] | None:
-        if problem.members:
+    def rows_tiling(self, problem: Problem) -> tuple[int, int] | None:
+        if problem.members or problem.guided or problem.reduction != "logsumexp":
             return None
         tiling = self.operators.rows_tiling(problem.x.dtype, problem.features)
         return tiling if tiling[0] else None
 
-    def forward(
-        self, problem: sweep.Problem, row: sweep.Part, col: sweep.Part, rows_per_group: int, cols_per_strip: int
-    ) -> None:
+    def forward(self, problem: Problem, row: Part, col: Part, rows_per_group: int, cols_per_strip: int) -> None:
         self.operators.forward(*_of(problem), row, col, rows_per_group, cols_per_strip)
 
-    def excluded(self, problem: sweep.Problem, logits: Tensor) -> None:
+    def excluded(self, problem: Problem, logits: Tensor) -> None:
         self.operators.excluded(*_of(problem), logits)
 
     def merge(
         self,
-        part: sweep.Part,
+        part: Part,
         parts: int,
-        mirror: sweep.Part,
+        mirror: Part,
         mirrors: int,
         maximum: Tensor,
         log_sum: Tensor,
-        lse: Tensor,
+        lse: Tensor | None,
+        mean: Tensor | None,
     ) -> None:
-        self.operators.merge(part, mirror, maximum, log_sum)
-        torch.add(maximum, log_sum, out=lse)
+        self.operators.merge(part, mirror, maximum, log_sum, mean)
+        if lse is not None:
+            torch.add(maximum, log_sum, out=lse)
 
     def block(
         self,
-        problem: sweep.Problem,
-        incoming: sweep.Incoming,
+        problem: Problem,
+        incoming: Incoming,
         unit: Tensor | None,
         coefficients: Tensor | None,
-        row: sweep.Sums,
-        col: sweep.Sums,
-        block: sweep.Block,
+        row: Sums,
+        col: Sums,
+        block: Block,
     ) -> None:
         self.operators.block(*_of(problem), incoming, unit, coefficients, row, col, *block)
 
     def rows(
         self,
-        problem: sweep.Problem,
-        incoming: sweep.Incoming,
+        problem: Problem,
+        incoming: Incoming,
         unit: Tensor | None,
         gradient: Tensor | None,
-        sums: sweep.Sums,
+        sums: Sums,
         cols_per_strip: int,
     ) -> None:
         self.operators.rows(*_of(problem), incoming, unit, gradient, sums, cols_per_strip)
@@ -90,16 +93,14 @@ class CudaKernels(sweep.Kernels):
     def rowwise(self, x: Tensor) -> ModuleType | None:
         return rowwise.kernels(x, "cuda")
 
-    def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
-        return dtype.itemsize == 2 and features <= ROWS_FEATURES
+    def takes_attention(self, op: str, dtype: torch.dtype, features: int) -> bool:
+        return op == "similarity_logsumexp" and dtype.itemsize == 2 and features <= ROWS_FEATURES
 
-    def attention_tiling(self, problem: sweep.Problem) -> tuple[int, int]:
+    def attention_tiling(self, problem: Problem) -> tuple[int, int]:
         return self.operators.rows_tiling(problem.x.dtype, problem.features)
 
-    def attention(
-        self, problem: sweep.Problem, unit: Tensor | None, row: sweep.Part, slopes: sweep.Slopes, cols_per_strip: int
-    ) -> None:
-        self.operators.attention(*_of(problem), unit, row, slopes, cols_per_strip)
+    def attention(self, problem: Problem, unit: Tensor | None, row: Part, slopes: Slopes, cols_per_strip: int) -> None:
+        self.operators.attention(*_of(problem), unit, row, slopes[:2], cols_per_strip)
 
     def factor(self, tuples: Tensor) -> tuple_basis.Basis:
         count, members, _ = tuples.shape
@@ -110,10 +111,11 @@ class CudaKernels(sweep.Kernels):
         return basis
 
 
-def _of(problem: sweep.Problem) -> tuple[Any, ...]:
+def _of(problem: Problem) -> tuple[Any, ...]:
     """The arguments of an operator for a Problem of sweep.h."""
     return (
-        problem.x, problem.y, problem.vectors, problem.span, problem.mirrored, problem.restrict, problem.tf32
+        problem.x, problem.y, problem.vectors, problem.span, problem.second, problem.reduction,
+        problem.mirrored, problem.restrict, problem.above, problem.tf32
     )  # fmt: skip
 
 
@@ -163,10 +165,6 @@ def no_code(architectures: tuple[str, ...], capability: tuple[int, int]) -> str 
     )
 
 
-def kept(*arguments: Any) -> int:
-    return sweep.kept(KERNELS, *arguments)
-
-
 def factor(vectors: Tensor) -> tuple_basis.Basis:
     return KERNELS.factor(vectors)
 
@@ -177,17 +175,4 @@ def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
     return torch.ops.contrastive_ops.volume_gradient(vectors, inverse, factor)
 
 
-def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_logsumexp_forward(KERNELS, *arguments)
-
-
-def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_logsumexp_backward(KERNELS, *arguments)
-
-
-def volume_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.volume_logsumexp_forward(KERNELS, *arguments)
-
-
-def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.volume_logsumexp_backward(KERNELS, *arguments)
+globals().update(sweep.functions(lambda: KERNELS, OPS))

@@ -13,247 +13,101 @@
 No atomics: the results are bitwise repeatable where the vendor's products are. In self-similarity (no y) forward and
 the blocks visit the tiles on and above the diagonal; a tile above it also stands for its mirror image.
 
-An engine is a set of `Kernels`: Triton's in kernels/launch.py, those of CUDA in contrastive_ops/backends/cuda.py.
+An engine is a set of `Kernels`, see contrastive_ops/plane.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from contrastive_ops import noise as pair_noise
 from contrastive_ops.backends import tuples as tuple_basis
+from contrastive_ops.plane import (
+    AT_MINIMUM,
+    LAST_COLUMN,
+    MOST_CANDIDATES,
+    NO_KEY,
+    NO_SECOND,
+    SUMS,
+    Best,
+    Block,
+    Incoming,
+    Kernels,
+    Part,
+    Problem,
+    Second,
+    Slopes,
+    Span,
+    Sums,
+    Vectors,
+    cdiv,
+    fields_of_part,
+    swapped,
+)
 
-PROGRAMS = 256  # of a launch, about two for each multiprocessor of an H100, where the device doesn't say
 # rows and columns of a block of 16-bit coefficients, 128 MiB; a block of float32 has half of them. On an H200 backward
 # of 16384 x 768 takes 2.4 ms so, and 2.8 with blocks of half the side: they stay in L2, but are four times as many
 WORKSPACE = 8192
-# |x|^2 - |y|^2 is off by about 4 units in the last place of |x|^2: there the distance is 0, at its minimum
-AT_MINIMUM = 4 * torch.finfo(torch.float32).eps
 
 
-class Vectors(NamedTuple):
-    """What the options of the op say of every row and every column."""
+class Reduced(NamedTuple):
+    """What forward returns of a direction; empty where the reduction has none, or the direction is not asked for."""
 
-    row_scale: Tensor | None
-    col_scale: Tensor | None
-    row_bias: Tensor | None
-    col_bias: Tensor | None
-    row_exclude: Tensor | None  # the column that a row leaves out, -1 for none
-    col_exclude: Tensor | None  # the row that a column leaves out: in self-similarity a pair has two sides
-    row_ids: Tensor | None
-    col_ids: Tensor | None
-
-
-class Span(NamedTuple):
-    """What distances need beside the vectors."""
-
-    inverse: Tensor | None  # [P (P + 1) / 2, M], the lower triangles of L^-1
-    square: Tensor | None  # [N], |x_i|^2
-
-
-class Incoming(NamedTuple):
-    """Gradients of what the op returned, and the maxima that go with those of the log-sum-exps.
-
-    dL/dlse_i e^(s - lse_i) = row_weight_i e^(s - row_max_i) with row_weight_i = dL/dlse_i e^-log_sum_i: the maximum
-    stays apart, as at logits of 1e4 the lse has no digits left for a gradient.
-    """
-
-    row_weight: Tensor | None = None
-    col_weight: Tensor | None = None
-    row_max: Tensor | None = None  # inf for an empty set: e^(s - max) = 0
-    col_max: Tensor | None = None
-    row_excluded: Tensor | None = None
-    col_excluded: Tensor | None = None
-    row_total: Tensor | None = None
-    col_total: Tensor | None = None
-
-
-class Part(NamedTuple):
-    """Partial statistics of one direction, [parts, size]."""
-
-    maximum: Tensor | None = None
-    sum: Tensor | None = None
-    total: Tensor | None = None
-
-
-class Sums(NamedTuple):
-    """Partial sums of the gradients of one direction, [parts, size]; None where not needed."""
-
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    along: Tensor | None = None  # of volumes: what x_i itself has of its gradient
-
-
-class Slopes(NamedTuple):
-    """Gradients of the log-sum-exps of rows, each over the columns of a strip."""
-
-    x: Tensor  # [strips, N, D], a_i times the mean of b_j y_j under the softmax of row i
-    scale: Tensor  # [strips, N], the mean of b_j pair_ij
-
-
-class Block(NamedTuple):
-    """A block of the plane, and the coefficients' rows in the workspace: `stride` elements, a multiple of 16."""
-
-    first_row: int
-    first_col: int
-    rows: int
-    cols: int
-    stride: int
-
-    def transposed(self) -> Block:
-        return Block(self.first_col, self.first_row, self.cols, self.rows, self.stride)
-
-
-class Problem:
-    """The inputs of a sweep as the kernels take them: contiguous, with the columns of self-similarity filled in."""
-
-    def __init__(
-        self, x: Tensor, y: Tensor, vectors: Vectors, span: Span, *, mirrored: bool = False, restrict: bool = False
-    ) -> None:
-        self.x = x.contiguous()
-        self.y = self.x if y is x else y.contiguous()
-        self.vectors = Vectors(*(None if vector is None else vector.contiguous() for vector in vectors))
-        self.span = span
-        self.n, self.m, self.features = x.shape[0], y.shape[0], x.shape[1]
-        self.members = y.shape[1] if y.dim() == 3 else 0
-        self.mirrored, self.restrict = mirrored, restrict
-
-    @property
-    def tf32(self) -> bool:
-        """PyTorch's own setting for float32 matrix products: TF32 only where the user allows it."""
-        nvidia = self.x.device.type == "cuda" and torch.version.hip is None
-        return nvidia and self.x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-    def transposed(self) -> Problem:
-        """Of pairs: x and y change places. Volumes have no such form."""
-        swapped = Vectors(*_swapped(self.vectors))
-        return Problem(self.y, self.x, swapped, self.span, mirrored=self.mirrored, restrict=self.restrict)
-
-    def full(self, shape: tuple[int, ...], value: float) -> Tensor:
-        return self.x.new_full(shape, value, dtype=torch.float32)
-
-    def empty(self, *shape: int) -> Tensor:
-        return self.x.new_empty(shape, dtype=torch.float32)
-
-
-class Kernels(Protocol):
-    """What an engine offers, csrc/cuda/sweep.h in C++; what has a body here may be left out.
-
-    Tilings are the rows and columns of a tile; groups of rows and strips of columns are whole tiles. None instead of a
-    tensor: an option that was not given, or a result that is not needed.
-    """
-
-    def programs(self, x: Tensor) -> int:
-        """Programs of a launch: two waves of the multiprocessors, or one if each holds two."""
-        if x.device.type != "cuda":
-            return PROGRAMS
-        return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count
-
-    def forward_tiling(self, problem: Problem) -> tuple[int, int]:
-        """In self-similarity the columns of a tile divide its rows: the diagonal is between tiles of rows."""
-
-    def block_tiling(self, problem: Problem) -> tuple[int, int]: ...
-
-    def rows_tiling(self, problem: Problem) -> tuple[int, int] | None:
-        """None where `rows` does not take the problem."""
-        return None
-
-    def forward(self, problem: Problem, row: Part, col: Part, rows_per_group: int, cols_per_strip: int) -> None:
-        """Partials of the statistics, of rows [strips, N] and of columns [groups, M]."""
-
-    def excluded(self, problem: Problem, logits: Tensor) -> None:
-        """The logit of every row with the column that it leaves out; -inf where it leaves out none."""
-
-    def merge(
-        self, part: Part, parts: int, mirror: Part, mirrors: int, maximum: Tensor, log_sum: Tensor, lse: Tensor
-    ) -> None:
-        """Join the partials [parts, size], and those of the mirror [mirrors, size], in their order."""
-
-    def block(
-        self,
-        problem: Problem,
-        incoming: Incoming,
-        unit: Tensor | None,
-        coefficients: Tensor | None,
-        row: Sums,
-        col: Sums,
-        block: Block,
-    ) -> None:
-        """Coefficients g a b / unit of a block, [rows, stride] or for volumes [P, rows, stride], and partial sums."""
-
-    def product(
-        self, problem: Problem, block: Block, total: Tensor, coefficients: Tensor, y: Tensor, begins: bool
-    ) -> None:
-        """total += coefficients @ y of the rows of a block, in float32; of its columns with the sides of all swapped.
-
-        Where the total begins with it, there is nothing in it yet. An engine of its own may leave out tiles without a
-        pair that counts, whose coefficients `block` need not write.
-        """
-        _accumulate(total, coefficients, y, begins)
-
-    def product_tiling(self, problem: Problem) -> tuple[int, int] | None:
-        """Rows and features of a tile; None where `product` is the vendor's, of all pairs."""
-        return None
-
-    def rows(
-        self,
-        problem: Problem,
-        incoming: Incoming,
-        unit: Tensor | None,
-        gradient: Tensor | None,
-        sums: Sums,
-        cols_per_strip: int,
-    ) -> None:
-        """Gradients of all rows by strips of columns, [strips, N, D], in float32 or in the dtype of x."""
-
-    def takes_attention(self, dtype: torch.dtype, features: int) -> bool:
-        """Asked of traced tensors, too, whose device need not be there."""
-        return False
-
-    def attention_tiling(self, problem: Problem) -> tuple[int, int]:
-        raise NotImplementedError
-
-    def attention(self, problem: Problem, unit: Tensor | None, row: Part, slopes: Slopes, cols_per_strip: int) -> None:
-        """Of rows, the partials of the statistics [strips, N] and the gradients of each strip's log-sum-exps."""
-
-    def factor(self, tuples: Tensor) -> tuple_basis.Basis:
-        return tuple_basis.factor(tuples)
-
-    def rowwise(self, x: Tensor) -> ModuleType | None:
-        """Kernels of what is done for every row, see backends/rowwise.py; None for PyTorch's."""
-        return None
+    maximum: Tensor
+    log_sum: Tensor
+    lse: Tensor
+    total: Tensor
+    sum: Tensor
+    teacher_maximum: Tensor
+    teacher_log_sum: Tensor
+    mean: Tensor
 
 
 class Statistics(NamedTuple):
-    """What forward returns; empty where not asked for."""
+    """What forward returns."""
 
-    row_max: Tensor
-    col_max: Tensor
-    row_log_sum: Tensor
-    col_log_sum: Tensor
-    excluded: Tensor
-    row_total: Tensor
-    col_total: Tensor
-    row_lse: Tensor
-    col_lse: Tensor
+    row: Reduced
+    col: Reduced
+    excluded: Tensor  # the logits left out by index, [N], or empty
+
+    def both(self, *fields: str) -> tuple[Tensor, ...]:
+        """The fields of rows and columns in turn."""
+        return tuple(getattr(direction, field) for field in fields for direction in (self.row, self.col))
+
+
+# of an empty set
+_NOTHING = Reduced._make((-torch.inf, -torch.inf, -torch.inf, 0.0, 0.0, -torch.inf, -torch.inf, 0.0))._asdict()
+
+
+def _reduced(problem: Problem, size: int, totals: bool = False) -> Reduced:
+    """Of an empty set what it has; else memory that the kernels write."""
+    fields = {"sum"} if problem.reduction in SUMS else {"maximum", "log_sum", "lse"}
+    fields |= {"total"} if totals else set()
+    fields |= {"mean"} if problem.reduction == "expectation" else set()
+    fields |= {"teacher_maximum", "teacher_log_sum"} if problem.teaches else set()
+    empty = problem.n == 0 or problem.m == 0
+    return Reduced(
+        **{
+            field: problem.full((size,), value)
+            if empty and field in fields
+            else problem.empty(size * (field in fields))
+            for field, value in _NOTHING.items()
+        }
+    )
 
 
 def forward(kernels: Kernels, problem: Problem, rows: bool, cols: bool, totals: bool = False) -> Statistics:
-    """Statistics of rows and columns, the excluded logits [N] and the totals."""
+    """Statistics of rows and columns, and the excluded logits."""
     n, m = problem.n, problem.m
-    has_index = problem.vectors.row_exclude is not None and not problem.members
-    row, col = n if rows else 0, m if cols else 0
-    sizes = (row, col, row, col, n if has_index else 0, row if totals else 0, col if totals else 0, row, col)
+    row, col = _reduced(problem, n if rows else 0, totals), _reduced(problem, m if cols else 0, totals)
     if n == 0 or m == 0:
-        values = [-torch.inf] * 5 + [0.0] * 2 + [-torch.inf] * 2
-        return Statistics(*(problem.full((size,), value) for size, value in zip(sizes, values, strict=True)))
-    results = Statistics(*(problem.empty(size) for size in sizes))
+        return Statistics(row, col, _excluded(kernels, problem))
     block_rows, block_cols = kernels.forward_tiling(problem)
     most_groups, most_strips = groups_and_strips(kernels, problem)
     rows_per_group, cols_per_strip = share(n, block_rows, most_groups), share(m, block_cols, most_strips)
@@ -261,22 +115,42 @@ def forward(kernels: Kernels, problem: Problem, rows: bool, cols: bool, totals: 
     row_part = _part(problem, strips, n, totals) if rows else Part()
     col_part = _part(problem, groups, m, totals) if cols or problem.mirrored else Part()
     kernels.forward(problem, row_part, col_part, rows_per_group, cols_per_strip)
-    if has_index:
-        kernels.excluded(problem, results.excluded)
     if rows:
         mirror = (col_part, groups) if problem.mirrored else (Part(), 0)
-        kernels.merge(row_part, strips, *mirror, results.row_max, results.row_log_sum, results.row_lse)
+        row = _joined(kernels, problem, row, row_part, strips, *mirror)
     if cols:
-        kernels.merge(col_part, groups, Part(), 0, results.col_max, results.col_log_sum, results.col_lse)
-    if row_part.total is not None:
-        torch.sum(row_part.total, 0, out=results.row_total)
-    if col_part.total is not None:
-        torch.sum(col_part.total, 0, out=results.col_total)
-    return results
+        col = _joined(kernels, problem, col, col_part, groups, Part(), 0)
+    return Statistics(row, col, _excluded(kernels, problem))
 
 
-def cdiv(size: int, part: int) -> int:
-    return -(-size // part)
+def _excluded(kernels: Kernels, problem: Problem) -> Tensor:
+    if problem.vectors.row_exclude is None or problem.members or problem.reduction == "expectation":
+        return problem.empty(0)
+    if problem.n == 0 or problem.m == 0:
+        return problem.full((problem.n,), -torch.inf)
+    logits = problem.empty(problem.n)
+    kernels.excluded(problem, logits)
+    return logits
+
+
+def _joined(
+    kernels: Kernels, problem: Problem, reduced: Reduced, part: Part, parts: int, mirror: Part, mirrors: int
+) -> Reduced:
+    """The partials of a direction joined, with those of its mirror image."""
+    assert part.sum is not None
+    if problem.reduction in SUMS:  # float64 until here
+        total = part.sum.sum(0) if mirror.sum is None else part.sum.sum(0).add_(mirror.sum.sum(0))
+        return reduced._replace(sum=total.float())
+    own = [Part(p.maximum, p.sum, moment=None if problem.teaches else p.moment) for p in (part, mirror)]
+    mean = None if own[0].moment is None else reduced.mean
+    kernels.merge(own[0], parts, own[1], mirrors, reduced.maximum, reduced.log_sum, reduced.lse, mean)
+    if problem.teaches:
+        teachers = [Part(p.teacher_maximum, p.teacher_sum, moment=p.moment) for p in (part, mirror)]
+        statistics = reduced.teacher_maximum, reduced.teacher_log_sum
+        kernels.merge(teachers[0], parts, teachers[1], mirrors, *statistics, None, reduced.mean)
+    if part.total is not None:
+        torch.sum(part.total, 0, out=reduced.total)
+    return reduced
 
 
 def share(size: int, block: int, most: int) -> int:
@@ -301,54 +175,67 @@ def groups_and_strips(kernels: Kernels, problem: Problem) -> tuple[int, int]:
     return groups, programs // groups
 
 
-def _part(problem: Problem, count: int, size: int, totals: bool) -> Part:
-    return Part(*(problem.empty(count, size) for _ in range(3 if totals else 2)))
+def _part(problem: Problem, count: int, size: int, totals: bool = False) -> Part:
+    dtype = torch.float64 if problem.reduction in SUMS else torch.float32
+    fields = fields_of_part(problem, totals)
+    return Part(**{field: problem.x.new_empty((count, size), dtype=dtype) for field in fields})
 
 
-def _attends(kernels: Kernels, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool]) -> bool:
-    """Whether forward computes the gradients, too: of pairs, of their rows alone."""
-    if y is None or y.dim() != 2 or cols or any(needs[1::2]) or not any(needs):
+def _attends(
+    kernels: Kernels, op: str, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool], second: bool
+) -> bool:
+    """Whether forward computes the gradients, too: of pairs, of their rows alone, where there is no second form."""
+    if y is None or y.dim() != 2 or second or cols or any(needs[1::2]) or not any(needs):
         return False
-    return x.shape[0] > 0 and y.shape[0] > 0 and kernels.takes_attention(x.dtype, x.shape[1])
+    return x.shape[0] > 0 and y.shape[0] > 0 and kernels.takes_attention(op, x.dtype, x.shape[1])
 
 
-def kept(kernels: Kernels, op: str, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool], second: bool) -> int:
-    """Elements that forward keeps for backward: of every row d lse / dx and d lse / d row_scale."""
-    return x.shape[0] * (x.shape[1] + 1) if _attends(kernels, x, y, cols, needs) else 0
+def kept(
+    kernels: Kernels, op: str, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool], second: bool = False
+) -> int:
+    """Elements that forward keeps for backward: of every row the slopes."""
+    of_row = x.shape[1] + (2 if op == "similarity_sum" else 1)
+    return x.shape[0] * of_row if _attends(kernels, op, x, y, cols, needs, second) else 0
 
 
 def attention(kernels: Kernels, problem: Problem) -> tuple[Statistics, Tensor]:
     """The statistics of rows and the excluded logits, and what is kept."""
     n, m = problem.n, problem.m
-    has_index = problem.vectors.row_exclude is not None
-    results = Statistics(*(problem.empty(size) for size in (n, 0, n, 0, n if has_index else 0, 0, 0, n, 0)))
     cols_per_strip = _cols_per_strip(kernels, problem, kernels.attention_tiling(problem))
     strips = cdiv(m, cols_per_strip)
-    maxima, sums = problem.empty(strips, n), problem.empty(strips, n)
-    slopes = Slopes(problem.empty(strips, n, problem.features), problem.empty(strips, n))
+    part, sums = _part(problem, strips, n), problem.reduction in SUMS
+    slopes = Slopes(
+        problem.empty(strips, n, problem.features),
+        problem.empty(strips, n),
+        problem.empty(strips, n) if sums else None,
+    )
     unit = _unit(kernels, problem, Incoming(row_weight=problem.full((1,), 1.0)))
-    kernels.attention(problem, unit, Part(maxima, sums), slopes, cols_per_strip)
-    kernels.merge(Part(maxima, sums), strips, Part(), 0, results.row_max, results.row_log_sum, results.row_lse)
-    if has_index:
-        kernels.excluded(problem, results.excluded)
-    if strips > 1:  # each has its share in the sum
-        share_of_strip = (maxima - results.row_max + sums.log() - results.row_log_sum).exp()
-        weight = share_of_strip.masked_fill(torch.isneginf(maxima), 0.0)
-        slopes = Slopes(slopes.x.mul_(weight[..., None]).sum(0), slopes.scale.mul_(weight).sum(0))
-    return results, torch.cat([slopes.x.flatten(), slopes.scale.flatten()])
+    kernels.attention(problem, unit, part, slopes, cols_per_strip)
+    row = _joined(kernels, problem, _reduced(problem, n), part, strips, Part(), 0)
+    if strips > 1:
+        given = [slope for slope in slopes if slope is not None]
+        if part.maximum is not None and part.sum is not None:  # each has its share in the sum
+            share_of_strip = (part.maximum - row.maximum + part.sum.log() - row.log_sum).exp()
+            weight = share_of_strip.masked_fill(torch.isneginf(part.maximum), 0.0)
+            slopes.x.mul_(weight[..., None])
+            slopes.scale.mul_(weight)
+        slopes = Slopes(*(slope.sum(0) for slope in given))
+    statistics = Statistics(row, _reduced(problem, 0), _excluded(kernels, problem))
+    return statistics, torch.cat([slope.flatten() for slope in slopes if slope is not None])
 
 
 def multiples(
-    problem: Problem, grad_lse: Tensor, grad_excluded: Tensor, maximum: Tensor, kept: Tensor, needs: list[bool]
+    problem: Problem, grad: Tensor, grad_excluded: Tensor, maximum: Tensor | None, kept: Tensor, needs: list[bool]
 ) -> Gradients:
     """The gradients of rows from what was kept, and for the logits left out by index from themselves."""
     n, features, vectors = problem.n, problem.features, problem.vectors
-    slope, slope_of_scale = kept[: n * features].view(n, features), kept[n * features :]
+    slope, *of_vectors = kept.split([n * features, *[n] * (kept.shape[0] // n - features)])
     need_x, _, need_scale, _, need_bias, _ = needs
-    grad_lse = grad_lse.masked_fill(maximum == -torch.inf, 0.0)  # an empty row's may be infinite
-    grad_x = grad_lse[:, None] * slope if need_x else None
-    grad_scale = grad_lse * slope_of_scale if need_scale else None
-    grad_bias = grad_lse.clone() if need_bias else None
+    if maximum is not None:
+        grad = grad.masked_fill(maximum == -torch.inf, 0.0)  # an empty row's may be infinite
+    grad_x = grad[:, None] * slope.view(n, features) if need_x else None
+    grad_scale = grad * of_vectors[0] if need_scale else None
+    grad_bias = (grad * of_vectors[1] if len(of_vectors) > 1 else grad.clone()) if need_bias else None
     if vectors.row_exclude is not None:
         named, index = vectors.row_exclude >= 0, vectors.row_exclude.clamp(min=0)
         own = grad_excluded.masked_fill(~named, 0.0)
@@ -374,6 +261,12 @@ class Gradients(NamedTuple):
     col_scale: Tensor | None
     row_bias: Tensor | None
     col_bias: Tensor | None
+    u: Tensor | None = None
+    v: Tensor | None = None
+    teacher_row_scale: Tensor | None = None
+    teacher_col_scale: Tensor | None = None
+    teacher_row_bias: Tensor | None = None
+    teacher_col_bias: Tensor | None = None
 
 
 class Total:
@@ -390,10 +283,19 @@ class Total:
         return begins
 
 
+class Plane(NamedTuple):
+    """Features, and the totals of their gradients, that go with a matrix C of coefficients: C y and C^T x."""
+
+    x: Tensor
+    y: Tensor | None
+    of_rows: Total | None
+    of_cols: Total | None
+
+
 def backward(
     kernels: Kernels, problem: Problem, basis: Tensor | None, incoming: Incoming, needs: list[bool]
 ) -> Gradients:
-    """Gradients where they are needed. `basis` is y again, or for volumes L^-1 y, whose products give dX."""
+    """Gradients where they are needed. `basis` is y again, [M, 1, D], or of volumes L^-1 y, whose products give dX."""
     incoming = Incoming(*(None if grad is None else grad.contiguous() for grad in incoming))
     unit = _unit(kernels, problem, incoming)
     if kernels.rows_tiling(problem) is not None and problem.n > 0 and problem.m > 0:
@@ -402,36 +304,65 @@ def backward(
 
 
 def _unit(kernels: Kernels, problem: Problem, incoming: Incoming) -> Tensor | None:
-    """What the coefficients are divided by.
+    """What the coefficients are divided by, of each plane of them.
 
     float16 has no room below 6e-8: the largest that its coefficients can be becomes 2^14.
     """
     if problem.x.dtype != torch.float16:
         return None
-    grads = [grad for grad in incoming[:2] + incoming[4:] if grad is not None and grad.numel()]  # without the maxima
-    scales = [scale for scale in problem.vectors[:2] if scale is not None and scale.numel()]
+    weights = [grad for grad in incoming[:2] if grad is not None and grad.numel()]
+    shares = [grad for grad in (incoming.row_share, incoming.col_share) if grad is not None and grad.numel()]
+    others = [grad for grad in incoming[4:8] if grad is not None and grad.numel()]
+    spreads: list[Tensor] = []
+    if shares or problem.reduction == "square":  # the derivative of s^2, and what a logit is from the mean
+        spread = 2.0 * _largest_logit(problem)
+        spreads = [grad.abs().max().reshape(1) * spread for grad in shares or weights]
+        if problem.reduction == "square":
+            weights = spreads
+        elif not problem.teaches:
+            weights += spreads
     # q y <= g w |x| / distance, and the distance is not below this share of |x|
     factor = 2.0**-14 / (AT_MINIMUM**0.5 if problem.members else 1.0)
+    unit = _bound(kernels, problem, weights + shares + others, problem.vectors[:2], factor)
+    if not problem.teaches:
+        return unit
+    return torch.cat([unit, _bound(kernels, problem, spreads, problem.second[2:4], 2.0**-14)])
+
+
+def _bound(
+    kernels: Kernels, problem: Problem, grads: Sequence[Tensor], scales: Sequence[Tensor | None], factor: float
+) -> Tensor:
+    """factor * (sum of max |grad|) * product of max |scale|, or 1 where its reciprocal is not finite."""
+    given = [scale for scale in scales if scale is not None and scale.numel()]
     rowwise = kernels.rowwise(problem.x)
     if rowwise is not None and grads:
-        return rowwise.bound(grads, scales, factor)
+        return rowwise.bound(grads, given, factor)
     bound = factor * sum((grad.abs().max() for grad in grads), start=problem.full((), 0.0))
-    for scale in scales:
+    for scale in given:
         bound = bound * scale.abs().max()
-    return torch.where(bound >= torch.finfo(torch.float32).tiny, bound, 1.0).reshape(1)  # its reciprocal is finite
+    return torch.where(bound >= torch.finfo(torch.float32).tiny, bound, 1.0).reshape(1)
 
 
-def _swapped(pairs: tuple[Any, ...]) -> list[Any]:
-    """(row, col, row, col, ...) with the sides swapped."""
-    return [value for row, col in zip(pairs[::2], pairs[1::2], strict=True) for value in (col, row)]
+def _largest_logit(problem: Problem) -> Tensor:
+    """At least as large as any |s| that is finite, [1]."""
+    largest = problem.full((1,), 1.0)
+    for x in (problem.x, problem.y):
+        largest *= torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).max()
+    for scale in problem.vectors[:2]:
+        if scale is not None:
+            largest *= scale.abs().max()
+    for bias in problem.vectors[2:4]:
+        if bias is not None:
+            largest += bias.masked_fill(bias.isinf(), 0.0).abs().max()
+    return largest
 
 
 def _backward_by_rows(
     kernels: Kernels, problem: Problem, incoming: Incoming, unit: Tensor | None, needs: list[bool]
 ) -> Gradients:
     grad_x, row_scale, row_bias = _rows(kernels, problem, incoming, unit, needs[::2])
-    swapped = Incoming(*_swapped(incoming))
-    grad_y, col_scale, col_bias = _rows(kernels, problem.transposed(), swapped, unit, needs[1::2])
+    of_cols = Incoming(*swapped(incoming))
+    grad_y, col_scale, col_bias = _rows(kernels, problem.transposed(), of_cols, unit, needs[1::2])
     return Gradients(grad_x, None if grad_y is None else grad_y[None], row_scale, col_scale, row_bias, col_bias)
 
 
@@ -447,7 +378,7 @@ def _rows(
     strips = cdiv(m, cols_per_strip)
     dtype = problem.x.dtype if strips == 1 else torch.float32
     gradient = problem.x.new_empty((strips, n, problem.features), dtype=dtype) if needs[0] else None
-    sums = Sums(*(problem.empty(strips, n) if need else None for need in needs[1:]))
+    sums = Sums(*(problem.empty(strips, n) if need else None for need in needs[1:3]))
     kernels.rows(problem, incoming, unit, gradient, sums, cols_per_strip)
     return tuple(None if part is None else part.sum(0) if strips > 1 else part[0] for part in (gradient, *sums[:2]))
 
@@ -466,27 +397,45 @@ def _backward_by_blocks(
     unit: Tensor | None,
     needs: list[bool],
 ) -> Gradients:
-    n, m, features, members, mirrored = problem.n, problem.m, problem.features, problem.members, problem.mirrored
+    n, m, members, mirrored, second = problem.n, problem.m, problem.members, problem.mirrored, problem.second
     block_rows, block_cols = kernels.block_tiling(problem)
-    need_x, need_y, need_row_scale, need_col_scale, need_row_bias, need_col_bias = needs
-    matrices = max(members, 1)
-    grad_x = problem.empty(n, features) if need_x else None
-    grad_y = problem.empty(matrices, m, features) if need_y else None
-    total_x = None if grad_x is None else Total(grad_x)
-    totals_y = [] if grad_y is None else [Total(of_member) for of_member in grad_y]
-    need_rows = (need_row_scale, need_row_bias, need_x and members > 0)
-    need_cols = (need_col_scale, need_col_bias) if not mirrored else need_rows[:2]
-    row_grads = [Total(problem.empty(n)) if need else None for need in need_rows]
-    col_grads = row_grads[:2] if mirrored else [Total(problem.empty(m)) if need else None for need in need_cols]
+    needs = [*needs, *[False] * (12 - len(needs))]
+    need_x, need_y, need_u, need_v = *needs[:2], *needs[6:8]
+
+    def total(need: bool, *shape: int) -> Total | None:
+        return Total(problem.empty(*shape)) if need else None
+
+    total_x = total(need_x, n, problem.features)
+    total_u, total_v = (total(need, size, problem.second_features) for need, size in ((need_u, n), (need_v, m)))
+    grad_y = problem.empty(max(members, 1), m, problem.features) if need_y else None
+    planes = [
+        Plane(
+            problem.x,
+            None if basis is None else basis[:, t],
+            total_x,
+            None if grad_y is None else Total(grad_y[t]),
+        )
+        for t in range(max(members, 1))
+    ]
+    if second.u is not None and (need_u or need_v):
+        planes.append(Plane(second.u, second.v, total_u, total_v))
+    need_rows = (needs[2], needs[4], need_x and members > 0, needs[8], needs[10])  # the fields of Sums
+    need_cols = need_rows if mirrored else (needs[3], needs[5], False, needs[9], needs[11])
+    row_totals = [total(need, n) for need in need_rows]
+    col_totals = row_totals if mirrored else [total(need, m) for need in need_cols]
     if n == 0 or m == 0:  # no block writes them
-        for total in (total_x, *totals_y, *row_grads, *col_grads):
-            if total is not None:
-                total.value.zero_()
-    side = math.isqrt((WORKSPACE * 2 // problem.x.element_size()) ** 2 // matrices)
+        for plane in planes:
+            for of_plane in (plane.of_rows, plane.of_cols):
+                if of_plane is not None:
+                    of_plane.value.zero_()
+        for of_vector in (*row_totals, *col_totals):
+            if of_vector is not None:
+                of_vector.value.zero_()
+    side = math.isqrt((WORKSPACE * 2 // problem.x.element_size()) ** 2 // len(planes))
     side = max(side // block_rows, 1) * block_rows
-    size = min(n, side) * padded(min(m, side)) if need_x or need_y else 0
-    workspace = problem.x.new_empty(matrices * size)
-    swapped = problem if members else problem.transposed()  # asked for ids, which volumes have none of
+    size = min(n, side) * padded(min(m, side)) if need_x or need_y or need_u or need_v else 0
+    workspace = problem.x.new_empty(len(planes) * size)
+    of_cols = problem if members else problem.transposed()  # asked for ids, which volumes have none of
     for first_row in range(0, n, side):
         rows = slice(first_row, min(first_row + side, n))
         for first_col in range(first_row if mirrored else 0, m, side):
@@ -498,29 +447,36 @@ def _backward_by_blocks(
             col_sums = Sums(*(problem.empty(tiles_of_rows, width) if need else None for need in need_cols))
             coefficients = None
             if size:
-                coefficients = workspace[: matrices * height * block.stride].view(matrices, height, block.stride)
+                whole = workspace[: len(planes) * height * block.stride]
+                coefficients = whole.view(len(planes), height, block.stride)
             kernels.block(problem, incoming, unit, coefficients, row_sums, col_sums, block)
             # a block on the diagonal has both sides of its pairs
             mirror = mirrored and first_row != first_col
-            for t, of_member in enumerate(() if coefficients is None else coefficients[:, :, :width]):
-                if total_x is not None and basis is not None:
-                    _product(kernels, problem, block, total_x, rows, of_member, basis[cols, t])
+            for plane, of_plane in zip(planes, () if coefficients is None else coefficients, strict=False):
+                given = of_plane[:, :width]
+                if plane.of_rows is not None and plane.y is not None:
+                    _product(kernels, problem, block, plane.of_rows, rows, given, plane.y[cols])
                     if mirror:
-                        _product(kernels, swapped, block.transposed(), total_x, cols, of_member.T, problem.x[rows])
-                if totals_y:
-                    _product(kernels, swapped, block.transposed(), totals_y[t], cols, of_member.T, problem.x[rows])
-            _add_sums(row_grads, rows, row_sums)
+                        _product(kernels, of_cols, block.transposed(), plane.of_rows, cols, given.T, plane.x[rows])
+                if plane.of_cols is not None:
+                    _product(kernels, of_cols, block.transposed(), plane.of_cols, cols, given.T, plane.x[rows])
+            _add_sums(row_totals, rows, row_sums)
             if mirror or not mirrored:
-                _add_sums(col_grads, cols, col_sums)
+                _add_sums(col_totals, cols, col_sums)
+    grad_x, grad_u = (None if of_rows is None else of_rows.value for of_rows in (total_x, total_u))
+    grad_v = None if total_v is None else total_v.value
     if unit is not None:
-        for grad in (grad_x, grad_y):
+        for grad, of_grad in ((grad_x, unit[:1]), (grad_y, unit[:1]), (grad_u, unit[1:]), (grad_v, unit[1:])):
             if grad is not None:
-                grad.mul_(unit)
-    row_scale, row_bias, along = (None if total is None else total.value for total in row_grads)
-    if grad_x is not None and along is not None:
-        grad_x = torch.addcmul(grad_x, along[:, None], problem.x, value=-1)
-    col_scale, col_bias = (None if total is None or mirrored else total.value for total in col_grads)
-    return Gradients(grad_x, grad_y, row_scale, col_scale, row_bias, col_bias)
+                grad.mul_(of_grad)
+    row = Sums(*(None if of_vector is None else of_vector.value for of_vector in row_totals))
+    col = Sums(*(None if of_vector is None or mirrored else of_vector.value for of_vector in col_totals))
+    if grad_x is not None and row.along is not None:
+        grad_x = torch.addcmul(grad_x, row.along[:, None], problem.x, value=-1)
+    return Gradients(
+        grad_x, grad_y, row.scale, col.scale, row.bias, col.bias,
+        grad_u, grad_v, row.teacher_scale, col.teacher_scale, row.teacher_bias, col.teacher_bias,
+    )  # fmt: skip
 
 
 def padded(size: int) -> int:
@@ -541,17 +497,6 @@ def _add_sums(totals: Sequence[Total | None], part: slice, sums: Sums) -> None:
             torch.sum(of_block, 0, out=total.value[part])
         else:
             total.value[part] += of_block.sum(0)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, begins: bool) -> None:
-    """total += a @ b, in float32."""
-    beta = 0.0 if begins else 1.0  # with 0 what is there is not read
-    if a.dtype == torch.float32:
-        total.addmm_(a, b, beta=beta)
-    elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
-    else:
-        total.addmm_(a.float(), b.float(), beta=beta)
 
 
 @contextmanager
@@ -616,52 +561,85 @@ def _ranks(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:
 def _pairs(
     x: Tensor,
     y: Tensor | None,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    row_bias: Tensor | None,
-    col_bias: Tensor | None,
+    vectors: Sequence[Tensor | None],
     index: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    restrict: bool,
+    ids: Sequence[Tensor | None],
+    second: Second = NO_SECOND,
+    **choices: Any,
 ) -> Problem:
+    """The problem of pairs: in self-similarity what belongs to the rows belongs to the columns, too."""
+    row_scale, col_scale, row_bias, col_bias = vectors
+    row_ids, col_ids = ids
     mirrored = y is None
     if y is None:
         y, col_scale, col_bias, col_ids = x, row_scale, row_bias, row_ids
+        second = Second(*_of_rows(second))
     if row_ids is not None and col_ids is not None:
         row_ids, col_ids = _ranks(row_ids, row_ids if mirrored else col_ids)
-    vectors = Vectors(row_scale, col_scale, row_bias, col_bias, index, index if mirrored else None, row_ids, col_ids)
-    return Problem(x, y, vectors, Span(None, None), mirrored=mirrored, restrict=restrict)
+    of_all = Vectors(row_scale, col_scale, row_bias, col_bias, index, index if mirrored else None, row_ids, col_ids)
+    return Problem(x, y, of_all, second=second, mirrored=mirrored, **choices)
+
+
+def _of_rows(pairs: tuple[Any, ...]) -> list[Any]:
+    """(row, col, row, col, ...) with those of the rows for both."""
+    return [row for row in pairs[::2] for _ in range(2)]
+
+
+def _guided(reduction: str, index: Tensor | None, *options: Any) -> Problem:
+    """The problem of an op whose second form is a guide."""
+    x, y, *vectors, _exclude, row_ids, col_ids, guide_x, guide_y, ceiling, col_ceiling, restrict, above = options
+    second = NO_SECOND
+    if ceiling is not None or col_ceiling is not None:
+        second = Second(guide_x, guide_y, row_ceiling=ceiling, col_ceiling=col_ceiling)
+    choices = {"reduction": reduction, "restrict": restrict, "above": above}
+    return _pairs(x, y, vectors, index, (row_ids, col_ids), second, **choices)
+
+
+def _taught(index: Tensor | None, *options: Any) -> Problem:
+    """The problem of an expectation, whose second form is a teacher."""
+    x, y, *vectors, u, v, row_scale, col_scale, row_bias, col_bias, _exclude, row_ids, col_ids, restrict = options
+    second = NO_SECOND if u is None else Second(u, v, row_scale, col_scale, row_bias, col_bias)
+    return _pairs(x, y, vectors, index, (row_ids, col_ids), second, reduction="expectation", restrict=restrict)
+
+
+def _reduced_pairs(
+    kernels: Kernels, op: str, problem: Problem, y: Tensor | None, rows: bool, cols: bool, needs: list[bool]
+) -> tuple[Statistics, Tensor]:
+    """The statistics, and what is kept for backward."""
+    if _attends(kernels, op, problem.x, y, cols, needs, problem.guided):
+        return attention(kernels, problem)
+    return forward(kernels, problem, rows, cols), problem.empty(0)
+
+
+def _gradients_of_pairs(
+    kernels: Kernels, problem: Problem, incoming: Incoming, grad_excluded: Tensor | None, needs: list[bool]
+) -> Gradients:
+    if problem.vectors.row_exclude is not None:
+        incoming = incoming._replace(row_excluded=grad_excluded)
+    if problem.mirrored:
+        incoming = Incoming(*_of_rows(incoming))
+    return backward(kernels, problem, problem.y[:, None], incoming, needs)
+
+
+def _returned(problem: Problem, grads: Gradients, needs: list[bool]) -> tuple[Tensor, ...]:
+    """Those of features in the dtype of these; empty where not needed."""
+    grads = grads._replace(y=None if grads.y is None else grads.y[0])
+    dtypes = dict.fromkeys(("x", "y", "u", "v"), problem.x.dtype)
+    named = list(zip(Gradients._fields, grads, strict=True))[: len(needs)]
+    return tuple(
+        problem.x.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
+        for grad, dtype in ((grad, dtypes.get(name, torch.float32)) for name, grad in named)
+    )
 
 
 def similarity_logsumexp_forward(kernels: Kernels, *arguments: Any) -> tuple[Tensor, ...]:
-    (
-        x,
-        y,
-        row_scale,
-        col_scale,
-        row_bias,
-        col_bias,
-        exclude,
-        row_ids,
-        col_ids,
-        *guide,
-        restrict,
-        _,
-        rows,
-        cols,
-        needs,
-    ) = arguments
-    if any(value is not None for value in guide):
-        raise RuntimeError('the engines of GPUs have no guide yet; pass backend="tiled".')
+    *options, rows, cols, needs = arguments
+    x, y, exclude = options[0], options[1], options[6]
     with launching(x):
         index = _index_below(kernels, x, len(x if y is None else y), exclude)
-        problem = _pairs(x, y, row_scale, col_scale, row_bias, col_bias, index, row_ids, col_ids, restrict)
-        if _attends(kernels, x, y, cols, needs):
-            results, kept = attention(kernels, problem)
-        else:
-            results, kept = forward(kernels, problem, rows, cols), problem.empty(0)
-    return (*results[:4], kept, results.excluded, results.row_lse, results.col_lse)
+        problem = _guided("logsumexp", index, *options)
+        results, kept = _reduced_pairs(kernels, "similarity_logsumexp", problem, y, rows, cols, needs)
+    return (*results.both("maximum", "log_sum"), kept, results.excluded, *results.both("lse"))
 
 
 def similarity_logsumexp_backward(
@@ -676,47 +654,141 @@ def similarity_logsumexp_backward(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    (
-        x,
-        y,
-        row_scale,
-        col_scale,
-        row_bias,
-        col_bias,
-        exclude,
-        row_ids,
-        col_ids,
-        *guide,
-        restrict,
-        _,
-        rows,
-        cols,
-        needs,
-    ) = arguments
-    if any(value is not None for value in guide):
-        raise RuntimeError('the engines of GPUs have no guide yet; pass backend="tiled".')
+    *options, rows, cols, needs = arguments
+    x, y, exclude = options[0], options[1], options[6]
     attended = kept.numel() > 0 and not any(needs[1::2])
     with launching(x):
         of_rows = (grad_row_lse, row_max, row_log_sum) if rows and not attended else None
         of_cols = (grad_col_lse, col_max, col_log_sum) if cols and not attended else None
         incoming, index = _incoming(kernels, x, of_rows, of_cols, exclude, len(x if y is None else y))
-        problem = _pairs(x, y, row_scale, col_scale, row_bias, col_bias, index, row_ids, col_ids, restrict)
+        problem = _guided("logsumexp", index, *options)
         if attended:
             grads = multiples(problem, grad_row_lse, grad_excluded, row_max, kept, needs)
         else:
-            if index is not None:
-                incoming = incoming._replace(row_excluded=grad_excluded)
-            if problem.mirrored:
-                incoming = incoming._replace(
-                    col_weight=incoming.row_weight, col_max=incoming.row_max, col_excluded=incoming.row_excluded
-                )
-            grads = backward(kernels, problem, problem.y[:, None], incoming, needs)
-    features = problem.x.new_empty(0)
-    return (
-        features if grads.x is None else grads.x.to(features.dtype),
-        features.clone() if grads.y is None else grads.y[0].to(features.dtype),
-        *(problem.empty(0) if grad is None else grad for grad in grads[2:]),
-    )
+            grads = _gradients_of_pairs(kernels, problem, incoming, grad_excluded, needs)
+    return _returned(problem, grads, needs)
+
+
+def similarity_sum_forward(kernels: Kernels, *arguments: Any) -> tuple[Tensor, ...]:
+    *options, rows, cols, of, needs = arguments
+    x, y, exclude = options[0], options[1], options[6]
+    with launching(x):
+        index = _index_below(kernels, x, len(x if y is None else y), exclude)
+        problem = _guided(of, index, *options)
+        results, kept = _reduced_pairs(kernels, "similarity_sum", problem, y, rows, cols, needs)
+    return (kept, results.excluded, *results.both("sum"))
+
+
+def similarity_sum_backward(
+    kernels: Kernels,
+    grad_row_sum: Tensor,
+    grad_col_sum: Tensor,
+    grad_excluded: Tensor,
+    kept: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *options, rows, cols, of, needs = arguments
+    x, y, exclude = options[0], options[1], options[6]
+    with launching(x):
+        index = _index_below(kernels, x, len(x if y is None else y), exclude)
+        problem = _guided(of, index, *options)
+        if kept.numel() > 0 and not any(needs[1::2]):
+            grads = multiples(problem, grad_row_sum, grad_excluded, None, kept, needs)
+        else:
+            incoming = Incoming(grad_row_sum if rows else None, grad_col_sum if cols else None)
+            grads = _gradients_of_pairs(kernels, problem, incoming, grad_excluded, needs)
+    return _returned(problem, grads, needs)
+
+
+def similarity_expectation_forward(kernels: Kernels, *arguments: Any) -> tuple[Tensor, ...]:
+    *options, rows, cols, _needs = arguments
+    x, y, exclude = options[0], options[1], options[12]
+    with launching(x):
+        index = _index_below(kernels, x, len(x if y is None else y), exclude)
+        problem = _taught(index, *options)
+        results = forward(kernels, problem, rows, cols)
+    statistics = results.both("maximum", "log_sum", "teacher_maximum", "teacher_log_sum")
+    return (*statistics, problem.empty(0), *results.both("mean", "lse"))
+
+
+def similarity_expectation_backward(
+    kernels: Kernels,
+    grad_row_mean: Tensor,
+    grad_col_mean: Tensor,
+    grad_row_lse: Tensor,
+    grad_col_lse: Tensor,
+    row_max: Tensor,
+    col_max: Tensor,
+    row_log_sum: Tensor,
+    col_log_sum: Tensor,
+    teacher_row_max: Tensor,
+    teacher_col_max: Tensor,
+    teacher_row_log_sum: Tensor,
+    teacher_col_log_sum: Tensor,
+    _kept: Tensor,
+    row_mean: Tensor,
+    col_mean: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *options, rows, cols, needs = arguments
+    x, y, exclude = options[0], options[1], options[12]
+    own = options[6] is None  # the teacher's logits are those of the pairs
+    size = len(x if y is None else y)
+    with launching(x):
+        of_rows = (grad_row_lse, row_max, row_log_sum) if rows else None
+        of_cols = (grad_col_lse, col_max, col_log_sum) if cols else None
+        incoming, index = _incoming(kernels, x, of_rows, of_cols, exclude, size)
+        teacher_row = (row_max, row_log_sum) if own else (teacher_row_max, teacher_row_log_sum)
+        teacher_col = (col_max, col_log_sum) if own else (teacher_col_max, teacher_col_log_sum)
+        of_rows = (grad_row_mean, *teacher_row) if rows else None
+        of_cols = (grad_col_mean, *teacher_col) if cols else None
+        shares, _ = _incoming(kernels, x, of_rows, of_cols, None, size)
+        incoming = incoming._replace(
+            row_share=shares.row_weight,
+            col_share=shares.col_weight,
+            teacher_row_max=None if own else shares.row_max,
+            teacher_col_max=None if own else shares.col_max,
+            row_mean=row_mean if rows else None,
+            col_mean=col_mean if cols else None,
+        )
+        problem = _taught(index, *options)
+        grads = _gradients_of_pairs(kernels, problem, incoming, None, needs)
+    return _returned(problem, grads, needs)
+
+
+def similarity_topk_forward(kernels: Kernels, *arguments: Any) -> tuple[Tensor, ...]:
+    x, y, *vectors, exclude, row_ids, col_ids, restrict, k, largest, noise = arguments
+    with launching(x):
+        index = _index_below(kernels, x, len(x if y is None else y), exclude)
+        problem = _pairs(x, y, vectors, index, (row_ids, col_ids), restrict=restrict)
+        n, m = problem.n, problem.m
+        values = problem.full((n, k), -torch.inf if largest else torch.inf)
+        indices = torch.full((n, k), -1, dtype=torch.int64, device=x.device)
+        if n == 0 or m == 0:
+            return values, indices
+        start = None if noise is None else pair_noise.start(noise)
+        bound = None
+        for first in range(0, min(k, m), MOST_CANDIDATES):
+            part = slice(first, min(first + MOST_CANDIDATES, k, m))
+            wanted = part.stop - part.start
+            lanes = 1 << (wanted - 1).bit_length()
+            cols_per_strip = _cols_per_strip(kernels, problem, kernels.topk_tiling(problem, lanes))
+            shape = (n, cdiv(m, cols_per_strip), lanes)
+            logits = None if noise is None else problem.empty(*shape)
+            best = Best(torch.empty(shape, dtype=torch.int64, device=x.device), logits)
+            kernels.topk(problem, largest, start, bound, best, cols_per_strip)
+            keys, place = (of_all[:, :wanted] for of_all in best.keys.flatten(1).sort(1, descending=True))
+            order = (keys >> 32).to(torch.int32)
+            there = order > NO_KEY
+            if logits is None:
+                bits = order if largest else ~order
+                found = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
+            else:
+                found = logits.flatten(1).gather(1, place)
+            values[:, part] = found.where(there, values[:, part])
+            indices[:, part] = (LAST_COLUMN - (keys & 0xFFFFFFFF)).where(there, -1)
+            bound = keys[:, -1].contiguous()
+    return values, indices
 
 
 def _volumes(
@@ -735,7 +807,8 @@ def _volumes(
         *factored, triangles, weight, square, q = rowwise.span(anchor, tuples, col_scale, orthonormal)
         basis = tuple_basis.Basis(*factored)
     else:
-        basis = kernels.factor(tuples)
+        engines_own = kernels.factor(tuples)
+        basis = tuple_basis.factor(tuples) if engines_own is None else tuple_basis.Basis(*engines_own)
         triangles, square = tuple_basis.triangles(basis, anchor), tuple_basis.squares(anchor)
         weight = tuple_basis.column_weight(basis, col_scale, anchor)
         q = tuple_basis.orthonormal(tuples, basis) if orthonormal else None
@@ -749,7 +822,8 @@ def volume_logsumexp_forward(kernels: Kernels, anchor: Tensor, tuples: Tensor, *
         index = _index_below(kernels, anchor, len(tuples), exclude)
         problem, _, _ = _volumes(kernels, anchor, tuples, row_scale, col_scale, index)
         results = forward(kernels, problem, rows, cols, totals)
-    return (*results[:4], problem.empty(0), *results[5:])
+    statistics = results.both("maximum", "log_sum")
+    return (*statistics, problem.empty(0), *results.both("total", "lse"))
 
 
 def volume_logsumexp_backward(
@@ -797,3 +871,13 @@ def volume_logsumexp_backward(
             empty if grads.col_scale is None else grads.col_scale,
         )
         return tuple_basis.gradients(tuples, basis, col_scale, sweep_grads, needs, of_tuples)
+
+
+def functions(kernels: Callable[[], Kernels], ops: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """What the module of a backend has for the ops that are sweeps, by the kernels of its engine."""
+
+    def run(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(kernels(), *arguments)
+
+    names = [f"{op}_{way}" for op in ops for way in ("forward", "backward")]
+    return {name: run(globals()[name]) for name in ("kept", *names) if name in globals()}

@@ -8,7 +8,6 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,16 @@ from torch import Tensor
 from contrastive_ops import checks
 from contrastive_ops.backends import sweep
 from contrastive_ops.backends import tuples as tuple_basis
+from contrastive_ops.plane import Kernels
 
-OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
+OPS = (
+    "similarity_logsumexp",
+    "similarity_sum",
+    "similarity_expectation",
+    "similarity_topk",
+    "volume_logsumexp",
+    "gramian_volume",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDICES = (torch.int32, torch.int64)
 
@@ -57,12 +64,8 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
-def _engine() -> sweep.Kernels:
+def _engine() -> Kernels:
     return kernels("launch").TritonKernels()
-
-
-def kept(*arguments: Any) -> int:
-    return sweep.kept(_engine(), *arguments)
 
 
 def factor(vectors: Tensor) -> tuple_basis.Basis:
@@ -77,17 +80,4 @@ def volume_gradient(vectors: Tensor, inverse: Tensor, factor: Tensor) -> Tensor:
     return torch.ops.contrastive_ops.volume_gradient(vectors, inverse, factor)
 
 
-def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_logsumexp_forward(_engine(), *arguments)
-
-
-def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.similarity_logsumexp_backward(_engine(), *arguments)
-
-
-def volume_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.volume_logsumexp_forward(_engine(), *arguments)
-
-
-def volume_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return sweep.volume_logsumexp_backward(_engine(), *arguments)
+globals().update(sweep.functions(_engine, OPS))

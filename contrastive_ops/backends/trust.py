@@ -218,36 +218,63 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-# what the gradients of an op are of, and what it returns beside the log-sum-exps
-_INPUTS = {
-    "similarity_logsumexp": ("x", "y", "row_scale", "col_scale", "row_bias", "col_bias"),
-    "volume_logsumexp": ("anchor", "tuples", "row_scale", "col_scale"),
-}
-_OTHERS = {"similarity_logsumexp": ("excluded_logit",), "volume_logsumexp": ("row_total", "col_total")}
+class _Sweep(NamedTuple):
+    """Of an op that is a sweep, the names of what forward gives, but for what is kept, and of what has gradients."""
+
+    statistics: tuple[str, ...]
+    others: tuple[str, ...]
+    results: tuple[str, ...]
+    inputs: tuple[str, ...]
+    saved: tuple[str, ...] = ()  # results that backward reads
+
+
+_LSE = ("row_lse", "col_lse")
+_LSE_STATISTICS = ("row_max", "col_max", "row_log_sum", "col_log_sum")
+_PAIR_INPUTS = ("x", "y", "row_scale", "col_scale", "row_bias", "col_bias")
+_TEACHER_INPUTS = ("u", "v", *(f"teacher_{name}" for name in _PAIR_INPUTS[2:]))
+_MEANS = ("row_mean", "col_mean")
+_SWEEPS = {
+    "similarity_logsumexp": _Sweep(_LSE_STATISTICS, ("excluded_logit",), _LSE, _PAIR_INPUTS),
+    "similarity_sum": _Sweep((), ("excluded_logit",), ("row_sum", "col_sum"), _PAIR_INPUTS),
+    "similarity_expectation": _Sweep(
+        (*_LSE_STATISTICS, *(f"teacher_{name}" for name in _LSE_STATISTICS)),
+        (), (*_MEANS, *_LSE), (*_PAIR_INPUTS, *_TEACHER_INPUTS), _MEANS,
+    ),
+    "volume_logsumexp": _Sweep(
+        _LSE_STATISTICS, ("row_total", "col_total"), _LSE, ("anchor", "tuples", "row_scale", "col_scale")
+    ),
+}  # fmt: skip
 
 
 def _run(module: ModuleType, op: str, arguments: Sequence[Any], needs: list[bool]) -> dict[str, Tensor]:
     """Results and gradients of the op by a backend, on the CPU: what a launch did is known once they are there."""
     if op == "gramian_volume":
         results = _run_gramian_volume(module, *arguments)
+    elif op == "similarity_topk":
+        values, indices = module.similarity_topk_forward(*arguments)
+        results = {"values": values, "indices": indices.to(values.dtype)}
     else:
-        *statistics, row_lse, col_lse = getattr(module, f"{op}_forward")(*arguments, needs)
-        row_max, col_max, row_log_sum, col_log_sum, kept, *others = statistics
-        results = {"row_lse": row_lse, "col_lse": col_lse, **dict(zip(_OTHERS[op], others, strict=True))}
-        # totals grow with the problem: their gradients would drown those of the log-sum-exps
-        weights = [2.0**-8 if name.endswith("total") else 1.0 for name in results]
-        incoming = [weight * _incoming(result) for weight, result in zip(weights, results.values(), strict=True)]
-        gradients = getattr(module, f"{op}_backward")(
-            *incoming, row_max, col_max, row_log_sum, col_log_sum, kept, *arguments, needs
-        )
-        # what backward and a loss's own numbers are made of
-        results |= {"row_max": row_max, "col_max": col_max}
-        results |= {
-            f"the gradient of {name}": gradient
-            for name, gradient, need in zip(_INPUTS[op], gradients, needs, strict=True)
-            if need
-        }
+        results = _run_sweep(module, op, arguments, needs)
     return {name: result.cpu() for name, result in results.items()}
+
+
+def _run_sweep(module: ModuleType, op: str, arguments: Sequence[Any], needs: list[bool]) -> dict[str, Tensor]:
+    names = _SWEEPS[op]
+    given = (*names.statistics, "kept", *names.others, *names.results)
+    outputs = dict(zip(given, getattr(module, f"{op}_forward")(*arguments, needs), strict=True))
+    results = {name: outputs[name] for name in (*names.results, *names.others)}
+    # totals grow with the problem: their gradients would drown those of the log-sum-exps
+    weights = [2.0**-8 if name.endswith("total") else 1.0 for name in results]
+    incoming = [weight * _incoming(result) for weight, result in zip(weights, results.values(), strict=True)]
+    known = [outputs[name] for name in (*names.statistics, "kept", *names.saved)]
+    gradients = getattr(module, f"{op}_backward")(*incoming, *known, *arguments, needs)
+    # what backward and a loss's own numbers are made of
+    results |= {name: outputs[name] for name in names.statistics if name.endswith("max")}
+    return results | {
+        f"the gradient of {name}": gradient
+        for name, gradient, need in zip(names.inputs, gradients, needs, strict=True)
+        if need
+    }
 
 
 def _run_gramian_volume(module: ModuleType, vectors: Tensor) -> dict[str, Tensor]:
@@ -291,21 +318,67 @@ class _Maker:
 _Problem = tuple[list[Any], list[bool]]  # the arguments of the op without `needs`, and these
 
 
+NO_GUIDE = (None, None, None, None)
+
+
 def _similarities(make: _Maker) -> Iterator[_Problem]:
     """More than one tile of each side, sizes that no tile divides; together they launch every kernel of an engine."""
     n, m, d = 131, 150, 37
     x, y = make.features(n, d), make.features(m, d)
     vectors = [make.vector(n, 0.7), make.vector(m, -0.8), make.vector(n, 0.0), make.vector(m, 0.3)]
     exclude = make.indices(-1, m, n)
+    options = [x, y, *vectors, exclude, None, None]
     # both sides; then rows alone with columns that are frozen, whose gradients forward may have
-    yield [x, y, *vectors, exclude, None, None, False, True, True], [True] * 6
-    yield [x, y, *vectors, exclude, None, None, False, True, False], [True, False] * 3
+    yield [*options, *NO_GUIDE, False, False, True, True], [True] * 6
+    yield [*options, *NO_GUIDE, False, False, True, False], [True, False] * 3
     # more features, in whole vectors, and in self-similarity only pairs of equal ids; the last row has no pair
     x, ids = make.features(n, 272), make.indices(0, 7, n)
     exclude = make.indices(-1, n, n)
     ids[-1], exclude[-1] = 7, n - 1
     scale, bias = make.vector(n, 0.3), make.vector(n, 0.0)
-    yield [x, None, scale, None, bias, None, exclude, ids, None, True, True, False], [True, False] * 3
+    yield [x, None, scale, None, bias, None, exclude, ids, None, *NO_GUIDE, True, False, True, False], [True, False] * 3
+    # a guide of its own
+    yield [*options, *_guide(make, n, m), False, False, True, True], [True] * 6
+
+
+def _guide(make: _Maker, n: int, m: int) -> tuple[Tensor, ...]:
+    """No guide is at a ceiling: its products are whole multiples of 1/64, and the ceilings lie between these."""
+    ceilings = (make.vector(size, 0.0).mul_(50.0).round_().add_(0.5).div_(64.0) for size in (n, m))
+    return make.features(n, 24), make.features(m, 24), *ceilings
+
+
+def _sums(make: _Maker) -> Iterator[_Problem]:
+    n, m, d = 131, 150, 37
+    x, y = make.features(n, d), make.features(m, d)
+    vectors = [make.vector(n, 0.7), make.vector(m, -0.8), make.vector(n, 0.0), make.vector(m, 0.3)]
+    options = [x, y, *vectors, make.indices(-1, m, n), None, None]
+    yield [*options, *_guide(make, n, m), False, True, True, True, "softplus"], [True] * 6
+    yield [*options, *NO_GUIDE, False, False, True, False, "sigmoid"], [True, False] * 3
+    x, ids = make.features(n, 272), make.indices(0, 7, n)
+    scale = make.vector(n, 0.3)
+    yield [
+        x, None, scale, *[None] * 4, ids, None, *NO_GUIDE, False, False, True, False, "square"
+    ], [True, False, True, False, False, False]  # fmt: skip
+
+
+def _expectations(make: _Maker) -> Iterator[_Problem]:
+    n, m, d = 131, 150, 37
+    x, y, u, v = make.features(n, d), make.features(m, d), make.features(n, 24), make.features(m, 24)
+    vectors = [make.vector(n, 0.7), make.vector(m, -0.8), make.vector(n, 0.0), make.vector(m, 0.3)]
+    teacher = [make.vector(n, 0.5), make.vector(m, 0.9), make.vector(n, 0.2), make.vector(m, 0.0)]
+    exclude = make.indices(-1, m, n)
+    yield [x, y, *vectors, u, v, *teacher, exclude, None, None, False, True, True], [True] * 12
+    x, ids, scale = make.features(n, 272), make.indices(0, 7, n), make.vector(n, 0.3)
+    needs = [True, False, True, *[False] * 9]
+    yield [x, None, scale, *[None] * 10, ids, None, True, True, False], needs
+
+
+def _best(make: _Maker) -> Iterator[_Problem]:
+    """Logits that every dtype has as they are, and that tie."""
+    # the second more than registers hold
+    for n, m, d, k, largest, noise in ((131, 150, 37, 5, True, 7), (20, 300, 272, 300, False, None)):
+        x, y, ids = make.features(n, d), make.features(m, d), (make.indices(0, 7, n), make.indices(0, 7, m))
+        yield [x, y, *[None] * 4, make.indices(-1, m, n), *ids, False, k, largest, noise], []
 
 
 def _volumes(make: _Maker) -> Iterator[_Problem]:
@@ -323,4 +396,11 @@ def _sets(make: _Maker) -> Iterator[_Problem]:
         yield [vectors], []
 
 
-_PROBLEMS = {"similarity_logsumexp": _similarities, "volume_logsumexp": _volumes, "gramian_volume": _sets}
+_PROBLEMS = {
+    "similarity_logsumexp": _similarities,
+    "similarity_sum": _sums,
+    "similarity_expectation": _expectations,
+    "similarity_topk": _best,
+    "volume_logsumexp": _volumes,
+    "gramian_volume": _sets,
+}

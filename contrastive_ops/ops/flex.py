@@ -269,12 +269,12 @@ class _Plane(Tiles):
         super().__init__(x, x if y is None else y)
         self.alone = y is None
         self.score_mod, self.mask_mod = score_mod, mask_mod
+        self.side = SIDE_ON_CPU if x.device.type == "cpu" else SIDE
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        side = SIDE_ON_CPU if self.x.device.type == "cpu" else SIDE
-        for i in range(0, self.n, side):
-            for j in range(0, self.m, side):
-                yield slice(i, min(i + side, self.n)), slice(j, min(j + side, self.m))
+        for i in range(0, self.n, self.side):
+            for j in range(0, self.m, self.side):
+                yield slice(i, min(i + self.side, self.n)), slice(j, min(j + self.side, self.m))
 
     def taking_part(self) -> Iterator[_Tile]:
         """The tiles in which there is a pair that takes part."""
@@ -355,6 +355,9 @@ def _gradients(
     )
     if plane.alone:
         grad_y = grad_x
+    # of every tile autograd gives a whole gradient for each parameter that is indexed
+    while plane.side < SIDE and plane.side**2 < sum(x.numel() for x in parameters):
+        plane.side *= 2
     totals = [x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, plane.dtype)) for x in parameters]
     for tile in plane.taking_part():
         score = plane.score(tile.i, tile.j)

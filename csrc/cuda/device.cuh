@@ -115,6 +115,11 @@ __device__ __forceinline__ float exponential(float x) {
   return __expf(x);
 }
 
+// 1 / x of an x from 1 to 2, within two units in the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+  return __fdividef(1.0f, x);
+}
+
 // Parameters that take their type from elsewhere, so that arguments are converted to it.
 template <typename Type>
 struct Same {

@@ -1,213 +1,90 @@
-// Maxima and sums of e^s over rows and columns, in one visit of every tile.
+// What a reduction makes of rows and columns, in one visit of every tile.
 //
 //   a block has a group of rows and a strip of columns; for each tile of rows, for each tile of columns:
-//       s = logits of the tile, -inf where a pair does not take part
-//       each warp: maxima and sums of e^s over the rows and columns of its part, to shared memory
-//       one thread a row: fold them into the statistics of the row, in shared memory
-//       one thread a column: fold them into the statistics of the column, in memory that no other thread touches
+//       s = logits of the tile, and z where there is a second form
+//       each warp: what the reduction makes of the rows and columns of its part, to shared memory
+//       one thread a row: fold it into the statistics of the row, in shared memory
+//       one thread a column: fold it into the statistics of the column, in memory that no other thread touches
 //
 // The copies for the next tile are under way while this one's logits are reduced. No atomics: fixed order, same bits.
-#include "logits.cuh"
+#include "reductions.cuh"
 
 namespace contrastive_ops::cuda {
 namespace {
 
-// Statistics of a set: an empty one is (-inf, 0). NaN shows in the sum; the maxima pass it over.
-struct Statistics {
-  float maximum = -INF, sum = 0.0f, total = 0.0f;
-};
-
-// What the warps found of `SIZE` rows, or columns, in the `PARTS` parts of the tile.
-template <int PARTS, int SIZE>
-struct Partials {
-  float maximum[PARTS][SIZE];
-  float sum[PARTS][SIZE];
-  float total[PARTS][SIZE];
-};
-
-template <typename Shape>
+template <typename Reduction>
 struct Shared {
+  using Shape = typename Reduction::Shape;
   alignas(128) unsigned char stages[Shape::stages * Shape::stage_bytes];
   Options<Shape::rows> row;
   Options<Shape::cols> col;
   Spans<Shape> spans;
-  Partials<Shape::warps_of_cols, Shape::rows> of_rows;
-  Partials<Shape::warps_of_rows, Shape::cols> of_cols;
-  Statistics statistics[Shape::rows];                       // each row's own thread's
-  float shift[Shape::warps_of_rows][Shape::warps_of_cols];  // NaN where a warp's sums are relative to their own maxima
+  SecondOptions<Shape, Reduction::with> second;
+  typename Reduction::Reduced reduced;
+  typename Reduction::Statistics statistics[Shape::rows];  // each row's own thread's
 };
 
-// A sum relative to `from` as one relative to the maximum `to`.
-__device__ __forceinline__ float rescaled(float sum, float from, float to) {
-  return sum == 0.0f ? 0.0f
-                     : sum * exponential(from - shift_of(to));  // shift and maximum of an empty part lie far apart
-}
-
-template <int PARTS, int SIZE, typename Shift>
-__device__ __forceinline__ void fold(
-    Statistics& into, const Partials<PARTS, SIZE>& partials, int i, bool totals, Shift shift) {
-  const float before = into.maximum;
-#pragma unroll
-  for (int part = 0; part < PARTS; ++part) {
-    into.maximum = fmaxf(into.maximum, partials.maximum[part][i]);
-  }
-  into.sum = rescaled(into.sum, before, into.maximum);
-#pragma unroll
-  for (int part = 0; part < PARTS; ++part) {
-    const float common = shift(part);
-    const float from = common != common ? shift_of(partials.maximum[part][i]) : common;
-    into.sum += rescaled(partials.sum[part][i], from, into.maximum);
-    into.total += totals ? partials.total[part][i] : 0.0f;
-  }
-}
-
-// The logits of the tile in the first NJ parts of `dots`.
-template <typename Shape>
-__device__ __forceinline__ void logits(
-    typename Shape::Dots& dots, const Shared<Shape>& shared, const Mask& mask, const typename Shape::Place& place) {
+// What is reduced in place of the products of the tile: the logits, or a function of them, and `nothing` where a pair
+// takes no part.
+template <typename T, typename Reduction>
+__device__ __forceinline__ void evaluate(
+    typename Reduction::Shape::Dots& dots,
+    SecondValues<typename Reduction::Shape, Reduction::with>& second,
+    const Shared<Reduction>& shared,
+    const Pairs<T, Reduction>& pairs,
+    const Mask& mask,
+    const typename Reduction::Shape::Place& place) {
+  using Shape = typename Reduction::Shape;
   Shape::Place::for_each([&](int mi, int nj, int e, int k, int l) {
     const int i = place.row_of(k), j = place.col_of(l);
     if constexpr (Shape::volumes) {
       coordinates<Shape>(dots, shared.spans, mi, nj, e, j);
       dots[nj][mi][e] = minus_distance<Shape>(dots, shared.spans.square[i], mi, nj, e);
     }
-    dots[nj][mi][e] *= shared.row.scale[i] * shared.col.scale[j];
-    if constexpr (!Shape::volumes) {
-      dots[nj][mi][e] += shared.row.bias[i] + shared.col.bias[j];
+    dots[nj][mi][e] = logit_of_pair<Shape::volumes>(dots[nj][mi][e], shared.row, shared.col, i, j);
+    if constexpr (Reduction::with == With::teacher) {
+      float& teacher = second.dots[nj][mi][e];
+      teacher = pairs.has_second ? logit_of_pair<false>(teacher, shared.second.row, shared.second.col, i, j)
+                                 : dots[nj][mi][e];
     }
   });
-  if (!mask.all()) {
-    Shape::Place::for_each([&](int mi, int nj, int e, int k, int l) {
-      const int i = place.row_of(k), j = place.col_of(l);
-      if (!mask.takes_part(shared.row, shared.col, i, j) || mask.excluded(shared.row, shared.col, i, j)) {
-        dots[nj][mi][e] = -INF;
-      }
-    });
-  }
-}
-
-// Statistics of the rows and columns of a warp's part of the tile, with one exponential per pair where it is exact.
-template <typename Shape>
-__device__ __forceinline__ void reduce(
-    const typename Shape::Dots& logits,
-    Shared<Shape>& shared,
-    const typename Shape::Place& place,
-    bool rows,
-    bool cols,
-    bool totals) {
-  using Place = typename Shape::Place;
-  float row_max[Place::row_count], col_max[Place::col_count];
-#pragma unroll
-  for (int k = 0; k < Place::row_count; ++k) {
-    row_max[k] = -INF;
-  }
-#pragma unroll
-  for (int l = 0; l < Place::col_count; ++l) {
-    col_max[l] = -INF;
-  }
-  Place::for_each([&](int mi, int nj, int e, int k, int l) {
-    row_max[k] = fmaxf(row_max[k], logits[nj][mi][e]);
-    col_max[l] = fmaxf(col_max[l], logits[nj][mi][e]);
-  });
-  const int thread = thread_index(), lane = thread % 32, of_row = Shape::warp_col(thread),
-            of_col = Shape::warp_row(thread);
-  float high = -INF, low = INF;
-#pragma unroll
-  for (int k = 0; k < Place::row_count; ++k) {
-    row_max[k] = over_cols(row_max[k], Maximum());
-    high = fmaxf(high, row_max[k]);
-    low = fminf(low, row_max[k] == -INF ? INF : row_max[k]);
-    if (lane % 4 == 0) {
-      shared.of_rows.maximum[of_row][place.row_of(k)] = row_max[k];
+  const auto leave_out = [&](int mi, int nj, int e) {
+    dots[nj][mi][e] = Reduction::nothing;
+    if constexpr (Reduction::with == With::teacher) {
+      second.dots[nj][mi][e] = Reduction::nothing;
     }
-  }
-#pragma unroll
-  for (int l = 0; l < Place::col_count; ++l) {
-    col_max[l] = over_rows(col_max[l], Maximum());
-    low = fminf(low, col_max[l] == -INF ? INF : col_max[l]);
-    if (lane / 4 == 0) {
-      shared.of_cols.maximum[of_col][place.col_of(l)] = col_max[l];
+  };
+  if constexpr (Reduction::with == With::nothing) {
+    if (!mask.all()) {
+      Shape::Place::for_each([&](int mi, int nj, int e, int k, int l) {
+        const int i = place.row_of(k), j = place.col_of(l);
+        if (!mask.takes_part(shared.row, shared.col, i, j) || mask.excluded(shared.row, shared.col, i, j)) {
+          leave_out(mi, nj, e);
+        }
+      });
     }
-  }
-  high = over_warp(high, Maximum());
-  low = over_warp(low, Minimum());
-  const bool common = rows && cols && high - low <= SPREAD;
-  const float shift = shift_of(high);
-  if (lane == 0) {
-    shared.shift[of_col][of_row] = common ? shift : NAN;
-  }
-  // a shift for all of the warp's part leaves no maximum in a register
-  float row_sum[Place::row_count] = {}, col_sum[Place::col_count] = {};
-  if (common) {
-    Place::for_each([&](int mi, int nj, int e, int k, int l) {
-      const float term = exponential(logits[nj][mi][e] - shift);
-      row_sum[k] += term;
-      col_sum[l] += term;
-    });
   } else {
-    Place::for_each([&](int mi, int nj, int e, int k, int l) {
-      row_sum[k] += rows ? exponential(logits[nj][mi][e] - shift_of(row_max[k])) : 0.0f;
-      col_sum[l] += cols ? exponential(logits[nj][mi][e] - shift_of(col_max[l])) : 0.0f;
+    pairs.choose(second, shared.second, shared.row, shared.col, mask, [&](int mi, int nj, int e, int, int) {
+      return dots[nj][mi][e];
+    });
+    Reduction::evaluate(pairs.problem, dots);
+    Shape::Place::for_each([&](int mi, int nj, int e, int k, int l) {
+      if (!second.chosen.has(k, l)) {
+        leave_out(mi, nj, e);
+      }
     });
   }
-#pragma unroll
-  for (int k = 0; k < Place::row_count; ++k) {
-    row_sum[k] = over_cols(row_sum[k], Add());
-    if (lane % 4 == 0) {
-      shared.of_rows.sum[of_row][place.row_of(k)] = row_sum[k];
-    }
-  }
-#pragma unroll
-  for (int l = 0; l < Place::col_count; ++l) {
-    col_sum[l] = over_rows(col_sum[l], Add());
-    if (lane / 4 == 0) {
-      shared.of_cols.sum[of_col][place.col_of(l)] = col_sum[l];
-    }
-  }
-  if (totals) {
-    float row_total[Place::row_count] = {}, col_total[Place::col_count] = {};
-    Place::for_each([&](int mi, int nj, int e, int k, int l) {
-      const float logit = logits[nj][mi][e] == -INF ? 0.0f : logits[nj][mi][e];
-      row_total[k] += logit;
-      col_total[l] += logit;
-    });
-#pragma unroll
-    for (int k = 0; k < Place::row_count; ++k) {
-      row_total[k] = over_cols(row_total[k], Add());
-      if (lane % 4 == 0) {
-        shared.of_rows.total[of_row][place.row_of(k)] = row_total[k];
-      }
-    }
-#pragma unroll
-    for (int l = 0; l < Place::col_count; ++l) {
-      col_total[l] = over_rows(col_total[l], Add());
-      if (lane / 4 == 0) {
-        shared.of_cols.total[of_col][place.col_of(l)] = col_total[l];
-      }
-    }
-  }
 }
 
-__device__ __forceinline__ void write(const Part& part, int64_t index, const Statistics& statistics) {
-  part.maximum[index] = statistics.maximum;
-  part.sum[index] = statistics.sum;
-  if (part.total != nullptr) {
-    part.total[index] = statistics.total;
-  }
-}
-
-__device__ __forceinline__ Statistics read(const Part& part, int64_t index) {
-  return {part.maximum[index], part.sum[index], part.total == nullptr ? 0.0f : part.total[index]};
-}
-
-template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::threads, sizeof(T) == 2 ? 2 : 1) forward_kernel(
+template <typename T, typename Reduction>
+__global__ void __launch_bounds__(Reduction::Shape::threads, sizeof(T) == 2 ? 2 : 1) forward_kernel(
     Problem problem, Part row_part, Part col_part, int rows_per_group, int cols_per_strip, bool aligned) {
-  auto& shared = *reinterpret_cast<Shared<Shape>*>(shared_memory());
+  using Shape = typename Reduction::Shape;
+  auto& shared = *reinterpret_cast<Shared<Reduction>*>(shared_memory());
   const int first_row = blockIdx.x * rows_per_group, last_row = min(first_row + rows_per_group, problem.n);
   const int first_col = blockIdx.y * cols_per_strip, last_col = min(first_col + cols_per_strip, problem.m);
-  const bool rows = row_part.maximum != nullptr, cols = col_part.maximum != nullptr;
-  const bool totals = Shape::volumes && (row_part.total != nullptr || col_part.total != nullptr);
+  const bool rows = Reduction::asked(row_part), cols = Reduction::asked(col_part);
+  const bool more = Reduction::more(row_part, col_part);
   const bool mirrored = !Shape::volumes && problem.mirrored;
   // the row and the column of a tile whose statistics a thread folds, and where they are
   const auto has_row = [&](int row) { return rows && row < Shape::rows; };
@@ -216,7 +93,7 @@ __global__ void __launch_bounds__(Shape::threads, sizeof(T) == 2 ? 2 : 1) forwar
   const auto of_group = [&](int col) { return blockIdx.x * static_cast<int64_t>(problem.m) + col; };
   if (const int own_col = thread_index() - Shape::rows; has_col(own_col)) {
     for (int col = first_col + own_col; col < last_col; col += Shape::cols) {
-      write(col_part, of_group(col), {});
+      Reduction::write(col_part, of_group(col), {});
     }
   }
 
@@ -231,10 +108,12 @@ __global__ void __launch_bounds__(Shape::threads, sizeof(T) == 2 ? 2 : 1) forwar
     return col;
   };
 
-  Products<T, Shape> products(problem, shared.stages, aligned);
+  Pairs<T, Reduction> pairs(problem, shared.stages, aligned);
   typename Shape::Dots dots;
+  SecondValues<Shape, Reduction::with> second;
   for (int row = first_row; row < last_row; row += Shape::rows) {
     shared.row.load_rows(problem, row);
+    shared.second.load_rows(problem, row);
     if (const int own_row = thread_index(); has_row(own_row)) {
       shared.statistics[own_row] = {};
     }
@@ -243,43 +122,40 @@ __global__ void __launch_bounds__(Shape::threads, sizeof(T) == 2 ? 2 : 1) forwar
     }
     int col = next(row, mirrored ? max(first_col, row) : first_col);
     if (col < last_col) {
-      products.begin(row, col);
+      pairs.begin(row, col);
     }
     while (col < last_col) {
       // the tile before is reduced, so that none reads its options any more
       shared.col.load_cols(problem, col);
+      shared.second.load_cols(problem, col);
       if constexpr (Shape::volumes) {
         shared.spans.load_cols(problem, col);
       }
-      products.finish(dots);
+      pairs.finish(dots, second, shared.second, row, col);
       const int next_col = next(row, col + Shape::cols);
       if (next_col < last_col) {
-        products.begin(row, next_col);
+        pairs.begin(row, next_col);
       }
       const Mask mask(problem, row, col, Shape::rows, Shape::cols);
       const auto place = Shape::place(thread_index());
-      logits<Shape>(dots, shared, mask, place);
-      reduce<Shape>(dots, shared, place, rows, cols, totals);
+      evaluate<T, Reduction>(dots, second, shared, pairs, mask, place);
+      Reduction::reduce(shared.reduced, dots, second, place, rows, cols, more);
       __syncthreads();
       const int own_row = thread_index(), own_col = own_row - Shape::rows;
       if (has_row(own_row)) {
-        fold(shared.statistics[own_row], shared.of_rows, own_row, totals, [&](int part) {
-          return shared.shift[own_row / Shape::warp_rows][part];
-        });
+        shared.reduced.fold_row(shared.statistics[own_row], own_row, more);
       }
       // in self-similarity the tiles on the diagonal have both sides of their pairs
       const bool mirrors = !mirrored || row + Shape::rows <= col;
       if (has_col(own_col) && mirrors && col + own_col < last_col) {
-        Statistics of_col = read(col_part, of_group(col + own_col));
-        fold(of_col, shared.of_cols, own_col, totals, [&](int part) {
-          return shared.shift[part][own_col / Shape::warp_cols];
-        });
-        write(col_part, of_group(col + own_col), of_col);
+        auto of_col = Reduction::read(col_part, of_group(col + own_col));
+        shared.reduced.fold_col(of_col, own_col, more);
+        Reduction::write(col_part, of_group(col + own_col), of_col);
       }
       col = next_col;
     }
     if (const int own_row = thread_index(); has_row(own_row) && row + own_row < last_row) {
-      write(row_part, of_strip(row + own_row), shared.statistics[own_row]);
+      Reduction::write(row_part, of_strip(row + own_row), shared.statistics[own_row]);
     }
     __syncthreads();  // before the options of the next rows
   }
@@ -287,10 +163,14 @@ __global__ void __launch_bounds__(Shape::threads, sizeof(T) == 2 ? 2 : 1) forwar
 
 }  // namespace
 
-Tiling tiling(int members) {
+Tiling tiling(Reduction reduction, int members) {
   Tiling found{};
-  for_members(members, [&](auto shape) -> const char* {
-    found = {shape.rows, shape.cols};
+  Problem problem{};
+  problem.reduction = reduction;
+  problem.members = members;
+  for_reduction(problem, [&](auto chosen) -> const char* {
+    using Shape = typename decltype(chosen)::Shape;
+    found = {Shape::rows, Shape::cols};
     return nullptr;
   });
   return found;
@@ -307,13 +187,13 @@ const char* forward(
   const auto strips = (problem.m + static_cast<int64_t>(cols_per_strip) - 1) / cols_per_strip;
   const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(strips));
   return for_dtype(problem.dtype, [&](auto element) {
-    return for_members(problem.members, [&](auto shape) {
-      using Shape = decltype(shape);
+    return for_reduction(problem, [&](auto reduction) {
+      using Reduction = decltype(reduction);
       return launch(
-          forward_kernel<decltype(element), Shape>,
+          forward_kernel<decltype(element), Reduction>,
           grid,
-          Shape::threads,
-          sizeof(Shared<Shape>),
+          Reduction::Shape::threads,
+          sizeof(Shared<Reduction>),
           stream,
           problem,
           row,

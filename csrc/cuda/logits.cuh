@@ -1,29 +1,45 @@
-// Logits of a tile, in place of its products: what the options say of its rows and columns, distances, and which pairs
-// take part.
+// Logits of a tile, in place of its products: what the options say of its rows and columns, distances, a second form,
+// and which pairs take part.
 #pragma once
 
 #include "tile.cuh"
 
 namespace contrastive_ops::cuda {
 
-// What the options say of the rows or columns of a tile, in shared memory. What was not given changes nothing.
+// Calls set(i, index, inside) for each of a tile's rows or columns, `index` of the plane.
+template <int SIZE, typename Set>
+__device__ __forceinline__ void for_side(int first, int last, Set set) {
+  for (int i = thread_index(); i < SIZE; i += blockDim.x) {
+    const int index = first + i;
+    set(i, index, index < last);
+  }
+}
+
+// Scales and biases of the rows or columns of a tile, in shared memory. What was not given changes nothing.
 template <int SIZE>
-struct Options {
+struct Scales {
   float scale[SIZE];
   float bias[SIZE];
+
+  __device__ __forceinline__ void set(int i, int index, bool inside, const float* scales, const float* biases) {
+    scale[i] = inside && scales != nullptr ? scales[index] : 1.0f;
+    bias[i] = inside && biases != nullptr ? biases[index] : 0.0f;
+  }
+};
+
+// All that the options say of them.
+template <int SIZE>
+struct Options : Scales<SIZE> {
   int exclude[SIZE];
   int ids[SIZE];
 
   __device__ void load(
       const float* scales, const float* biases, const int* excludes, const int* all_ids, int first, int last) {
-    for (int i = thread_index(); i < SIZE; i += blockDim.x) {
-      const int index = first + i;
-      const bool inside = index < last;
-      scale[i] = inside && scales != nullptr ? scales[index] : 1.0f;
-      bias[i] = inside && biases != nullptr ? biases[index] : 0.0f;
+    for_side<SIZE>(first, last, [&](int i, int index, bool inside) {
+      this->set(i, index, inside, scales, biases);
       exclude[i] = inside && excludes != nullptr ? excludes[index] : -1;
       ids[i] = inside && all_ids != nullptr ? all_ids[index] : 0;
-    }
+    });
   }
 
   __device__ void load_rows(const Problem& problem, int first) {
@@ -142,7 +158,7 @@ struct Mask {
   // Whether row i and column j of the tile are a pair that counts, if it is not left out by index.
   template <int ROWS, int COLS>
   __device__ __forceinline__ bool takes_part(const Options<ROWS>& rows, const Options<COLS>& cols, int i, int j) const {
-    return row + i < n && col + j < m && (!ids || (rows.ids[i] == cols.ids[j]) == equal);
+    return all() || (row + i < n && col + j < m && (!ids || (rows.ids[i] == cols.ids[j]) == equal));
   }
 
   template <int ROWS, int COLS>
@@ -161,25 +177,206 @@ struct Mask {
   }
 };
 
-// s_ij of a pair of the tile, -inf where it does not take part; one left out by index has its own. Volumes have no
-// biases.
+// What a reduction has beside the logits.
+enum class With { nothing, guide, teacher };
+
+// What a second form has of a tile, in shared memory.
+template <typename Shape, With WITH>
+struct SecondOptions {
+  __device__ void load_rows(const Problem&, int) {}
+  __device__ void load_cols(const Problem&, int) {}
+};
+
+template <typename Shape>
+struct SecondOptions<Shape, With::guide> {
+  float row_ceiling[Shape::rows];  // inf where none is given: nothing is above it
+  float col_ceiling[Shape::cols];
+
+  __device__ void load_rows(const Problem& problem, int first) {
+    load<Shape::rows>(row_ceiling, problem.second.row_ceiling, first, problem.n);
+  }
+
+  __device__ void load_cols(const Problem& problem, int first) {
+    load<Shape::cols>(col_ceiling, problem.second.col_ceiling, first, problem.m);
+  }
+
+  template <int SIZE>
+  static __device__ void load(float (&ceiling)[SIZE], const float* ceilings, int first, int last) {
+    for_side<SIZE>(first, last, [&](int i, int index, bool inside) {
+      ceiling[i] = inside && ceilings != nullptr ? ceilings[index] : INF;
+    });
+  }
+};
+
+template <typename Shape>
+struct SecondOptions<Shape, With::teacher> {
+  Scales<Shape::rows> row;
+  Scales<Shape::cols> col;
+
+  __device__ void load_rows(const Problem& problem, int first) {
+    for_side<Shape::rows>(first, problem.n, [&](int i, int index, bool inside) {
+      row.set(i, index, inside, problem.second.row_scale, problem.second.row_bias);
+    });
+  }
+
+  __device__ void load_cols(const Problem& problem, int first) {
+    for_side<Shape::cols>(first, problem.m, [&](int i, int index, bool inside) {
+      col.set(i, index, inside, problem.second.col_scale, problem.second.col_bias);
+    });
+  }
+};
+
+// Which of a thread's pairs take part, a bit for each: all at first.
+template <typename Place>
+struct Chosen {
+  static constexpr int words = (Place::row_count * Place::col_count + 31) / 32;
+  uint32_t bits[words];
+
+  __device__ __forceinline__ Chosen() {
+#pragma unroll
+    for (uint32_t& word : bits) {
+      word = ~0u;
+    }
+  }
+
+  // Of these, those for which keeps(mi, nj, e, k, l), as in Place::for_each.
+  template <typename Keeps>
+  __device__ __forceinline__ void keep(Keeps keeps) {
+    Place::for_each([&](int mi, int nj, int e, int k, int l) {
+      const int bit = k * Place::col_count + l;
+      bits[bit / 32] &= ~(static_cast<uint32_t>(!keeps(mi, nj, e, k, l)) << bit % 32);
+    });
+  }
+
+  __device__ __forceinline__ bool has(int k, int l) const {
+    const int bit = k * Place::col_count + l;
+    return bits[bit / 32] >> bit % 32 & 1;
+  }
+};
+
+// What a thread keeps of its pairs beside the logits.
+template <typename Shape, With WITH>
+struct SecondValues {};
+
+template <typename Shape>
+struct SecondValues<Shape, With::guide> {
+  Chosen<typename Shape::Place> chosen;
+};
+
+template <typename Shape>
+struct SecondValues<Shape, With::teacher> {
+  Chosen<typename Shape::Place> chosen;
+  typename Shape::Dots dots;  // and then the logits
+};
+
+// The products of both forms of a tile's pairs, the second form's before the logits', and which of the pairs take part.
+template <typename T, typename Reduction>
+struct Pairs {
+  using Shape = typename Reduction::Shape;
+  static constexpr With with = Reduction::with;
+  using Dots = typename Shape::Dots;
+  using Values = SecondValues<Shape, with>;
+  using Given = SecondOptions<Shape, with>;
+
+  const Problem& problem;
+  Products<T, Shape> logits, second;
+  bool has_second;  // the second form, or else it is the logit
+
+  __device__ Pairs(const Problem& problem, unsigned char* stages, bool aligned)
+      : problem(problem),
+        logits(problem, {problem.x, problem.y, problem.features}, stages, aligned),
+        second(problem, problem.second.form, stages, aligned),
+        has_second(with != With::nothing && problem.second.form.x != nullptr) {}
+
+  __device__ __forceinline__ void begin(int row, int col) {
+    if (has_second) {
+      second.begin(row, col);
+    } else {
+      logits.begin(row, col);
+    }
+  }
+
+  // Of the tile at (row, col), which `begin` began.
+  __device__ __forceinline__ void finish(Dots& dots, Values& values, const Given& given, int row, int col) {
+    if constexpr (with != With::nothing) {
+      values.chosen = {};
+    }
+    if constexpr (with == With::guide) {
+      if (has_second) {
+        second.finish(dots);
+        logits.begin(row, col);
+        compare(values, given, [&](int mi, int nj, int e, int, int) { return dots[nj][mi][e]; });
+      }
+    } else if constexpr (with == With::teacher) {
+      if (has_second) {
+        second.finish(values.dots);
+        logits.begin(row, col);
+      }
+    }
+    logits.finish(dots);
+  }
+
+  // Leaves out what the options do; and by their logits, where there is no other guide. `logit_of` is called as in
+  // Place::for_each, but with the row and column of the tile.
+  template <typename Logit>
+  __device__ __forceinline__ void choose(
+      Values& values,
+      const Given& given,
+      const Options<Shape::rows>& rows,
+      const Options<Shape::cols>& cols,
+      const Mask& mask,
+      Logit logit_of) const {
+    if constexpr (with == With::guide) {
+      const bool guided = problem.second.row_ceiling != nullptr || problem.second.col_ceiling != nullptr;
+      if (guided && !has_second) {
+        compare(values, given, logit_of);
+      }
+    }
+    if constexpr (with != With::nothing) {
+      if (!mask.all()) {
+        keep(values, [&](int, int, int, int i, int j) {
+          return mask.takes_part(rows, cols, i, j) && !mask.excluded(rows, cols, i, j);
+        });
+      }
+    }
+  }
+
+ private:
+  template <typename Similarity>
+  __device__ __forceinline__ void compare(Values& values, const Given& given, Similarity similarity_of) const {
+    keep(values, [&](int mi, int nj, int e, int i, int j) {
+      const float similarity = similarity_of(mi, nj, e, i, j);
+      const bool is_above = similarity > given.row_ceiling[i] || similarity > given.col_ceiling[j];
+      return is_above == problem.second.above;
+    });
+  }
+
+  template <typename Keeps>
+  static __device__ __forceinline__ void keep(Values& values, Keeps keeps) {
+    auto place = Shape::place(thread_index());
+    values.chosen.keep([&](int mi, int nj, int e, int k, int l) {
+      if (l == 0) {  // so that what the columns have is read again for each row, and takes no registers
+        place = Shape::place(thread_index());
+      }
+      return keeps(mi, nj, e, place.row_of(k), place.col_of(l));
+    });
+  }
+};
+
+// s_ij of a pair of the tile, whether it takes part or not. Volumes have no biases.
 template <bool VOLUMES, int ROWS, int COLS>
 __device__ __forceinline__ float logit_of_pair(
-    float pair, const Options<ROWS>& rows, const Options<COLS>& cols, const Mask& mask, int i, int j) {
+    float pair, const Scales<ROWS>& rows, const Scales<COLS>& cols, int i, int j) {
   float logit = pair * (rows.scale[i] * cols.scale[j]);
   if constexpr (!VOLUMES) {
     logit += rows.bias[i] + cols.bias[j];
   }
-  return mask.all() || mask.takes_part(rows, cols, i, j) ? logit : -INF;
+  return logit;
 }
 
 // What to subtract before exp: an empty set (-inf) is shifted by 0, as (-inf) - (-inf) would be NaN.
 __device__ __forceinline__ float shift_of(float maximum) {
   return maximum == -INF ? 0.0f : maximum;
 }
-
-// One shift serves all sets of a tile if their maxima lie within this of it: a term of 2^-24 of the largest of its set
-// is e^-57 then, a normal number, as is the sum of 2^30 largest ones.
-constexpr float SPREAD = 40.0f;
 
 }  // namespace contrastive_ops::cuda

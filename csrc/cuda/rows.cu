@@ -15,6 +15,8 @@
 namespace contrastive_ops::cuda {
 namespace {
 
+using Lse = LogSumExp<Tile<0>>;
+
 // For up to FEATURES features: the gradient takes 128 registers of a thread, or 64.
 template <int FEATURES>
 struct RowsTile {
@@ -31,8 +33,8 @@ template <typename Shape>
 struct Shared {
   alignas(128) unsigned char x[Shape::rows * Shape::row_bytes];
   unsigned char y[2][Shape::cols * Shape::row_bytes];
-  Side<Shape::rows> row;
-  Side<Shape::cols> col[2];
+  Side<Lse, Shape::rows> row;
+  Side<Lse, Shape::cols> col[2];
 };
 
 // Where 16 bytes of a row lie: the exchange spreads those that eight lanes read at once, of eight rows, over all banks.
@@ -218,11 +220,16 @@ __global__ void __launch_bounds__(Shape::threads, 2) rows_kernel(
     multiply<T, Shape>(pairs, shared.x, shared.y[tiles.stage], problem.features);
     const Mask mask(problem, tiles.row, tiles.col, Shape::rows, Shape::cols);
     const Place place = place_of<Shape>(thread_index());
-    const Gradient<Place> of_tile(shared.row.weights, cols.weights, place);
+    Lse::Gradient<Place> of_tile(problem, shared.row.weights, cols.weights, place);
     Place::for_each([&](int mi, int nj, int e, int k, int l) {
       const int i = place.row_of(k), j = place.col_of(l);
       const float pair = pairs[nj][mi][e], b = cols.options.scale[j];
-      const float g = gradient_of_pair<false>(pair, of_tile, shared.row, cols, mask, i, j, k, l);
+      const float logit = logit_of_pair<false>(pair, shared.row.options, cols.options, i, j);
+      const bool takes_part = mask.takes_part(shared.row.options, cols.options, i, j);
+      if (l == 0) {
+        of_tile.begin_row(shared.row.weights, i);
+      }
+      const float g = gradient_of_pair(logit, takes_part, of_tile, shared.row, cols, mask, i, j, l);
       scale_sum[k] += g * b * pair;
       bias_sum[k] += g;
       // all scales before it is rounded: in float16 the product, in units, is what has room
@@ -278,8 +285,9 @@ __global__ void __launch_bounds__(Shape::threads, 2)
     const Place place = place_of<Shape>(thread_index());
     const auto logit_of = [&](int mi, int nj, int e, int k, int l) {
       const int i = place.row_of(k), j = place.col_of(l);
-      const float logit = logit_of_pair<false>(pairs[nj][mi][e], shared.row.options, cols.options, mask, i, j);
-      return mask.excluded(shared.row.options, cols.options, i, j) ? -INF : logit;
+      const bool takes_part = mask.takes_part(shared.row.options, cols.options, i, j) &&
+                              !mask.excluded(shared.row.options, cols.options, i, j);
+      return takes_part ? logit_of_pair<false>(pairs[nj][mi][e], shared.row.options, cols.options, i, j) : -INF;
     };
     float largest[Place::row_count];
 #pragma unroll

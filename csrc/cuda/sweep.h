@@ -1,8 +1,10 @@
-// The CUDA engine as its binding sees it: sweeps over the tiles of the N x M plane that serve similarity_logsumexp and
-// volume_logsumexp. Plain pointers to memory of the device, sizes and a stream; no header of torch.
+// The CUDA engine as its binding sees it: sweeps over the tiles of the N x M plane that serve similarity_logsumexp,
+// similarity_sum, similarity_expectation and volume_logsumexp. Plain pointers to memory of the device, sizes and a
+// stream; no header of torch.
 //
 //   s_ij = a_i b_j pair_ij + c_i + d_j
 //   pair_ij = <x_i, y_j>, or for volumes minus the distance of x_i from the span of the vectors y_j1 .. y_jP
+//   z_ij, of a second form <u_i, v_j>: a teacher's logit, or a guide's similarity
 //
 // contrastive_ops/backends/sweep.py says which kernel runs when. A null pointer is an option that was not given. Every
 // function returns the error in words, or null.
@@ -14,6 +16,11 @@
 namespace contrastive_ops::cuda {
 
 enum class Dtype { float32, bfloat16, float16 };
+
+// What is made of the pairs of a row, or column, that take part: the logarithm of the sum of e^s, the sum of a function
+// of s, or the mean of s under the softmax of z.
+enum class Reduction { logsumexp, sum, expectation };
+enum class Function { identity, softplus, relu, sigmoid, square, step };
 
 // What the options of the op say of every row and every column.
 struct Vectors {
@@ -33,14 +40,37 @@ struct Span {
   const float* square;   // [N], |x_i|^2
 };
 
+// What pairs are products of.
+struct Form {
+  const void* x;  // [N, D]
+  const void* y;  // [M, D]
+  int features;
+};
+
+// A second form of every pair, its x and y null where it is the logit itself: the logit of a teacher, with scales and
+// biases of its own, or the similarity of a guide. Pairs above the ceiling of their row or their column take no part.
+struct Second {
+  Form form;
+  const float* row_scale;
+  const float* col_scale;
+  const float* row_bias;
+  const float* col_bias;
+  const float* row_ceiling;
+  const float* col_ceiling;
+  bool above;  // they alone take part
+};
+
 struct Problem {
   Dtype dtype;
-  const void* x;  // [N, D]
-  const void* y;  // [M, D], for volumes [M, P, D]
+  Reduction reduction;
+  Function function;  // of sums
+  const void* x;      // [N, D]
+  const void* y;      // [M, D], for volumes [M, P, D]
   int n, m, features;
   int members;  // P of volumes, 1 to 4; 0 of pairs
   Vectors vectors;
   Span span;
+  Second second;
   bool mirrored;  // self-similarity, y is x: forward visits the tiles on and above the diagonal
   bool equal;     // pairs of equal ids take part, rather than those of unequal ones
   bool tf32;      // float32 products in TF32; else in three of them, as accurate as in float32 where values are finite
@@ -48,8 +78,9 @@ struct Problem {
 
 // Gradients of what the op returned, and the maxima that go with those of the log-sum-exps.
 //   dL/dlse_i e^(s - lse_i) = row_weight_i e^(s - row_max_i), row_weight_i = dL/dlse_i e^-log_sum_i
+//   dL/dmean_i t_ij = row_share_i e^(z - teacher_row_max_i)
 struct Incoming {
-  const float* row_weight;
+  const float* row_weight;  // of sums dL/dsum_i, without a maximum
   const float* col_weight;
   const float* row_max;  // inf for an empty set: e^(s - max) = 0
   const float* col_max;
@@ -57,13 +88,23 @@ struct Incoming {
   const float* col_excluded;
   const float* row_total;
   const float* col_total;
+  const float* row_share;
+  const float* col_share;
+  const float* teacher_row_max;  // null where the teacher's are those of the logits
+  const float* teacher_col_max;
+  const float* row_mean;
+  const float* col_mean;
 };
 
 // Partial statistics of one direction, [parts, size].
 struct Part {
   float* maximum;
-  float* sum;
-  float* total;
+  float* sum;    // of e^(s - maximum)
+  float* total;  // of volumes: of s
+  float* teacher_maximum;
+  float* teacher_sum;  // of e^(z - teacher_maximum)
+  float* moment;       // of e^(z - teacher_maximum) s; where z is s of e^(s - maximum) s
+  double* values;      // of sums, which have nothing else: of f(s)
 };
 
 // Partial sums of the gradients of one direction, [parts, size].
@@ -71,6 +112,8 @@ struct Sums {
   float* scale;
   float* bias;
   float* along;  // of volumes: what x_i itself has of its gradient
+  float* teacher_scale;
+  float* teacher_bias;
 };
 
 // A block of the plane, of whole tiles or as far as the plane goes, and the coefficients' rows in the workspace:
@@ -83,7 +126,7 @@ struct Block {
 struct Tiling {
   int rows, cols;
 };
-Tiling tiling(int members);
+Tiling tiling(Reduction reduction, int members);
 // Rows and columns of a tile of `rows`; {0, 0} where it takes no such problem.
 Tiling rows_tiling(Dtype dtype, int features);
 
@@ -100,7 +143,8 @@ const char* forward(
 // The logit of every row with the column that it leaves out; -inf where it leaves out none.
 const char* excluded(const Problem& problem, float* logits, cudaStream_t stream);
 
-// Joins the partials [parts, size], and those of the mirror [mirrors, size], in their order.
+// Joins the partials [parts, size], and those of the mirror [mirrors, size], in their order: maxima, sums, and moments
+// where there is a mean.
 const char* merge(
     const Part& part,
     int parts,
@@ -108,16 +152,18 @@ const char* merge(
     int mirrors,
     float* maximum,
     float* log_sum,
+    float* mean,
     int size,
     cudaStream_t stream);
 
-// Coefficients g a b / unit, at most 2^14 in float16, of a block in the dtype of the features, [rows, stride] or for
-// volumes [P, rows, stride], and the partial sums of its tiles.
+// Coefficients g a b / unit, at most 2^14 in float16, of a block in the dtype of the features, [planes, rows, stride],
+// and the partial sums of its tiles. Of volumes P planes; of pairs one, and a second one of a teacher with gradients.
 const char* block(
     const Problem& problem,
     const Incoming& incoming,
-    const float* unit,
+    const float* unit,  // [planes], or of volumes one
     void* coefficients,
+    int planes,
     const Sums& row,
     const Sums& col,
     const Block& block,

@@ -89,13 +89,14 @@ struct Minimum {
   }
 };
 
-// The tile of `forward` and `block` for volumes of P vectors a column, or for pairs: P = 0.
-template <int P>
+// The tile of `forward` and `block` for volumes of P vectors a column, or for pairs: P = 0. With two forms of a pair
+// at once it has half the columns, as has the tile of two vectors.
+template <int P, int FORMS = 1>
 struct Tile {
   static constexpr bool volumes = P > 0;
   static constexpr int members = volumes ? P : 1;
   static constexpr int rows = 128;
-  static constexpr int cols = members == 1 ? 128 : members == 2 ? 64 : 32;
+  static constexpr int cols = members * FORMS == 1 ? 128 : members * FORMS == 2 ? 64 : 32;
   static constexpr int warps_of_rows = 2, warps_of_cols = 4;
   static constexpr int threads = 32 * warps_of_rows * warps_of_cols;
   static constexpr int warp_rows = rows / warps_of_rows, warp_cols = cols / warps_of_cols;
@@ -121,6 +122,31 @@ struct Tile {
     return Place(thread % 32, warp_row(thread) * warp_rows, warp_col(thread) * warp_cols);
   }
 };
+
+// Stores sums over the pairs of a warp's part of the tile: of rows for its warp of columns, and the other way round.
+template <typename Shape, int ROW_COUNT, int COL_COUNT>
+__device__ __forceinline__ void store_sums(
+    float (&of_rows)[Shape::warps_of_cols][Shape::rows],
+    float (&of_cols)[Shape::warps_of_rows][Shape::cols],
+    const float (&row_sum)[ROW_COUNT],
+    const float (&col_sum)[COL_COUNT],
+    const typename Shape::Place& place) {
+  const int thread = thread_index(), lane = thread % 32;
+#pragma unroll
+  for (int k = 0; k < ROW_COUNT; ++k) {
+    const float sum = over_cols(row_sum[k], Add());
+    if (lane % 4 == 0) {
+      of_rows[Shape::warp_col(thread)][place.row_of(k)] = sum;
+    }
+  }
+#pragma unroll
+  for (int l = 0; l < COL_COUNT; ++l) {
+    const float sum = over_rows(col_sum[l], Add());
+    if (lane / 4 == 0) {
+      of_cols[Shape::warp_row(thread)][place.col_of(l)] = sum;
+    }
+  }
+}
 
 // Where 16 bytes of a slab's row lie: the four of two rows fill all banks, and the exchange spreads those that eight
 // lanes read at once, of eight rows, over all banks, too.
@@ -156,12 +182,13 @@ struct Products {
   static constexpr int slab_features = Shape::slab_bytes / sizeof(T);
 
   const Problem& problem;
+  Form form;
   unsigned char* stages;  // in shared memory
   bool aligned;
   int row = 0, col = 0;
 
-  __device__ Products(const Problem& problem, unsigned char* stages, bool aligned)
-      : problem(problem), stages(stages), aligned(aligned) {}
+  __device__ Products(const Problem& problem, const Form& form, unsigned char* stages, bool aligned)
+      : problem(problem), form(form), stages(stages), aligned(aligned) {}
 
   // Starts to copy the first slabs of the tile at (row, col).
   __device__ void begin(int tile_row, int tile_col) {
@@ -177,14 +204,14 @@ struct Products {
   // The row of x or y that is this row of a slab; null beyond the last.
   __device__ __forceinline__ const T* source(int slab_row) const {
     if (slab_row < Shape::rows) {
-      const T* x = static_cast<const T*>(problem.x);
-      return row + slab_row < problem.n ? x + static_cast<int64_t>(row + slab_row) * problem.features : nullptr;
+      const T* x = static_cast<const T*>(form.x);
+      return row + slab_row < problem.n ? x + static_cast<int64_t>(row + slab_row) * form.features : nullptr;
     }
-    const T* y = static_cast<const T*>(problem.y);
+    const T* y = static_cast<const T*>(form.y);
     const int member = (slab_row - Shape::rows) / Shape::cols;
     const int of_col = col + (slab_row - Shape::rows) % Shape::cols;
     const int64_t vector = static_cast<int64_t>(of_col) * Shape::members + member;
-    return of_col < problem.m ? y + vector * problem.features : nullptr;
+    return of_col < problem.m ? y + vector * form.features : nullptr;
   }
 
   // A group of copies for each slab, also where there is none: the waits count groups.
@@ -192,14 +219,14 @@ struct Products {
     constexpr int rows_at_once = Shape::threads / 4;
     const int chunk = thread % 4;
     const int feature = slab * slab_features + chunk * (16 / static_cast<int>(sizeof(T)));
-    if (slab * slab_features < problem.features) {
+    if (slab * slab_features < form.features) {
       unsigned char* stage = stages + slab % Shape::stages * Shape::stage_bytes;
 #pragma unroll 2
       for (int first = 0; first < Shape::slab_rows; first += rows_at_once) {
         const int slab_row = first + thread / 4;
         if (slab_row < Shape::slab_rows) {
           unsigned char* to = stage + slab_offset(slab_row, chunk);
-          copy_chunk(to, source(slab_row), feature, problem.features, aligned);
+          copy_chunk(to, source(slab_row), feature, form.features, aligned);
         }
       }
     }
@@ -218,7 +245,7 @@ struct Products {
         }
       }
     }
-    const int thread = thread_index(), slabs = (problem.features + slab_features - 1) / slab_features;
+    const int thread = thread_index(), slabs = (form.features + slab_features - 1) / slab_features;
 #pragma unroll 1
     for (int slab = 0; slab < slabs; ++slab) {
       copy_async_wait<Shape::stages - 2>();
@@ -315,14 +342,17 @@ struct Products {
   }
 };
 
-// Whether rows of the features can be copied in chunks of 16 bytes.
+// Whether rows of the features can be copied in chunks of 16 bytes, of both forms of a pair.
 inline bool is_aligned(const Problem& problem) {
   const int bytes = problem.dtype == Dtype::float32 ? 4 : 2;
-  const auto x = reinterpret_cast<uintptr_t>(problem.x), y = reinterpret_cast<uintptr_t>(problem.y);
-  return static_cast<int64_t>(problem.features) * bytes % 16 == 0 && x % 16 == 0 && y % 16 == 0;
+  const auto fits = [&](const Form& form) {
+    const auto x = reinterpret_cast<uintptr_t>(form.x), y = reinterpret_cast<uintptr_t>(form.y);
+    return static_cast<int64_t>(form.features) * bytes % 16 == 0 && x % 16 == 0 && y % 16 == 0;
+  };
+  return fits({problem.x, problem.y, problem.features}) && fits(problem.second.form);
 }
 
-// Calls run with a value of the type of the features, or with the Tile of volumes of so many members.
+// Calls run with a value of the type of the features.
 template <typename Run>
 const char* for_dtype(Dtype dtype, Run run) {
   switch (dtype) {
@@ -332,24 +362,6 @@ const char* for_dtype(Dtype dtype, Run run) {
       return run(__nv_bfloat16());
     default:
       return run(__half());
-  }
-}
-
-template <typename Run>
-const char* for_members(int members, Run run) {
-  switch (members) {
-    case 0:
-      return run(Tile<0>());
-    case 1:
-      return run(Tile<1>());
-    case 2:
-      return run(Tile<2>());
-    case 3:
-      return run(Tile<3>());
-    case 4:
-      return run(Tile<4>());
-    default:
-      return "the volumes are of 1 to 4 vectors and an anchor";
   }
 }
 

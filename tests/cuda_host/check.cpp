@@ -36,6 +36,9 @@ struct Case {
   bool small = false;             // less than a tile
   bool misaligned = false;        // x and y begin where no 16 bytes do
   bool no_gradient = false;       // of the features: sums only
+  Reduction reduction = Reduction::logsumexp;
+  Function function = Function::identity;
+  bool second = false, ceilings = false, above = false;
 };
 
 const Case CASES[] = {
@@ -85,6 +88,82 @@ const Case CASES[] = {
      .ids = true,
      .equal = true},
     {.name = "float16 sums", .dtype = Dtype::float16, .features = 16, .scales = true, .no_gradient = true},
+    {.name = "float32 guide",
+     .dtype = Dtype::float32,
+     .features = 20,
+     .scales = true,
+     .exclude = true,
+     .second = true,
+     .ceilings = true},
+    {.name = "bfloat16 guide self",
+     .dtype = Dtype::bfloat16,
+     .features = 40,
+     .ids = true,
+     .mirrored = true,
+     .second = true,
+     .ceilings = true,
+     .above = true},
+    {.name = "float16 ceilings", .dtype = Dtype::float16, .features = 24, .cols = false, .ceilings = true},
+    {.name = "float32 softplus",
+     .dtype = Dtype::float32,
+     .features = 20,
+     .scales = true,
+     .biases = true,
+     .exclude = true,
+     .ids = true,
+     .reduction = Reduction::sum,
+     .function = Function::softplus},
+    {.name = "bfloat16 sigmoid self",
+     .dtype = Dtype::bfloat16,
+     .features = 48,
+     .exclude = true,
+     .mirrored = true,
+     .reduction = Reduction::sum,
+     .function = Function::sigmoid},
+    {.name = "float16 square guide",
+     .dtype = Dtype::float16,
+     .features = 33,
+     .biases = true,
+     .reduction = Reduction::sum,
+     .function = Function::square,
+     .second = true,
+     .ceilings = true},
+    {.name = "bfloat16 relu small",
+     .dtype = Dtype::bfloat16,
+     .features = 16,
+     .cols = false,
+     .small = true,
+     .reduction = Reduction::sum,
+     .function = Function::relu},
+    {.name = "float32 expectation",
+     .dtype = Dtype::float32,
+     .features = 20,
+     .scales = true,
+     .biases = true,
+     .exclude = true,
+     .ids = true,
+     .reduction = Reduction::expectation,
+     .second = true},
+    {.name = "bfloat16 expectation self",
+     .dtype = Dtype::bfloat16,
+     .features = 40,
+     .exclude = true,
+     .mirrored = true,
+     .reduction = Reduction::expectation,
+     .second = true},
+    {.name = "bfloat16 expectation cols",
+     .dtype = Dtype::bfloat16,
+     .features = 24,
+     .scales = true,
+     .rows = false,
+     .reduction = Reduction::expectation},
+    {.name = "float16 expectation",
+     .dtype = Dtype::float16,
+     .features = 37,
+     .scales = true,
+     .misaligned = true,
+     .reduction = Reduction::expectation,
+     .second = true},
     {.name = "volume 1", .dtype = Dtype::float32, .features = 20, .members = 1, .scales = true},
     {.name = "volume 2", .dtype = Dtype::bfloat16, .features = 40, .members = 2, .scales = true, .exclude = true},
     {.name = "volume 2 tf32", .dtype = Dtype::float32, .features = 36, .members = 2, .tf32 = true},
@@ -287,8 +366,9 @@ Factor factor_of(const Features& vectors, size_t set, int members, int features)
 struct Inputs {
   Case options;
   int n, m;
-  Features x, y;
+  Features x, y, u, v;
   Floats row_scale, col_scale, row_bias, col_bias, inverse, square;
+  Floats teacher_row_scale, teacher_col_scale, teacher_row_bias, teacher_col_bias, row_ceiling, col_ceiling;
   Ints row_exclude, col_exclude, row_ids, col_ids;
 
   Inputs(const Case& options, int n, int m)
@@ -296,14 +376,42 @@ struct Inputs {
         n(n),
         m(m),
         x(options.dtype, static_cast<size_t>(n) * options.features, options.misaligned),
-        y(options.dtype, static_cast<size_t>(m) * columns() * options.features, options.misaligned) {
+        y(options.dtype, static_cast<size_t>(m) * columns() * options.features, options.misaligned),
+        u(options.dtype, static_cast<size_t>(n) * second_features()),
+        v(options.dtype, static_cast<size_t>(m) * second_features()) {
     for (size_t i = 0; i < static_cast<size_t>(n) * options.features; ++i) {
       x.set(i, static_cast<float>(normal()));
     }
     for (size_t j = 0; j < static_cast<size_t>(m) * columns() * options.features; ++j) {
       y.set(j, static_cast<float>(options.mirrored ? x[j] : normal()));
     }
+    for (size_t i = 0; i < static_cast<size_t>(n) * second_features(); ++i) {
+      u.set(i, static_cast<float>(below(3) - 1));  // small integers: no rounding moves a pair across its ceiling
+    }
+    for (size_t j = 0; j < static_cast<size_t>(m) * second_features(); ++j) {
+      v.set(j, static_cast<float>(options.mirrored ? u[j] : below(3) - 1));
+    }
     const double scale = 4 / std::sqrt(options.features);
+    const bool teaches = options.reduction == Reduction::expectation && options.second;
+    if (options.scales && teaches) {
+      teacher_row_scale = random_floats(n, scale, 0.1);
+      teacher_col_scale = random_floats(m, 1, 0.1);
+    }
+    if (options.biases && teaches) {
+      teacher_row_bias = random_floats(n, 0, 1);
+      teacher_col_bias = random_floats(m, 0, 1);
+    }
+    if (options.ceilings) {
+      for (int i = 0; i < n; ++i) {
+        row_ceiling.push_back(static_cast<float>(options.second ? below(4) - 0.5 : normal()));
+      }
+      for (int j = 0; j < m && options.cols; ++j) {
+        col_ceiling.push_back(static_cast<float>(options.second ? below(4) + 0.5 : 1 + normal()));
+      }
+      if (options.mirrored) {
+        col_ceiling = row_ceiling;
+      }
+    }
     if (options.scales) {
       row_scale = random_floats(n, scale, 0.1);
       col_scale = random_floats(m, 1, 0.1);
@@ -359,9 +467,19 @@ struct Inputs {
     return options.members > 0 ? options.members : 1;
   }
 
+  int second_features() const {
+    return options.second ? options.features - 8 : 0;
+  }
+
+  bool teaches() const {
+    return options.reduction == Reduction::expectation && options.second;
+  }
+
   Problem problem() {
     return {
         options.dtype,
+        options.reduction,
+        options.function,
         x.data(),
         y.data(),
         n,
@@ -377,6 +495,14 @@ struct Inputs {
          if_any(row_ids),
          if_any(col_ids)},
         {if_any(inverse), if_any(square)},
+        {{options.second ? u.data() : nullptr, options.second ? v.data() : nullptr, second_features()},
+         if_any(teacher_row_scale),
+         if_any(teacher_col_scale),
+         if_any(teacher_row_bias),
+         if_any(teacher_col_bias),
+         if_any(row_ceiling),
+         if_any(col_ceiling),
+         options.above},
         options.mirrored,
         options.equal,
         options.tf32};
@@ -391,13 +517,52 @@ struct Pair {
   bool takes_part;
   bool named_by_row, named_by_col;
   std::vector<double> coordinates;  // of volumes
+  double second = 0;                // <u, v>
+  double second_scale = 1;
+  double teacher = 0;  // its logit
+  double function = 0;
+  double derivative = 1;
+};
+
+// A function that is summed, and its derivative.
+void evaluate(Function function, double s, double& value, double& derivative) {
+  const double sigmoid = 1 / (1 + std::exp(-s));
+  switch (function) {
+    case Function::identity:
+      value = s, derivative = 1;
+      break;
+    case Function::softplus:
+      value = std::fmax(s, 0) + std::log1p(std::exp(-std::fabs(s))), derivative = sigmoid;
+      break;
+    case Function::relu:
+      value = std::fmax(s, 0), derivative = s > 0;
+      break;
+    case Function::sigmoid:
+      value = sigmoid, derivative = sigmoid * (1 - sigmoid);
+      break;
+    case Function::square:
+      value = s * s, derivative = 2 * s;
+      break;
+    case Function::step:
+      value = s > 0, derivative = 0;
+      break;
+  }
+}
+
+// Log-sum-exps and means of a direction under the softmax of a logit.
+struct Softmaxes {
+  std::vector<double> maximum, log_sum;
+  std::vector<Sum> mean;
+
+  explicit Softmaxes(size_t size) : maximum(size, -INFINITE), log_sum(size), mean(size) {}
 };
 
 struct Truth {
   const Inputs& inputs;
   std::vector<Pair> pairs;
   std::vector<double> row_max, col_max, row_log_sum, col_log_sum;
-  std::vector<Sum> row_total, col_total;
+  std::vector<Sum> row_total, col_total, row_values, col_values;
+  Softmaxes row_teacher, col_teacher;
 
   explicit Truth(const Inputs& inputs)
       : inputs(inputs),
@@ -406,7 +571,11 @@ struct Truth {
         row_log_sum(inputs.n),
         col_log_sum(inputs.m),
         row_total(inputs.n),
-        col_total(inputs.m) {
+        col_total(inputs.m),
+        row_values(inputs.n),
+        col_values(inputs.m),
+        row_teacher(inputs.n),
+        col_teacher(inputs.m) {
     for (int i = 0; i < inputs.n; ++i) {
       for (int j = 0; j < inputs.m; ++j) {
         pairs.push_back(pair_of(i, j));
@@ -416,6 +585,10 @@ struct Truth {
           col_max[j] = std::fmax(col_max[j], pair.logit);
           row_total[i].add(pair.logit);
           col_total[j].add(pair.logit);
+          row_values[i].add(pair.function);
+          col_values[j].add(pair.function);
+          row_teacher.maximum[i] = std::fmax(row_teacher.maximum[i], pair.teacher);
+          col_teacher.maximum[j] = std::fmax(col_teacher.maximum[j], pair.teacher);
         }
       }
     }
@@ -424,10 +597,20 @@ struct Truth {
         if (at(i, j).takes_part) {
           row_log_sum[i] += std::exp(at(i, j).logit - row_max[i]);
           col_log_sum[j] += std::exp(at(i, j).logit - col_max[j]);
+          row_teacher.log_sum[i] += std::exp(at(i, j).teacher - row_teacher.maximum[i]);
+          col_teacher.log_sum[j] += std::exp(at(i, j).teacher - col_teacher.maximum[j]);
         }
       }
     }
-    for (std::vector<double>* sums : {&row_log_sum, &col_log_sum}) {
+    for (int i = 0; i < inputs.n; ++i) {
+      for (int j = 0; j < inputs.m; ++j) {
+        if (at(i, j).takes_part) {
+          row_teacher.mean[i].add(at(i, j).logit * row_share(i, j));
+          col_teacher.mean[j].add(at(i, j).logit * col_share(i, j));
+        }
+      }
+    }
+    for (std::vector<double>* sums : {&row_log_sum, &col_log_sum, &row_teacher.log_sum, &col_teacher.log_sum}) {
       for (double& sum : *sums) {
         sum = std::log(sum);
       }
@@ -439,6 +622,15 @@ struct Truth {
   }
 
  private:
+  // Before the logarithms are taken.
+  double row_share(int i, int j) const {
+    return std::exp(at(i, j).teacher - row_teacher.maximum[i]) / row_teacher.log_sum[i];
+  }
+
+  double col_share(int i, int j) const {
+    return std::exp(at(i, j).teacher - col_teacher.maximum[j]) / col_teacher.log_sum[j];
+  }
+
   double dot(int i, size_t vector) const {
     double sum = 0;
     for (int k = 0; k < inputs.options.features; ++k) {
@@ -475,6 +667,21 @@ struct Truth {
     pair.named_by_col = !inputs.col_exclude.empty() && inputs.col_exclude[j] == i;
     const bool by_ids = inputs.row_ids.empty() || (inputs.row_ids[i] == inputs.col_ids[j]) == inputs.options.equal;
     pair.takes_part = by_ids && !pair.named_by_row && !pair.named_by_col;
+    for (int k = 0; k < inputs.second_features(); ++k) {
+      pair.second += inputs.u[static_cast<size_t>(i) * inputs.second_features() + k] *
+                     inputs.v[static_cast<size_t>(j) * inputs.second_features() + k];
+    }
+    if (inputs.options.ceilings) {
+      const double similarity = inputs.options.second ? pair.second : pair.logit;
+      const bool above = similarity > value_or(inputs.row_ceiling, i, INFINITE) ||
+                         similarity > value_or(inputs.col_ceiling, j, INFINITE);
+      pair.takes_part = pair.takes_part && above == inputs.options.above;
+    }
+    pair.second_scale = value_or(inputs.teacher_row_scale, i, 1) * value_or(inputs.teacher_col_scale, j, 1);
+    pair.teacher = !inputs.teaches() ? pair.logit
+                                     : pair.second * pair.second_scale + value_or(inputs.teacher_row_bias, i, 0) +
+                                           value_or(inputs.teacher_col_bias, j, 0);
+    evaluate(inputs.options.function, pair.logit, pair.function, pair.derivative);
     return pair;
   }
 };
@@ -489,13 +696,53 @@ int divide_up(int a, int b) {
 }
 
 struct Partials {
-  Floats maximum, sum, total;
+  Floats maximum, sum, total, teacher_maximum, teacher_sum, moment;
+  std::vector<double> values;
 
-  Partials(bool wanted, bool totals, size_t size)
-      : maximum(wanted ? size : 0, UNWRITTEN), sum(maximum), total(totals ? maximum : Floats()) {}
+  Partials(const Case& options, bool wanted, size_t size) {
+    const Floats unwritten(wanted ? size : 0, UNWRITTEN);
+    if (options.reduction == Reduction::sum) {
+      values.assign(wanted ? size : 0, UNWRITTEN);
+      return;
+    }
+    maximum = sum = unwritten;
+    if (options.members > 0) {
+      total = unwritten;
+    }
+    if (options.reduction == Reduction::expectation) {
+      moment = unwritten;
+      if (options.second) {
+        teacher_maximum = teacher_sum = unwritten;
+      }
+    }
+  }
+
+  bool empty() const {
+    return maximum.empty() && values.empty();
+  }
 
   Part part() {
-    return {if_any(maximum), if_any(sum), if_any(total)};
+    return {
+        if_any(maximum),
+        if_any(sum),
+        if_any(total),
+        if_any(teacher_maximum),
+        if_any(teacher_sum),
+        if_any(moment),
+        values.empty() ? nullptr : values.data()};
+  }
+
+  // The softmax that has the moments.
+  Part of_mean() {
+    const Part all = part();
+    return {
+        teacher_maximum.empty() ? all.maximum : all.teacher_maximum,
+        teacher_sum.empty() ? all.sum : all.teacher_sum,
+        nullptr,
+        nullptr,
+        nullptr,
+        all.moment,
+        nullptr};
   }
 };
 
@@ -529,32 +776,89 @@ void expect_totals(
   }
 }
 
+// What a direction of `forward` gave, joined: `true_values` of a sum, or the statistics.
+void check_direction(
+    const char* what,
+    const Case& options,
+    Partials& partials,
+    int parts,
+    Partials* mirror,
+    int mirrors,
+    const std::vector<double>& true_maximum,
+    const std::vector<double>& true_log_sum,
+    const std::vector<Sum>& true_totals,
+    const std::vector<Sum>& true_values,
+    const Softmaxes& of_teacher) {
+  const size_t size = true_maximum.size();
+  for (size_t i = 0; i < size && options.reduction == Reduction::sum; ++i) {
+    double value = 0;
+    for (int part = 0; part < parts; ++part) {
+      value += partials.values[part * size + i];
+    }
+    for (int part = 0; part < mirrors; ++part) {
+      value += mirror->values[part * size + i];
+    }
+    expect(what, i, value, true_values[i].value, tolerance_of(options) * (1 + true_values[i].size));
+  }
+  if (options.reduction == Reduction::sum) {
+    return;
+  }
+  Floats maximum(size, UNWRITTEN), log_sum(size, UNWRITTEN), mean(size, UNWRITTEN);
+  const auto join = [&](Part part, Part of_mirror, float* of_mean) {
+    succeed(
+        "merge",
+        merge(
+            part, parts, of_mirror, mirrors, maximum.data(), log_sum.data(), of_mean, static_cast<int>(size), nullptr));
+  };
+  join(partials.part(), mirror == nullptr ? Part{} : mirror->part(), nullptr);
+  expect_statistics(what, options, maximum, log_sum, true_maximum, true_log_sum);
+  expect_totals(what, options, partials.total, parts, true_totals);
+  if (options.reduction == Reduction::expectation) {
+    join(partials.of_mean(), mirror == nullptr ? Part{} : mirror->of_mean(), mean.data());
+    expect_statistics(what, options, maximum, log_sum, of_teacher.maximum, of_teacher.log_sum);
+    for (size_t i = 0; i < size; ++i) {
+      expect(what, i, mean[i], of_teacher.mean[i].value, 2 * tolerance_of(options) * (5 + of_teacher.mean[i].size));
+    }
+  }
+}
+
 // `tiles` in a group of rows and in a strip of columns.
 void check_forward(Inputs& inputs, const Truth& truth, int tiles) {
   const Case& options = inputs.options;
   const int n = inputs.n, m = inputs.m;
-  const Tiling tile = tiling(options.members);
+  const Tiling tile = tiling(options.reduction, options.members);
   const int rows_per_group = tiles * tile.rows, cols_per_strip = tiles * tile.cols;
   const int groups = divide_up(n, rows_per_group), strips = divide_up(m, cols_per_strip);
-  const bool totals = options.members > 0;
-  Partials row(options.rows || options.mirrored, totals, static_cast<size_t>(strips) * n);
-  Partials col(options.cols || options.mirrored, totals, static_cast<size_t>(groups) * m);
+  Partials row(options, options.rows || options.mirrored, static_cast<size_t>(strips) * n);
+  Partials col(options, options.cols || options.mirrored, static_cast<size_t>(groups) * m);
   succeed("forward", forward(inputs.problem(), row.part(), col.part(), rows_per_group, cols_per_strip, nullptr));
-  Floats maximum(n, UNWRITTEN), log_sum(n, UNWRITTEN);
-  if (!row.maximum.empty()) {
-    const Part mirror = options.mirrored ? col.part() : Part{};
-    succeed(
-        "merge",
-        merge(row.part(), strips, mirror, options.mirrored ? groups : 0, maximum.data(), log_sum.data(), n, nullptr));
-    expect_statistics("row", options, maximum, log_sum, truth.row_max, truth.row_log_sum);
-    expect_totals("row_total", options, row.total, strips, truth.row_total);
+  if (!row.empty()) {
+    check_direction(
+        "row",
+        options,
+        row,
+        strips,
+        options.mirrored ? &col : nullptr,
+        options.mirrored ? groups : 0,
+        truth.row_max,
+        truth.row_log_sum,
+        truth.row_total,
+        truth.row_values,
+        truth.row_teacher);
   }
-  if (!col.maximum.empty() && !options.mirrored) {
-    maximum.assign(m, UNWRITTEN);
-    log_sum.assign(m, UNWRITTEN);
-    succeed("merge", merge(col.part(), groups, Part{}, 0, maximum.data(), log_sum.data(), m, nullptr));
-    expect_statistics("col", options, maximum, log_sum, truth.col_max, truth.col_log_sum);
-    expect_totals("col_total", options, col.total, groups, truth.col_total);
+  if (!col.empty() && !options.mirrored) {
+    check_direction(
+        "col",
+        options,
+        col,
+        groups,
+        nullptr,
+        0,
+        truth.col_max,
+        truth.col_log_sum,
+        truth.col_total,
+        truth.col_values,
+        truth.col_teacher);
   }
 }
 
@@ -571,19 +875,35 @@ void check_excluded(Inputs& inputs, const Truth& truth) {
 // Gradients that come in, and with them those of every logit.
 struct Gradients {
   Floats row_weight, col_weight, row_max, col_max, row_excluded, col_excluded, row_total, col_total;
-  std::vector<Sum> of_logits;
-  float unit = 1;
+  Floats row_share, col_share, row_share_max, col_share_max, row_mean, col_mean;
+  std::vector<Sum> of_logits, of_teacher;
+  float unit[2] = {1, 1};
+  bool teaches;
 
   explicit Gradients(const Truth& truth) {
     const Inputs& inputs = truth.inputs;
     const Case& options = inputs.options;
-    if (options.rows) {
+    teaches = inputs.teaches();
+    const bool is_sum = options.reduction == Reduction::sum, is_mean = options.reduction == Reduction::expectation;
+    if (is_sum) {
+      row_weight = options.rows ? random_floats(inputs.n, 0, 1) : Floats();
+      col_weight = options.mirrored ? row_weight : options.cols ? random_floats(inputs.m, 0, 1) : Floats();
+    }
+    if (options.rows && !is_sum) {
       weigh(truth.row_max, truth.row_log_sum, row_weight, row_max);
     }
-    if (options.cols) {
+    if (options.cols && !is_sum) {
       weigh(truth.col_max, truth.col_log_sum, col_weight, col_max);
     }
-    if (options.exclude && options.members == 0) {
+    if (options.rows && is_mean) {
+      weigh(truth.row_teacher.maximum, truth.row_teacher.log_sum, row_share, row_share_max);
+      row_mean = means(truth.row_teacher);
+    }
+    if (options.cols && is_mean) {
+      weigh(truth.col_teacher.maximum, truth.col_teacher.log_sum, col_share, col_share_max);
+      col_mean = means(truth.col_teacher);
+    }
+    if (options.exclude && options.members == 0 && !is_mean) {
       row_excluded = random_floats(inputs.n, 0, 0.1);
       col_excluded = options.mirrored ? row_excluded : Floats();
     }
@@ -591,15 +911,19 @@ struct Gradients {
       row_total = options.rows ? random_floats(inputs.n, 0, 0.01) : Floats();
       col_total = options.cols ? random_floats(inputs.m, 0, 0.01) : Floats();
     }
-    double largest = 0;
+    double largest = 0, largest_of_teacher = 0;
     for (int i = 0; i < inputs.n; ++i) {
       for (int j = 0; j < inputs.m; ++j) {
-        of_logits.push_back(of_logit(truth.at(i, j), i, j));
-        largest = std::fmax(largest, of_logits.back().size * std::fabs(truth.at(i, j).scale));
+        const Pair& pair = truth.at(i, j);
+        of_logits.push_back(is_sum ? of_value(pair, i, j) : of_logit(pair, i, j));
+        of_teacher.push_back(of_mean(pair, i, j, of_logits.back()));
+        largest = std::fmax(largest, of_logits.back().size * std::fabs(pair.scale));
+        largest_of_teacher = std::fmax(largest_of_teacher, of_teacher.back().size * std::fabs(pair.second_scale));
       }
     }
     if (options.dtype == Dtype::float16) {
-      unit = static_cast<float>(largest * 0x1p-14);
+      unit[0] = static_cast<float>(largest * 0x1p-14);
+      unit[1] = static_cast<float>(largest_of_teacher * 0x1p-14);
     }
   }
 
@@ -612,10 +936,58 @@ struct Gradients {
         if_any(row_excluded),
         if_any(col_excluded),
         if_any(row_total),
-        if_any(col_total)};
+        if_any(col_total),
+        if_any(row_share),
+        if_any(col_share),
+        teaches ? if_any(row_share_max) : nullptr,
+        teaches ? if_any(col_share_max) : nullptr,
+        if_any(row_mean),
+        if_any(col_mean)};
   }
 
  private:
+  static Floats means(const Softmaxes& softmaxes) {
+    Floats means;
+    for (const Sum& mean : softmaxes.mean) {
+      means.push_back(static_cast<float>(mean.value));
+    }
+    return means;
+  }
+
+  Sum of_value(const Pair& pair, int i, int j) const {
+    Sum gradient;
+    if (pair.named_by_row) {
+      gradient.add(row_excluded[i]);
+    }
+    if (pair.named_by_col) {
+      gradient.add(col_excluded[j]);
+    }
+    if (pair.takes_part) {
+      for (const float weight : {row_weight.empty() ? 0 : row_weight[i], col_weight.empty() ? 0 : col_weight[j]}) {
+        gradient.add(weight * pair.derivative);
+        gradient.size += std::fabs(weight);  // a derivative has the error of its logit, which may be 0
+      }
+    }
+    return gradient;
+  }
+
+  // Of means: what a pair has of them by its logit is added to its gradient; by that of the teacher, if it is another.
+  Sum of_mean(const Pair& pair, int i, int j, Sum& of_logit) const {
+    Sum of_teacher;
+    const auto add = [&](const Floats& share, const Floats& maximum, const Floats& mean, int index) {
+      if (!share.empty() && pair.takes_part) {
+        const double weight = share[index] * std::exp(pair.teacher - maximum[index]);
+        Sum& other = teaches ? of_teacher : of_logit;
+        of_logit.add(weight);
+        other.add(weight * (pair.logit - mean[index]));
+        other.size += std::fabs(weight) * (1 + std::fabs(pair.logit) + std::fabs(mean[index]));
+      }
+    };
+    add(row_share, row_share_max, row_mean, i);
+    add(col_share, col_share_max, col_mean, j);
+    return of_teacher;
+  }
+
   static void weigh(
       const std::vector<double>& true_max, const std::vector<double>& log_sum, Floats& weight, Floats& maximum) {
     weight = random_floats(static_cast<int>(true_max.size()), 0, 1);
@@ -666,27 +1038,33 @@ void expect_sums(
 void check_block(
     Inputs& inputs, const Truth& truth, const Gradients& gradients, int first_row, int first_col, int rows, int cols) {
   const Case& options = inputs.options;
-  const Tiling tile = tiling(options.members);
+  const Tiling tile = tiling(options.reduction, options.members);
   const int row_parts = divide_up(cols, tile.cols), col_parts = divide_up(rows, tile.rows);
   const int stride = divide_up(cols, 16) * 16;
   const bool volumes = options.members > 0, features = !options.no_gradient;
   const size_t matrix = static_cast<size_t>(rows) * stride;
-  Features coefficients(options.dtype, features ? matrix * inputs.columns() : 0);
+  const int planes = inputs.teaches() ? 2 : inputs.columns();
+  Features coefficients(options.dtype, features ? matrix * planes : 0);
   Floats row_scale(static_cast<size_t>(row_parts) * rows, UNWRITTEN), row_bias(volumes ? Floats() : row_scale);
   Floats along(volumes && features ? row_scale : Floats());
   Floats col_scale(static_cast<size_t>(col_parts) * cols, UNWRITTEN), col_bias(volumes ? Floats() : col_scale);
+  Floats teacher_row_scale(inputs.teaches() ? row_scale : Floats()), teacher_row_bias(teacher_row_scale);
+  Floats teacher_col_scale(inputs.teaches() ? col_scale : Floats()), teacher_col_bias(teacher_col_scale);
   succeed(
       "block",
       block(
           inputs.problem(),
           gradients.incoming(),
-          options.dtype == Dtype::float16 ? &gradients.unit : nullptr,
+          options.dtype == Dtype::float16 ? gradients.unit : nullptr,
           features ? coefficients.data() : nullptr,
-          {row_scale.data(), if_any(row_bias), if_any(along)},
-          {col_scale.data(), if_any(col_bias), nullptr},
+          planes,
+          {row_scale.data(), if_any(row_bias), if_any(along), if_any(teacher_row_scale), if_any(teacher_row_bias)},
+          {col_scale.data(), if_any(col_bias), nullptr, if_any(teacher_col_scale), if_any(teacher_col_bias)},
           {first_row, first_col, rows, cols, stride},
           nullptr));
   std::vector<Sum> row_scales(rows), row_biases(rows), alongs(rows), col_scales(cols), col_biases(cols);
+  std::vector<Sum> teacher_row_scales(rows), teacher_row_biases(rows);
+  std::vector<Sum> teacher_col_scales(cols), teacher_col_biases(cols);
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < cols; ++j) {
       const Pair& pair = truth.at(first_row + i, first_col + j);
@@ -700,7 +1078,7 @@ void check_block(
         factor /= -pair.value;  // no distance of a random x is at its minimum
         alongs[i].add(gradient, factor);
       }
-      factor /= gradients.unit;
+      factor /= gradients.unit[0];
       for (int t = 0; t < inputs.columns() && features; ++t) {
         const double expected = gradient.value * factor * (volumes ? pair.coordinates[t] : 1);
         // a coordinate is at most |x|, and has its error
@@ -710,8 +1088,25 @@ void check_block(
         const size_t place = t * matrix + static_cast<size_t>(i) * stride + j;
         expect("coefficients", place, coefficients[place], expected, allowed + least);
       }
+      if (inputs.teaches()) {
+        const Sum& of_pair = gradients.of_teacher[static_cast<size_t>(first_row + i) * inputs.m + first_col + j];
+        const size_t place = matrix + static_cast<size_t>(i) * stride + j;
+        const double teacher_factor = pair.second_scale / gradients.unit[1], expected = of_pair.value * teacher_factor;
+        const double size = of_pair.size * std::fabs(teacher_factor);
+        const double allowed = rounding_of(options.dtype) * std::fabs(expected) + 5 * tolerance_of(options) * size;
+        const double least = options.dtype == Dtype::float16 ? 0x1p-24 : 1e-9;
+        expect("coefficients", place, coefficients[place], expected, allowed + least);
+        teacher_row_scales[i].add(of_pair, pair.second * scale_or_one(inputs.teacher_col_scale, first_col + j));
+        teacher_col_scales[j].add(of_pair, pair.second * scale_or_one(inputs.teacher_row_scale, first_row + i));
+        teacher_row_biases[i].add(of_pair, 1);
+        teacher_col_biases[j].add(of_pair, 1);
+      }
     }
   }
+  expect_sums("row_sums.teacher_scale", options, teacher_row_scale, row_parts, teacher_row_scales);
+  expect_sums("row_sums.teacher_bias", options, teacher_row_bias, row_parts, teacher_row_biases);
+  expect_sums("col_sums.teacher_scale", options, teacher_col_scale, col_parts, teacher_col_scales);
+  expect_sums("col_sums.teacher_bias", options, teacher_col_bias, col_parts, teacher_col_biases);
   expect_sums("row_sums.scale", options, row_scale, row_parts, row_scales);
   expect_sums("row_sums.bias", options, row_bias, row_parts, row_biases);
   expect_sums("row_sums.along", options, along, row_parts, alongs);
@@ -732,10 +1127,10 @@ void check_rows(Inputs& inputs, const Truth& truth, const Gradients& gradients, 
       rows(
           inputs.problem(),
           gradients.incoming(),
-          options.dtype == Dtype::float16 ? &gradients.unit : nullptr,
+          options.dtype == Dtype::float16 ? gradients.unit : nullptr,
           features ? gradient.data() : nullptr,
           is_float,
-          {scale.data(), bias.data(), nullptr},
+          {scale.data(), bias.data(), nullptr, nullptr, nullptr},
           cols_per_strip,
           nullptr));
   std::vector<Sum> scales(n), biases(n), of_features(features ? size : 0);
@@ -771,7 +1166,7 @@ void check_attention(Inputs& inputs, const Truth& truth, int cols_per_strip) {
   for (const Pair& pair : truth.pairs) {
     unit = std::fmax(unit, static_cast<float>(std::fabs(pair.scale) * 0x1p-14));
   }
-  Partials row(true, false, static_cast<size_t>(strips) * n);
+  Partials row(options, true, static_cast<size_t>(strips) * n);
   Floats of_x(static_cast<size_t>(strips) * n * depth, UNWRITTEN), of_scale(static_cast<size_t>(strips) * n, UNWRITTEN);
   succeed(
       "attention",
@@ -783,7 +1178,7 @@ void check_attention(Inputs& inputs, const Truth& truth, int cols_per_strip) {
           cols_per_strip,
           nullptr));
   Floats maximum(n, UNWRITTEN), log_sum(n, UNWRITTEN);
-  succeed("merge", merge(row.part(), strips, Part{}, 0, maximum.data(), log_sum.data(), n, nullptr));
+  succeed("merge", merge(row.part(), strips, Part{}, 0, maximum.data(), log_sum.data(), nullptr, n, nullptr));
   expect_statistics("row", options, maximum, log_sum, truth.row_max, truth.row_log_sum);
   for (size_t place = 0; place < of_scale.size(); ++place) {
     const int i = static_cast<int>(place) % n, first = static_cast<int>(place) / n * cols_per_strip;
@@ -833,7 +1228,7 @@ void check_factor(Dtype dtype, int count, int members, int features) {
 void check(const Case& options, const std::vector<Run>& runs) {
   generator.seed(1);
   // tiles of rows and columns, with tails
-  const Tiling tile = tiling(options.members);
+  const Tiling tile = tiling(options.reduction, options.members);
   const int n = options.small ? 5 : tile.rows + 7;
   const int m = options.mirrored ? n : options.small ? 3 : 2 * tile.cols + 5;
   Inputs inputs(options, n, m);
@@ -844,7 +1239,7 @@ void check(const Case& options, const std::vector<Run>& runs) {
     begin(options.name, run);
     check_forward(inputs, truth, 1);
     check_forward(inputs, truth, 2);
-    if (options.exclude && options.members == 0) {
+    if (options.exclude && options.members == 0 && options.reduction != Reduction::expectation) {
       check_excluded(inputs, truth);
     }
     check_block(inputs, truth, gradients, 0, 0, n, m);
@@ -852,7 +1247,8 @@ void check(const Case& options, const std::vector<Run>& runs) {
       check_block(inputs, truth, gradients, 0, tile.cols, tile.rows, std::min(tile.cols, m - tile.cols));
       check_block(inputs, truth, gradients, tile.rows, tile.cols, n - tile.rows, m - tile.cols);
     }
-    if (options.members == 0 && of_rows.rows > 0) {
+    const bool plain = options.reduction == Reduction::logsumexp && !options.ceilings;
+    if (options.members == 0 && of_rows.rows > 0 && plain) {
       check_rows(inputs, truth, gradients, of_rows.cols);
       check_rows(inputs, truth, gradients, divide_up(m, of_rows.cols) * of_rows.cols);
       check_attention(inputs, truth, 3 * of_rows.cols);

@@ -174,6 +174,10 @@ inline float exponential(float x) {
   return std::exp2(x * 1.44269504f);  // rounded before the power is taken, as __expf does
 }
 
+inline float reciprocal(float x) {
+  return 1.0f / x;
+}
+
 template <typename... Parameters, typename... Arguments>
 const char* launch(
     void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t, Arguments... arguments) {
