@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_losses import LOGITS
 from test_roles import call
+from test_rowwise import TRITON
 from tolerance import evaluate, judge
 from torch.nn import functional as F
 
@@ -58,6 +59,18 @@ def test_against_keys(n, m, views, classes, dtype, variant, backend):
         options |= {"temperature": 0.25, "variant": variant}
         judge(call(co.supcon, labels, key_labels), call(reference.supcon, labels, key_labels), (x, k), options,
               fused_options={"backend": backend}, logits=LOGITS)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # log(0) of an empty set, in numpy
+@pytest.mark.parametrize("keys", [False, True], ids=["themselves", "keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@TRITON
+def test_in_triton(dtype, keys):
+    """In its interpreter, with its row kernels."""
+    x, k, labels, key_labels = drawn(43, 30, 10, dtype, 70)
+    loss, given = (call, (labels, key_labels)) if keys else (among_themselves, (labels,))
+    judge(loss(co.supcon, *given), loss(reference.supcon, *given), (x, k) if keys else (x,), {"temperature": 0.25},
+          fused_options={"backend": "triton"}, logits=LOGITS)  # fmt: skip
 
 
 @pytest.mark.parametrize("keys", [False, True], ids=["themselves", "keys"])
