@@ -38,6 +38,7 @@ if X86:
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
     INSTRUCTION_SETS.update(AVX2=avx2, AVX512=avx512)
     MATRIX_UNIT = [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+APART = ("tile.cpp", "matrix_unit.cpp")
 WITH_MATRIX_UNIT = "-DCONTRASTIVE_OPS_MATRIX_UNIT"
 
 HOMES = (Path("/usr/local/cuda"),)  # of CUDA toolkits, where neither the environment nor PATH name one
@@ -270,10 +271,13 @@ def cpp_extension():
             flags.append(WITH_MATRIX_UNIT)
     return torch_build.CppExtension(
         "contrastive_ops._C",
-        [f"csrc/{name}.cpp" for name in ("extension", "cpu/dispatch", "cpu/rowwise", "cpu/similarity_logsumexp")],
+        [
+            "csrc/extension.cpp",
+            *(str(path) for path in sorted(Path("csrc/cpu").glob("*.cpp")) if path.name not in APART),
+        ],
         extra_compile_args={"cxx": flags},
         extra_link_args=[STRIPPED] if sys.platform.startswith("linux") else [],
-        depends=[str(path) for path in Path("csrc/cpu").glob("*.h")],
+        depends=[str(path) for path in Path("csrc/cpu").rglob("*.h")],
     )
 
 

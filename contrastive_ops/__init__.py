@@ -1,6 +1,6 @@
 """Contrastive losses that never build the N x M similarity matrix."""
 
-from contrastive_ops import nn, reference
+from contrastive_ops import metrics, nn, reference
 from contrastive_ops.backends import explain
 from contrastive_ops.losses import (
     LossStats,
@@ -16,6 +16,7 @@ from contrastive_ops.losses import (
     joint_entropy,
     mv_dhel,
     mv_infonce,
+    mw_loss,
     nt_xent,
     nt_xent_labelled,
     pairwise_views,
@@ -28,12 +29,16 @@ from contrastive_ops.losses import (
     uniformity,
 )
 from contrastive_ops.ops import (
+    FlexLSE,
+    FlexSum,
     SimilarityExpectation,
     SimilarityLSE,
     SimilaritySum,
     SimilarityTopK,
     VolumeLSE,
     area_logsumexp,
+    flex_logsumexp,
+    flex_sum,
     gramian_volume,
     similarity_expectation,
     similarity_logsumexp,
@@ -43,6 +48,8 @@ from contrastive_ops.ops import (
 )
 
 __all__ = [
+    "FlexLSE",
+    "FlexSum",
     "LossStats",
     "SimilarityExpectation",
     "SimilarityLSE",
@@ -56,14 +63,18 @@ __all__ = [
     "dclw",
     "dhel",
     "explain",
+    "flex_logsumexp",
+    "flex_sum",
     "gram_loss",
     "gram_retrieve",
     "gramian_volume",
     "guided_info_nce",
     "info_nce",
     "joint_entropy",
+    "metrics",
     "mv_dhel",
     "mv_infonce",
+    "mw_loss",
     "nn",
     "nt_xent",
     "nt_xent_labelled",

@@ -32,7 +32,7 @@ class Loss:
     formula: str
     paper: str
     variants: tuple[dict[str, Any], ...] = field(default=({},))
-    sides: tuple[Callable[[int, int, torch.dtype, torch.Generator], dict[str, Tensor]], ...] = ()
+    sides: tuple[Callable[[int, int, torch.dtype, torch.Generator], dict[str, Any]], ...] = ()
     op: str = "similarity_logsumexp"  # the streaming reduction below it
 
 
@@ -71,15 +71,20 @@ def student_and_teacher(n: int, d: int, dtype: torch.dtype, generator: torch.Gen
 
 
 def guides(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    return {"guide": tuple(x.detach() for x in related_pair(n, d + 3, dtype, generator))}
+    """Four of twelve features each: their cosines are quarters, exact in every dtype, and often equal."""
+    places = (torch.rand(n, 12, generator=generator).topk(4).indices for _ in range(2))
+    return {"guide": tuple(torch.zeros(n, 12, dtype=dtype).scatter(1, place, 1.0) for place in places)}
 
 
-def related_pair(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Positives about as similar to their anchors as the best of the others: a guide leaves out some of these."""
-    x, y = pair(n, d, dtype, generator)
-    with torch.no_grad():
-        y.copy_(F.normalize(0.3 * x.double() + y.double(), dim=1))
-    return x, y
+def topics(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Four anchors of a topic at cosines of 0.8, with positives at 0.96 and 0.5: a guide leaves others of these out.
+
+    So few similarities are near that of a positive that no rounding moves one across it.
+    """
+    topic, of_x, of_y = torch.randn(3, n, d, generator=generator, dtype=torch.float64)
+    x = topic[torch.arange(n) // 4] + 0.5 * of_x
+    y = x + torch.tensor([0.3, 2.0], dtype=torch.float64)[torch.arange(n) % 2, None] * of_y
+    return tuple(F.normalize(side, dim=1).to(dtype).requires_grad_() for side in (x, y))
 
 
 VIEWS = 4
@@ -154,7 +159,7 @@ LOSSES: tuple[Loss, ...] = (
         "sigmoid loss of every pair, match or no match",
         "arXiv:2303.15343",
         ({}, {"weight": "per_anchor"}),
-        sides=(same,),
+        sides=OF_SAMPLES,
         op="similarity_sum",
     ),
     Loss(
@@ -202,17 +207,18 @@ LOSSES: tuple[Loss, ...] = (
         "NT-Xent of each pair of the same label, against other labels alone",
         "arXiv:2008.09164",
         ({}, {"over": "anchors"}),
+        sides=(weights,),
         op="similarity_sum",
     ),
     Loss(
         "guided_info_nce",
         losses.guided_info_nce,
         reference.guided_info_nce,
-        related_pair,
+        topics,
         "InfoNCE without what a guide finds more similar than the positive",
         "arXiv:2402.16829",
-        ({}, {"margin": 0.1, "contrast_anchors": False}, {"margin": 0.3, "margin_strategy": "relative"}),
-        sides=(guides, weights),
+        ({}, {"margin": 0.3, "margin_strategy": "relative", "contrast_anchors": False}),
+        sides=(weights, guides),
     ),
     Loss(
         "soft_target_loss",

@@ -8,8 +8,8 @@ checks read only shapes, dtypes and devices, and values where that is free: they
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -175,13 +175,22 @@ def labels(name: str, value: Any) -> None:
         integers(name, value)
 
 
-def label_sets(name: str, value: Tensor, rows_of: str, rows: Tensor) -> None:
-    """A row of C entries for each row of features, not 0 where it has a label."""
-    if value.dim() != 2 or value.shape[0] != rows.shape[0] or value.shape[1] == 0:
-        raise ValueError(
-            f"{name} must have shape ({rows.shape[0]},) or ({rows.shape[0]}, C), got {shape(value)}; "
-            f"give one label, or one entry of each of C labels, per row of {rows_of}."
-        )
+def label_sets(name: str, value: Any, rows_of: str, rows: Tensor, classes: int | None = None) -> None:
+    """A row of C entries for each row of features, not 0 where it has a label; of `classes` if it is known how many.
+
+    A single column is taken for labels that were not flattened: as a set it would make one class of all but label 0.
+    """
+    tensor(name, value)
+    n = rows.shape[0]
+    if value.dim() != 2 or value.shape[0] != n or value.shape[1] < 2 or (classes or value.shape[1]) != value.shape[1]:
+        expected = f"({n},) or ({n}, C) with C >= 2" if classes is None else f"({n}, {classes})"
+        if classes is not None:
+            way_out = f"give an entry of each of the {classes} labels per row of {rows_of}"
+        elif value.numel() == n:
+            way_out = f"call {name}.flatten()"
+        else:
+            way_out = f"give one label, or an entry of each of C labels, per row of {rows_of}"
+        raise ValueError(f"{name} must have shape {expected}, got {shape(value)}; {way_out}.")
     same_device(name, value, rows_of, rows)
 
 
@@ -321,6 +330,23 @@ def enough_keys(queries: int, keys: int) -> None:
         )
 
 
+def positives(target: Any, query: Tensor, key: Tensor) -> None:
+    """Which key is the positive of each query: that of its row, or the one it names."""
+    n, m = query.shape[0], key.shape[0]
+    if target is None:
+        enough_keys(n, m)
+    else:
+        integer_vector("target", target, n, query.device, rows_of="query")
+        target_range(target, m)
+
+
+def ids_of_both(query_ids: Any, key_ids: Any, query: Tensor, key: Tensor) -> None:
+    both_or_neither("query_ids", query_ids, "key_ids", key_ids)
+    if query_ids is not None:
+        integer_vector("query_ids", query_ids, query.shape[0], query.device, rows_of="query")
+        integer_vector("key_ids", key_ids, key.shape[0], key.device, rows_of="key")
+
+
 def enough_columns(rows: int, cols: int) -> None:
     if cols < rows:
         raise ValueError(
@@ -373,10 +399,16 @@ def forms(name: str, value: Any, *, alone: bool) -> tuple[Any, Any]:
 
 def no_ceiling(guide: Any, keep: str) -> None:
     if guide is not None or keep != "below":
+        given = f"keep={keep!r}" if guide is None else "a guide"
         raise ValueError(
-            f"ceiling or col_ceiling must be given with a guide or keep={keep!r}, got neither; "
+            f"ceiling or col_ceiling must be given with {given}, got neither; "
             "pairs are left out by what their guide is compared with."
         )
+
+
+def finite(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be a finite float, got {value!r}; 0.0 switches it off.")
 
 
 def target_range(target: Tensor, keys: int) -> None:
@@ -393,7 +425,7 @@ def positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive float, got {value!r}; pass a value such as 0.5.")
 
 
-def no_forward_mode(op: str, *tensors: Tensor | None) -> None:
+def no_forward_mode(op: str, *tensors: Tensor | None, instead: str = 'backend="reference"') -> None:
     """An op without a forward-mode rule would drop the tangents silently."""
     if torch.compiler.is_compiling():
         return
@@ -401,15 +433,98 @@ def no_forward_mode(op: str, *tensors: Tensor | None) -> None:
         if value is not None and forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(
                 f"{op} has no forward-mode derivative, got a dual tensor (torch.func.jvp, forward_ad); "
-                'use reverse mode, or backend="reference".'
+                f"use reverse mode, or {instead}."
             )
 
 
-def no_jit_trace(op: str) -> None:
+def no_jit_trace(op: str, instead: str = 'torch.export or torch.compile, or backend="reference"') -> None:
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise RuntimeError(f"{op} can't be recorded by torch.jit.trace, got a call under it; use {instead}.")
+
+
+def no_transform(op: str, instead: str) -> None:
+    if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            f"{op} can't be recorded by torch.jit.trace, got a call under it; "
-            'use torch.export or torch.compile, or backend="reference".'
+            f"{op} can't run under a transform of torch.func (grad, vmap, jacrev), got a call under one; "
+            f"use torch.autograd.grad, or {instead}."
+        )
+
+
+def no_batched_gradients(op: str, *grads: Tensor | None) -> None:
+    """As of is_grads_batched=True, or where vmap runs over a backward."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if torch._C._are_functorch_transforms_active() or any(grad is not None and batched(grad) for grad in grads):
+        raise RuntimeError(
+            f"{op} takes one gradient at a time, got a batch of them (is_grads_batched=True, vectorize=True); "
+            "call torch.autograd.grad once for each."
+        )
+
+
+def no_second_differentiation(op: str, instead: str) -> NoReturn:
+    raise RuntimeError(
+        f"{op} is differentiable once, got a second differentiation (create_graph=True); "
+        f"{instead}, which autograd differentiates to any order."
+    )
+
+
+def pair_function(name: str, value: Any, arguments: str) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{name} must be a function of {arguments} or None, got {type(value).__name__}; "
+            f"pass one that reads it, such as a lambda."
+        )
+
+
+def parameters(value: Any) -> tuple[Tensor, ...]:
+    """The tensors that a function closes over and that are learned."""
+    if isinstance(value, Tensor) or not isinstance(value, Iterable) or isinstance(value, (str, Mapping)):
+        way_out = "put it into a tuple" if isinstance(value, Tensor) else "pass a tuple of those that score_mod reads"
+        raise TypeError(f"parameters must be tensors, one after another, got {type(value).__name__}; {way_out}.")
+    given = tuple(value)
+    for place, each in enumerate(given):
+        floating(f"parameters[{place}]", each)
+    return given
+
+
+def not_a_parameter(leaf: Tensor) -> NoReturn:
+    raise ValueError(
+        "score_mod must read no tensor that requires a gradient and is not in parameters, got one of shape "
+        f"{shape(leaf)}, or one computed from it; pass the very tensor that it reads in parameters=, or detach it."
+    )
+
+
+def pair_terms(value: Any, score: Tensor) -> None:
+    """What a score_mod returns for a tile."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"score_mod must return a tensor, got {type(value).__name__}; return the terms of a tile.")
+    if value.shape != score.shape:
+        raise ValueError(
+            f"score_mod must return a term for each pair of a tile, of shape {shape(score)}, got {shape(value)}; "
+            "row has shape (R, 1) and col (1, C), so that what they index is of the shape of score beside it."
+        )
+    if value.dtype != score.dtype:
+        raise TypeError(
+            f"score_mod must return the dtype of score, {names([score.dtype])}, got {names([value.dtype])}; "
+            "cast what it reads with .to(score.dtype)."
+        )
+
+
+def pair_mask(value: Any, row: Tensor, col: Tensor) -> None:
+    """What a mask_mod returns for a tile."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"mask_mod must return a tensor, got {type(value).__name__}; compare row, col or what they index."
+        )
+    if value.dtype != torch.bool:
+        raise TypeError(
+            f"mask_mod must return a bool tensor, True where a pair takes part, got {names([value.dtype])}; "
+            "return a comparison."
+        )
+    sizes = (row.shape[0], col.shape[1])
+    if value.dim() != 2 or any(size not in (1, whole) for size, whole in zip(value.shape, sizes, strict=True)):
+        raise ValueError(
+            f"mask_mod must return a tile of shape {tuple(sizes)}, or one that broadcasts to it, got {shape(value)}; "
+            "index with row and col as they come."
         )
 
 
@@ -438,6 +553,20 @@ def modalities(others: Sequence[Any]) -> None:
 def neighbours(name: str, value: Any, size: int, *, of: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= size:
         raise ValueError(f"{name} must be an integer in [1, {size}], the number of {of}, got {value!r}.")
+
+
+def ranks(ks: Any, most: int) -> None:
+    if not isinstance(ks, (list, tuple)) or not ks:
+        raise TypeError(f"ks must be a list or tuple of at least one integer, got {ks!r}; pass (1, 5, 10).")
+    for k in ks:
+        neighbours("ks", k, most, of="keys that are kept of each query at most")
+
+
+def one_answer(target: Any) -> None:
+    if target is not None:
+        raise ValueError(
+            "target must be None with query_ids and key_ids, got a value; they say which keys are positives."
+        )
 
 
 def seed(name: str, value: Any, largest: bool) -> None:

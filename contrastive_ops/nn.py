@@ -108,6 +108,21 @@ class CLIPLoss(_Loss):
     function = staticmethod(losses.clip_loss)
 
 
+class SigLIPLoss(_Loss):
+    """Module of `siglip_loss`: ``SigLIPLoss()(image_features, text_features, logit_scale, logit_bias)``.
+
+    What the paper learns, from where it starts:
+    ``SigLIPLoss(logit_scale=LogitScale(10.0), logit_bias=torch.nn.Parameter(torch.tensor(-10.0)))``.
+
+    Examples
+    --------
+    >>> SigLIPLoss()(torch.eye(3), torch.eye(3), 10.0, -10.0)
+    tensor(0.6932)
+    """
+
+    function = staticmethod(losses.siglip_loss)
+
+
 class NTXent(_Loss):
     """Module of `nt_xent`: ``NTXent(temperature=0.5)(z1, z2)``.
 
@@ -154,6 +169,55 @@ class SupCon(_Loss):
     """
 
     function = staticmethod(losses.supcon)
+
+
+class NTXentLabelled(_Loss):
+    """Module of `nt_xent_labelled`: ``NTXentLabelled(temperature=0.07)(features, labels)``.
+
+    Examples
+    --------
+    >>> NTXentLabelled(temperature=1.0)(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+    tensor(1.0986)
+    """
+
+    function = staticmethod(losses.nt_xent_labelled)
+
+
+class GuidedInfoNCE(_Loss):
+    """Module of `guided_info_nce`: ``GuidedInfoNCE(temperature=0.01, margin=0.1)(anchor, positive, guide=guide)``.
+
+    Examples
+    --------
+    >>> GuidedInfoNCE(temperature=1.0)(torch.eye(3), torch.eye(3))
+    tensor(1.1654)
+    """
+
+    function = staticmethod(losses.guided_info_nce)
+
+
+class SoftTargetLoss(_Loss):
+    """Module of `soft_target_loss`: ``SoftTargetLoss(teacher_temperature=0.05)(x, y, u, v)``.
+
+    Examples
+    --------
+    >>> x = torch.eye(3)
+    >>> SoftTargetLoss(temperature=1.0)(x, x, x, x)
+    tensor(0.9753)
+    """
+
+    function = staticmethod(losses.soft_target_loss)
+
+
+class MWLoss(_Loss):
+    """Module of `mw_loss`: ``MWLoss(temperature=0.01)(query, key)``.
+
+    Examples
+    --------
+    >>> MWLoss(temperature=1.0)(torch.eye(3), torch.eye(3))
+    tensor(1.8796)
+    """
+
+    function = staticmethod(losses.mw_loss)
 
 
 class MVInfoNCE(_Loss):

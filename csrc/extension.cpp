@@ -1,7 +1,7 @@
 // The Python module contrastive_ops._C: registers the operators of the CPU engine, and describes the build.
 
+#include "cpu/ops.h"
 #include "cpu/rowwise.h"
-#include "cpu/similarity_logsumexp.h"
 #include "cpu/tile.h"
 
 #include <ATen/Version.h>
@@ -9,6 +9,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -35,135 +36,202 @@ void check_vector(const char* name, const OptionalTensor& vector, int64_t size, 
       vector->scalar_type());
 }
 
-// The second line behind the checks in Python: whatever calls the operators, no pointer leaves its tensor.
-SimilarityOptions options_of(
-    const Tensor& x,
-    const OptionalTensor& y,
-    const OptionalTensor& row_scale,
-    const OptionalTensor& col_scale,
-    const OptionalTensor& row_bias,
-    const OptionalTensor& col_bias,
-    const OptionalTensor& exclude,
-    const OptionalTensor& row_ids,
-    const OptionalTensor& col_ids,
-    bool restrict_to_ids,
-    bool rows,
-    bool cols) {
+// The arguments of a call, taken one by one in the order of its schema.
+class Arguments {
+ public:
+  Arguments(const torch::jit::Stack& stack, size_t count) : next_(stack.end() - static_cast<int64_t>(count)) {}
+
+  Tensor tensor() {
+    return (next_++)->toTensor();
+  }
+  OptionalTensor optional_tensor() {
+    return (next_++)->toOptional<Tensor>();
+  }
+  std::optional<int64_t> optional_integer() {
+    return (next_++)->toOptional<int64_t>();
+  }
+  bool flag() {
+    return (next_++)->toBool();
+  }
+  int64_t integer() {
+    return (next_++)->toInt();
+  }
+  std::string text() {
+    return (next_++)->toStringRef();
+  }
+  std::vector<bool> flags() {
+    const c10::List<bool> list = (next_++)->toBoolList();
+    return {list.begin(), list.end()};
+  }
+
+ private:
+  torch::jit::Stack::const_iterator next_;
+};
+
+using Results = std::vector<Tensor>;
+
+// An operator of the dispatcher, from a function of its arguments.
+template <Results (*function)(Arguments&)>
+void boxed(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  Arguments arguments(*stack, count);
+  const Results results = function(arguments);
+  torch::jit::drop(*stack, count);
+  for (const Tensor& result : results) {
+    stack->emplace_back(result);
+  }
+}
+
+Needs needs_of(const std::vector<bool>& flags, size_t first) {
+  const auto need = [&](size_t i) { return first + i < flags.size() && flags[first + i]; };
+  return {need(0), need(1), need(2), need(3), need(4), need(5)};
+}
+
+// What follows is the second line behind the checks in Python: whatever calls the operators, no pointer leaves its
+// tensor. Sizes that a direction does not ask for are 0.
+struct Sizes {
+  int64_t n;
+  int64_t m;
+  int64_t rows;
+  int64_t cols;
+  int64_t excluded;
+
+  explicit Sizes(const Problem& problem)
+      : n(problem.pairs.x.size(0)),
+        m(problem.pairs.y.has_value() ? problem.pairs.y->size(0) : n),
+        rows(problem.rows ? n : 0),
+        cols(problem.cols ? m : 0),
+        excluded(problem.exclude.has_value() ? n : 0) {}
+};
+
+void check_sides(const Tensor& x, const OptionalTensor& y) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) > 0, "x must have shape (N, D) with D >= 1, got ", x.sizes());
   TORCH_CHECK_VALUE(
       !y.has_value() || (y->dim() == 2 && y->size(1) == x.size(1) && y->scalar_type() == x.scalar_type()),
       "y must have shape (M, ",
       x.size(1),
       ") and the dtype of x");
-  TORCH_CHECK_VALUE(y.has_value() || (rows && !cols), "self-similarity has rows only");
+}
+
+void check_form(const Form& form, int64_t n, int64_t m) {
+  check_vector("row_scale", form.row_scale, n, false);
+  check_vector("col_scale", form.col_scale, m, false);
+  check_vector("row_bias", form.row_bias, n, false);
+  check_vector("col_bias", form.col_bias, m, false);
+}
+
+void check_second(const char* name, const Form& second, const Problem& problem) {
+  const Sizes sizes(problem);
+  check_sides(second.x, second.y);
   TORCH_CHECK_VALUE(
-      !y.has_value() || row_ids.has_value() == col_ids.has_value(), "row_ids and col_ids must be given together");
-  TORCH_CHECK_VALUE(!restrict_to_ids || row_ids.has_value(), "restrict needs row_ids");
-  const int64_t n = x.size(0);
-  const int64_t m = y.has_value() ? y->size(0) : n;
-  check_vector("row_scale", row_scale, n, false);
-  check_vector("col_scale", col_scale, m, false);
-  check_vector("row_bias", row_bias, n, false);
-  check_vector("col_bias", col_bias, m, false);
-  check_vector("exclude", exclude, n, true);
-  check_vector("row_ids", row_ids, n, true);
-  check_vector("col_ids", col_ids, m, true);
-  SimilarityOptions options;
-  options.x = x;
-  options.y = y;
-  options.row_scale = row_scale;
-  options.col_scale = col_scale;
-  options.row_bias = row_bias;
-  options.col_bias = col_bias;
-  options.exclude = exclude;
-  options.row_ids = row_ids;
-  options.col_ids = col_ids;
-  options.restrict_to_ids = restrict_to_ids;
-  options.rows = rows;
-  options.cols = cols;
-  return options;
+      second.x.size(0) == sizes.n && second.x.scalar_type() == problem.pairs.x.scalar_type() &&
+          second.y.has_value() == problem.pairs.y.has_value() &&
+          (!second.y.has_value() || second.y->size(0) == sizes.m),
+      name,
+      " must have the rows, the sides and the dtype of x and y");
+  check_form(second, sizes.n, sizes.m);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& x,
-    const OptionalTensor& y,
-    const OptionalTensor& row_scale,
-    const OptionalTensor& col_scale,
-    const OptionalTensor& row_bias,
-    const OptionalTensor& col_bias,
-    const OptionalTensor& exclude,
-    const OptionalTensor& row_ids,
-    const OptionalTensor& col_ids,
-    bool restrict_to_ids,
-    bool rows,
-    bool cols,
-    bool keep) {
-  const SimilarityStatistics result = similarity_logsumexp(
-      options_of(
-          x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
-      keep);
-  return {
-      result.row_max,
-      result.col_max,
-      result.row_log_sum,
-      result.col_log_sum,
-      result.dots,
-      result.excluded,
-      result.row_lse,
-      result.col_lse};
+Form form_of(Arguments& arguments) {
+  Form form;
+  form.x = arguments.tensor();
+  form.y = arguments.optional_tensor();
+  form.row_scale = arguments.optional_tensor();
+  form.col_scale = arguments.optional_tensor();
+  form.row_bias = arguments.optional_tensor();
+  form.col_bias = arguments.optional_tensor();
+  return form;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_row_lse,
-    const Tensor& grad_col_lse,
-    const Tensor& grad_excluded,
-    const Tensor& row_max,
-    const Tensor& col_max,
-    const Tensor& row_log_sum,
-    const Tensor& col_log_sum,
-    const Tensor& dots,
-    const Tensor& x,
-    const OptionalTensor& y,
-    const OptionalTensor& row_scale,
-    const OptionalTensor& col_scale,
-    const OptionalTensor& row_bias,
-    const OptionalTensor& col_bias,
-    const OptionalTensor& exclude,
-    const OptionalTensor& row_ids,
-    const OptionalTensor& col_ids,
-    bool restrict_to_ids,
-    bool rows,
-    bool cols,
-    std::array<bool, 6> needs) {
-  const int64_t n = rows ? x.size(0) : 0;
-  const int64_t m = cols ? (y.has_value() ? *y : x).size(0) : 0;
-  check_vector("grad_row_lse", grad_row_lse, n, false);
-  check_vector("grad_col_lse", grad_col_lse, m, false);
-  check_vector("grad_excluded", grad_excluded, exclude.has_value() ? x.size(0) : 0, false);
-  check_vector("row_max", row_max, n, false);
-  check_vector("col_max", col_max, m, false);
-  check_vector("row_log_sum", row_log_sum, n, false);
-  check_vector("col_log_sum", col_log_sum, m, false);
-  const SimilarityGradients grad = similarity_logsumexp_backward(
-      options_of(
-          x, y, row_scale, col_scale, row_bias, col_bias, exclude, row_ids, col_ids, restrict_to_ids, rows, cols),
-      {row_max, col_max, row_log_sum, col_log_sum, {}, {}, {}, dots, {}, {}},
-      {grad_row_lse, grad_col_lse, grad_excluded, {}, {}},
-      {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5]});
-  return {grad.x, grad.y, grad.row_scale, grad.col_scale, grad.row_bias, grad.col_bias};
+void read_exclude_and_ids(Arguments& arguments, Problem& problem) {
+  problem.exclude = arguments.optional_tensor();
+  problem.row_ids = arguments.optional_tensor();
+  problem.col_ids = arguments.optional_tensor();
 }
 
-SimilarityOptions volume_options_of(
-    const Tensor& anchor,
-    const Tensor& tuples,
-    const Tensor& basis,
-    const Tensor& anchor_square,
-    const OptionalTensor& row_scale,
-    const OptionalTensor& col_scale,
-    const OptionalTensor& exclude,
-    bool rows,
-    bool cols,
-    bool totals) {
+void check(const Problem& problem) {
+  const Form& pairs = problem.pairs;
+  check_sides(pairs.x, pairs.y);
+  const Sizes sizes(problem);
+  check_form(pairs, sizes.n, sizes.m);
+  TORCH_CHECK_VALUE(pairs.y.has_value() || (problem.rows && !problem.cols), "self-similarity has rows only");
+  TORCH_CHECK_VALUE(
+      !pairs.y.has_value() || problem.row_ids.has_value() == problem.col_ids.has_value(),
+      "row_ids and col_ids must be given together");
+  TORCH_CHECK_VALUE(!problem.restrict_to_ids || problem.row_ids.has_value(), "restrict needs row_ids");
+  check_vector("exclude", problem.exclude, sizes.n, true);
+  check_vector("row_ids", problem.row_ids, sizes.n, true);
+  check_vector("col_ids", problem.col_ids, sizes.m, true);
+  check_vector("ceiling", problem.ceiling, sizes.n, false);
+  check_vector("col_ceiling", problem.col_ceiling, sizes.m, false);
+  if (problem.guide.has_value()) {
+    check_second("guide", *problem.guide, problem);
+  }
+  if (problem.teacher.has_value()) {
+    check_second("teacher", *problem.teacher, problem);
+  }
+}
+
+// kGuided in the schemas below.
+Problem guided_problem(Arguments& arguments) {
+  Problem problem;
+  problem.pairs = form_of(arguments);
+  read_exclude_and_ids(arguments, problem);
+  const OptionalTensor guide_x = arguments.optional_tensor();
+  const OptionalTensor guide_y = arguments.optional_tensor();
+  if (guide_x.has_value()) {
+    problem.guide.emplace().x = *guide_x;
+    problem.guide->y = guide_y;
+  }
+  problem.ceiling = arguments.optional_tensor();
+  problem.col_ceiling = arguments.optional_tensor();
+  problem.restrict_to_ids = arguments.flag();
+  problem.above = arguments.flag();
+  problem.rows = arguments.flag();
+  problem.cols = arguments.flag();
+  check(problem);
+  return problem;
+}
+
+// kTaught in the schemas below.
+Problem taught_problem(Arguments& arguments) {
+  Problem problem;
+  problem.pairs = form_of(arguments);
+  const OptionalTensor u = arguments.optional_tensor();
+  Form teacher;
+  teacher.y = arguments.optional_tensor();
+  teacher.row_scale = arguments.optional_tensor();
+  teacher.col_scale = arguments.optional_tensor();
+  teacher.row_bias = arguments.optional_tensor();
+  teacher.col_bias = arguments.optional_tensor();
+  if (u.has_value()) {
+    teacher.x = *u;
+    problem.teacher = teacher;
+  }
+  read_exclude_and_ids(arguments, problem);
+  problem.restrict_to_ids = arguments.flag();
+  problem.rows = arguments.flag();
+  problem.cols = arguments.flag();
+  check(problem);
+  return problem;
+}
+
+// kVolume in the schemas below, but for `totals`.
+Problem volume_problem(Arguments& arguments) {
+  Problem problem;
+  Form& pairs = problem.pairs;
+  pairs.x = arguments.tensor();
+  const Tensor tuples = arguments.tensor();
+  const Tensor basis = arguments.tensor();
+  const Tensor anchor_square = arguments.tensor();
+  pairs.y = tuples;
+  pairs.span = Span{basis, anchor_square};
+  pairs.row_scale = arguments.optional_tensor();
+  pairs.col_scale = arguments.optional_tensor();
+  problem.exclude = arguments.optional_tensor();
+  problem.rows = arguments.flag();
+  problem.cols = arguments.flag();
+  const Tensor& anchor = pairs.x;
   TORCH_CHECK_VALUE(
       anchor.dim() == 2 && anchor.size(1) > 0, "anchor must have shape (N, D) with D >= 1, got ", anchor.sizes());
   TORCH_CHECK_VALUE(
@@ -177,90 +245,200 @@ SimilarityOptions volume_options_of(
       basis.dim() == 2 && basis.size(0) == members * (members + 1) / 2 && basis.size(1) == tuples.size(0),
       "basis must have shape (P (P + 1) / 2, M), got ",
       basis.sizes());
-  TORCH_CHECK_VALUE(rows || cols, "rows or cols must be true");
+  TORCH_CHECK_VALUE(problem.rows || problem.cols, "rows or cols must be true");
   check_vector("anchor_square", anchor_square, anchor.size(0), false);
-  check_vector("row_scale", row_scale, anchor.size(0), false);
-  check_vector("col_scale", col_scale, tuples.size(0), false);
-  check_vector("exclude", exclude, anchor.size(0), true);
-  SimilarityOptions options;
-  options.x = anchor;
-  options.y = tuples;
-  options.span = Span{basis, anchor_square};
-  options.row_scale = row_scale;
-  options.col_scale = col_scale;
-  options.exclude = exclude;
-  options.rows = rows;
-  options.cols = cols;
-  options.totals = totals;
-  return options;
+  check_form(pairs, anchor.size(0), tuples.size(0));
+  check_vector("exclude", problem.exclude, anchor.size(0), true);
+  return problem;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> volume_forward(
-    const Tensor& anchor,
-    const Tensor& tuples,
-    const Tensor& basis,
-    const Tensor& anchor_square,
-    const OptionalTensor& row_scale,
-    const OptionalTensor& col_scale,
-    const OptionalTensor& exclude,
-    bool rows,
-    bool cols,
-    bool totals,
-    bool keep) {
-  const SimilarityStatistics result = similarity_logsumexp(
-      volume_options_of(anchor, tuples, basis, anchor_square, row_scale, col_scale, exclude, rows, cols, totals), keep);
+// kMaxLogs in the schemas below.
+SoftmaxStatistics softmax_of(Arguments& arguments) {
+  SoftmaxStatistics statistics;
+  statistics.row_max = arguments.tensor();
+  statistics.col_max = arguments.tensor();
+  statistics.row_log_sum = arguments.tensor();
+  statistics.col_log_sum = arguments.tensor();
+  return statistics;
+}
+
+void check_directions(const char* name, const Tensor& of_rows, const Tensor& of_cols, const Sizes& sizes) {
+  check_vector(name, of_rows, sizes.rows, false);
+  check_vector(name, of_cols, sizes.cols, false);
+}
+
+void check_softmax(const SoftmaxStatistics& statistics, const Sizes& sizes) {
+  check_directions("row_max and col_max", statistics.row_max, statistics.col_max, sizes);
+  check_directions("row_log_sum and col_log_sum", statistics.row_log_sum, statistics.col_log_sum, sizes);
+}
+
+Results logsumexp(Arguments& arguments) {
+  const Problem problem = guided_problem(arguments);
+  const LogSumExps result = similarity_logsumexp(problem, false, arguments.flag());
+  const SoftmaxStatistics& softmax = result.softmax;
   return {
-      result.row_max,
-      result.col_max,
-      result.row_log_sum,
-      result.col_log_sum,
-      result.dots,
+      softmax.row_max,
+      softmax.col_max,
+      softmax.row_log_sum,
+      softmax.col_log_sum,
+      result.kept,
+      result.excluded,
+      softmax.row_lse,
+      softmax.col_lse};
+}
+
+Results of_form(const Gradients& grad) {
+  return {grad.x, grad.y, grad.row_scale, grad.col_scale, grad.row_bias, grad.col_bias};
+}
+
+Results logsumexp_backward(Arguments& arguments) {
+  LogSumExpGradients incoming;
+  incoming.row_lse = arguments.tensor();
+  incoming.col_lse = arguments.tensor();
+  incoming.excluded = arguments.tensor();
+  const SoftmaxStatistics softmax = softmax_of(arguments);
+  const Tensor kept = arguments.tensor();
+  const Problem problem = guided_problem(arguments);
+  const Sizes sizes(problem);
+  check_directions("grad_row_lse and grad_col_lse", incoming.row_lse, incoming.col_lse, sizes);
+  check_vector("grad_excluded", incoming.excluded, sizes.excluded, false);
+  check_softmax(softmax, sizes);
+  const Needs needs = needs_of(arguments.flags(), 0);
+  return of_form(similarity_logsumexp_backward(problem, softmax, kept, incoming, false, needs));
+}
+
+Results volume(Arguments& arguments) {
+  const Problem problem = volume_problem(arguments);
+  const bool totals = arguments.flag();
+  const LogSumExps result = similarity_logsumexp(problem, totals, arguments.flag());
+  const SoftmaxStatistics& softmax = result.softmax;
+  return {
+      softmax.row_max,
+      softmax.col_max,
+      softmax.row_log_sum,
+      softmax.col_log_sum,
+      result.kept,
       result.row_total,
       result.col_total,
-      result.row_lse,
-      result.col_lse};
+      softmax.row_lse,
+      softmax.col_lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> volume_backward(
-    const Tensor& grad_row_lse,
-    const Tensor& grad_col_lse,
-    const Tensor& grad_row_total,
-    const Tensor& grad_col_total,
-    const Tensor& row_max,
-    const Tensor& col_max,
-    const Tensor& row_log_sum,
-    const Tensor& col_log_sum,
-    const Tensor& dots,
-    const Tensor& anchor,
-    const Tensor& tuples,
-    const Tensor& basis,
-    const Tensor& anchor_square,
-    const OptionalTensor& row_scale,
-    const OptionalTensor& col_scale,
-    const OptionalTensor& exclude,
-    bool rows,
-    bool cols,
-    bool totals,
-    std::array<bool, 4> needs) {
-  const SimilarityOptions options =
-      volume_options_of(anchor, tuples, basis, anchor_square, row_scale, col_scale, exclude, rows, cols, totals);
-  const int64_t n = rows ? anchor.size(0) : 0;
-  const int64_t m = cols ? tuples.size(0) : 0;
-  check_vector("grad_row_lse", grad_row_lse, n, false);
-  check_vector("grad_col_lse", grad_col_lse, m, false);
-  check_vector("grad_row_total", grad_row_total, totals ? n : 0, false);
-  check_vector("grad_col_total", grad_col_total, totals ? m : 0, false);
-  check_vector("row_max", row_max, n, false);
-  check_vector("col_max", col_max, m, false);
-  check_vector("row_log_sum", row_log_sum, n, false);
-  check_vector("col_log_sum", col_log_sum, m, false);
-  const Tensor grad_excluded = at::zeros({exclude.has_value() ? anchor.size(0) : 0}, row_max.options());
-  const SimilarityGradients grad = similarity_logsumexp_backward(
-      options,
-      {row_max, col_max, row_log_sum, col_log_sum, {}, {}, {}, dots, {}, {}},
-      {grad_row_lse, grad_col_lse, grad_excluded, grad_row_total, grad_col_total},
-      {needs[0], needs[1], needs[2], needs[3], false, false});
-  return {grad.x, grad.y, grad.row_scale, grad.col_scale};
+Results volume_backward(Arguments& arguments) {
+  LogSumExpGradients incoming;
+  incoming.row_lse = arguments.tensor();
+  incoming.col_lse = arguments.tensor();
+  incoming.row_total = arguments.tensor();
+  incoming.col_total = arguments.tensor();
+  const SoftmaxStatistics softmax = softmax_of(arguments);
+  const Tensor kept = arguments.tensor();
+  const Problem problem = volume_problem(arguments);
+  const bool totals = arguments.flag();
+  const Sizes sizes(problem);
+  check_directions("grad_row_lse and grad_col_lse", incoming.row_lse, incoming.col_lse, sizes);
+  check_vector("grad_row_total", incoming.row_total, totals ? sizes.rows : 0, false);
+  check_vector("grad_col_total", incoming.col_total, totals ? sizes.cols : 0, false);
+  check_softmax(softmax, sizes);
+  incoming.excluded = at::zeros({sizes.excluded}, softmax.row_max.options());
+  const Needs needs = needs_of(arguments.flags(), 0);
+  Results gradients = of_form(similarity_logsumexp_backward(problem, softmax, kept, incoming, totals, needs));
+  gradients.resize(4);  // there are no biases
+  return gradients;
+}
+
+Function function_of(const std::string& name) {
+  constexpr std::array names{"identity", "softplus", "relu", "sigmoid", "square", "step"};
+  const auto found = std::find(names.begin(), names.end(), name);
+  TORCH_CHECK_VALUE(found != names.end(), "of must be the name of a function, got ", name);
+  return static_cast<Function>(found - names.begin());
+}
+
+Results sum(Arguments& arguments) {
+  const Problem problem = guided_problem(arguments);
+  const Function function = function_of(arguments.text());
+  const Sums result = similarity_sum(problem, function, arguments.flag());
+  return {result.kept, result.excluded, result.row_sum, result.col_sum};
+}
+
+Results sum_backward(Arguments& arguments) {
+  SumGradients incoming;
+  incoming.row_sum = arguments.tensor();
+  incoming.col_sum = arguments.tensor();
+  incoming.excluded = arguments.tensor();
+  const Tensor kept = arguments.tensor();
+  const Problem problem = guided_problem(arguments);
+  const Function function = function_of(arguments.text());
+  const Sizes sizes(problem);
+  check_directions("grad_row_sum and grad_col_sum", incoming.row_sum, incoming.col_sum, sizes);
+  check_vector("grad_excluded", incoming.excluded, sizes.excluded, false);
+  return of_form(similarity_sum_backward(problem, function, kept, incoming, needs_of(arguments.flags(), 0)));
+}
+
+Results expectation(Arguments& arguments) {
+  const Problem problem = taught_problem(arguments);
+  const Expectations result = similarity_expectation(problem, arguments.flag());
+  const SoftmaxStatistics& softmax = result.softmax;
+  const SoftmaxStatistics& teacher = result.teacher;
+  return {
+      softmax.row_max,
+      softmax.col_max,
+      softmax.row_log_sum,
+      softmax.col_log_sum,
+      teacher.row_max,
+      teacher.col_max,
+      teacher.row_log_sum,
+      teacher.col_log_sum,
+      result.kept,
+      result.row_mean,
+      result.col_mean,
+      softmax.row_lse,
+      softmax.col_lse};
+}
+
+Results expectation_backward(Arguments& arguments) {
+  ExpectationGradients incoming;
+  incoming.row_mean = arguments.tensor();
+  incoming.col_mean = arguments.tensor();
+  incoming.row_lse = arguments.tensor();
+  incoming.col_lse = arguments.tensor();
+  Expectations statistics;
+  statistics.softmax = softmax_of(arguments);
+  statistics.teacher = softmax_of(arguments);
+  statistics.kept = arguments.tensor();
+  statistics.row_mean = arguments.tensor();
+  statistics.col_mean = arguments.tensor();
+  const Problem problem = taught_problem(arguments);
+  const Sizes sizes(problem);
+  check_directions("grad_row_mean and grad_col_mean", incoming.row_mean, incoming.col_mean, sizes);
+  check_directions("grad_row_lse and grad_col_lse", incoming.row_lse, incoming.col_lse, sizes);
+  check_directions("row_mean and col_mean", statistics.row_mean, statistics.col_mean, sizes);
+  check_softmax(statistics.softmax, sizes);
+  if (problem.teacher.has_value()) {
+    check_softmax(statistics.teacher, sizes);
+  }
+  const std::vector<bool> needs = arguments.flags();
+  const FormsGradients grad =
+      similarity_expectation_backward(problem, statistics, incoming, needs_of(needs, 0), needs_of(needs, 6));
+  Results gradients = of_form(grad.pairs);
+  const Results teacher = of_form(grad.teacher);
+  gradients.insert(gradients.end(), teacher.begin(), teacher.end());
+  return gradients;
+}
+
+Results topk(Arguments& arguments) {
+  Problem problem;
+  problem.pairs = form_of(arguments);
+  read_exclude_and_ids(arguments, problem);
+  problem.restrict_to_ids = arguments.flag();
+  problem.cols = false;
+  check(problem);
+  const int64_t k = arguments.integer();
+  TORCH_CHECK_VALUE(k >= 1, "k must be at least 1, got ", k);
+  const bool largest = arguments.flag();
+  const std::optional<int64_t> noise = arguments.optional_integer();
+  TORCH_CHECK_VALUE(largest || !noise.has_value(), "noise needs largest");
+  const Best result = similarity_topk(problem, k, largest, noise);
+  return {result.values, result.indices};
 }
 
 void check_vectors(const char* name, const Tensor& vectors, const Tensor& like) {
@@ -384,31 +562,55 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+// The parts of the schemas that several operators have; the functions above take them in this order.
+const std::string kForm =
+    "Tensor x, Tensor? y, Tensor? row_scale, Tensor? col_scale, Tensor? row_bias, Tensor? col_bias, ";
+const std::string kIds = "Tensor? exclude, Tensor? row_ids, Tensor? col_ids, ";
+const std::string kGuided = kForm + kIds +
+                            "Tensor? guide_x, Tensor? guide_y, Tensor? ceiling, Tensor? col_ceiling, "
+                            "bool restrict, bool above, bool rows, bool cols";
+const std::string kTaught = kForm +
+                            "Tensor? u, Tensor? v, Tensor? teacher_row_scale, Tensor? teacher_col_scale, "
+                            "Tensor? teacher_row_bias, Tensor? teacher_col_bias, " +
+                            kIds + "bool restrict, bool rows, bool cols";
+const std::string kVolume =
+    "Tensor anchor, Tensor tuples, Tensor basis, Tensor anchor_square, Tensor? row_scale, Tensor? col_scale, "
+    "Tensor? exclude, bool rows, bool cols, bool totals";
+const std::string kMaxLogs = "Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, ";
+const std::string kTeacherMaxLogs =
+    "Tensor teacher_row_max, Tensor teacher_col_max, Tensor teacher_row_log_sum, Tensor teacher_col_log_sum, ";
+
+// " -> (Tensor, ..)" of so many.
+std::string tensors(int count) {
+  std::string returns = " -> (Tensor";
+  for (int i = 1; i < count; ++i) {
+    returns += ", Tensor";
+  }
+  return returns + ")";
+}
+
 TORCH_LIBRARY(contrastive_ops_cpu, library) {
-  const std::string options =
-      "Tensor x, Tensor? y, Tensor? row_scale, Tensor? col_scale, Tensor? row_bias, Tensor? col_bias, "
-      "Tensor? exclude, Tensor? row_ids, Tensor? col_ids, bool restrict, bool rows, bool cols";
-  const std::string forward_schema = "similarity_logsumexp(" + options +
-                                     ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
-  const std::string backward_schema =
-      "similarity_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_excluded, Tensor row_max, "
-      "Tensor col_max, "
-      "Tensor row_log_sum, Tensor col_log_sum, Tensor dots, " +
-      options + ", bool[6] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
-  library.def(forward_schema.c_str());
-  library.def(backward_schema.c_str());
-  const std::string volume_options =
-      "Tensor anchor, Tensor tuples, Tensor basis, Tensor anchor_square, Tensor? row_scale, Tensor? col_scale, "
-      "Tensor? exclude, bool rows, bool cols, bool totals";
-  const std::string volume_forward_schema =
-      "volume_logsumexp(" + volume_options +
-      ", bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
-  const std::string volume_backward_schema =
+  const auto define = [&](const std::string& schema) { library.def(schema.c_str()); };
+  define("similarity_logsumexp(" + kGuided + ", bool keep)" + tensors(8));
+  define(
+      "similarity_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_excluded, " + kMaxLogs +
+      "Tensor kept, " + kGuided + ", bool[6] needs)" + tensors(6));
+  define("volume_logsumexp(" + kVolume + ", bool keep)" + tensors(9));
+  define(
       "volume_logsumexp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_total, "
-      "Tensor grad_col_total, Tensor row_max, Tensor col_max, Tensor row_log_sum, Tensor col_log_sum, Tensor dots, " +
-      volume_options + ", bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)";
-  library.def(volume_forward_schema.c_str());
-  library.def(volume_backward_schema.c_str());
+      "Tensor grad_col_total, " +
+      kMaxLogs + "Tensor kept, " + kVolume + ", bool[4] needs)" + tensors(4));
+  define("similarity_sum(" + kGuided + ", str of, bool keep)" + tensors(4));
+  define(
+      "similarity_sum_backward(Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_excluded, Tensor kept, " +
+      kGuided + ", str of, bool[6] needs)" + tensors(6));
+  define("similarity_expectation(" + kTaught + ", bool keep)" + tensors(13));
+  define(
+      "similarity_expectation_backward(Tensor grad_row_mean, Tensor grad_col_mean, Tensor grad_row_lse, "
+      "Tensor grad_col_lse, " +
+      kMaxLogs + kTeacherMaxLogs + "Tensor kept, Tensor row_mean, Tensor col_mean, " + kTaught + ", bool[12] needs)" +
+      tensors(12));
+  define("similarity_topk(" + kForm + kIds + "bool restrict, int k, bool largest, int? noise)" + tensors(2));
   library.def("row_products(Tensor a, Tensor b) -> Tensor");
   library.def("combine_rows(Tensor weights, Tensor[] vectors, Tensor(a!) result) -> ()");
   library.def("scale(Tensor x, Tensor? factor, float multiplier, float power) -> (Tensor scale, Tensor inverse)");
@@ -423,10 +625,19 @@ TORCH_LIBRARY(contrastive_ops_cpu, library) {
 }
 
 TORCH_LIBRARY_IMPL(contrastive_ops_cpu, CPU, library) {
-  library.impl("similarity_logsumexp", forward);
-  library.impl("similarity_logsumexp_backward", backward);
-  library.impl("volume_logsumexp", volume_forward);
-  library.impl("volume_logsumexp_backward", volume_backward);
+  const auto implement = [&](const char* name, torch::CppFunction&& function) {
+    library.impl(name, std::move(function));
+  };
+  implement("similarity_logsumexp", torch::CppFunction::makeFromBoxedFunction<&boxed<logsumexp>>());
+  implement("similarity_logsumexp_backward", torch::CppFunction::makeFromBoxedFunction<&boxed<logsumexp_backward>>());
+  implement("volume_logsumexp", torch::CppFunction::makeFromBoxedFunction<&boxed<volume>>());
+  implement("volume_logsumexp_backward", torch::CppFunction::makeFromBoxedFunction<&boxed<volume_backward>>());
+  implement("similarity_sum", torch::CppFunction::makeFromBoxedFunction<&boxed<sum>>());
+  implement("similarity_sum_backward", torch::CppFunction::makeFromBoxedFunction<&boxed<sum_backward>>());
+  implement("similarity_expectation", torch::CppFunction::makeFromBoxedFunction<&boxed<expectation>>());
+  implement(
+      "similarity_expectation_backward", torch::CppFunction::makeFromBoxedFunction<&boxed<expectation_backward>>());
+  implement("similarity_topk", torch::CppFunction::makeFromBoxedFunction<&boxed<topk>>());
   library.impl("row_products", products);
   library.impl("combine_rows", combination);
   library.impl("scale", scale_rows);

@@ -28,7 +28,8 @@ class Tilings(NamedTuple):
     forward_many: Tiling
     block: Tiling
     block_many: Tiling
-    second: Tiling  # forward and block of pairs with a second form
+    second: Tiling  # forward of pairs with a second form
+    second_block: Tiling
     volume: Tiling  # forward and block, P = 1 and 2
     volume_many: Tiling  # P = 3 and 4
     product: Tiling  # where only equal ids take part; at most, see `product_tiling`
@@ -46,13 +47,14 @@ TILINGS = {
             block=Tiling(128, 64, 64, 4, 3),
             block_many=Tiling(128, 64, 64, 8, 3),
             second=Tiling(64, 64, 64, 8, 3),
+            second_block=Tiling(64, 64, 64, 8, 3),
             volume=Tiling(128, 64, 64, 8, 3),
             volume_many=Tiling(64, 32, 64, 8, 3),
             product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 32, 0, 8, 2),
         ),
         4: Tilings(
-            *[Tiling(64, 64, 32, 8, 2)] * 6,
+            *[Tiling(64, 64, 32, 8, 2)] * 7,
             volume_many=Tiling(64, 32, 16, 8, 3),
             product=Tiling(64, 32, 64, 8, 2),
             rows=None,
@@ -66,6 +68,7 @@ TILINGS = {
             block=Tiling(64, 128, 64, 4, 3, descriptors=True),
             block_many=Tiling(64, 128, 64, 4, 3, descriptors=True),
             second=Tiling(64, 64, 64, 8, 3, descriptors=True),
+            second_block=Tiling(64, 64, 64, 8, 3, descriptors=True),
             volume=Tiling(128, 64, 64, 4, 3),
             volume_many=Tiling(64, 64, 64, 4, 3),
             product=Tiling(64, 64, 256, 8, 3),
@@ -77,6 +80,7 @@ TILINGS = {
             block=Tiling(128, 64, 32, 4, 3, descriptors=True),
             block_many=Tiling(128, 64, 32, 4, 3, descriptors=True),
             second=Tiling(64, 64, 32, 8, 3, descriptors=True),
+            second_block=Tiling(64, 64, 32, 8, 3, descriptors=True),
             volume=Tiling(128, 64, 32, 8, 3),
             volume_many=Tiling(64, 32, 16, 8, 3),
             product=Tiling(64, 32, 64, 8, 2),
@@ -90,7 +94,8 @@ TILINGS = {
             forward_many=Tiling(64, 64, 64, 8, 3),
             block=Tiling(64, 64, 64, 8, 3),
             block_many=Tiling(64, 64, 64, 8, 3),
-            second=Tiling(64, 32, 64, 8, 2),
+            second=Tiling(64, 32, 128, 8, 2),
+            second_block=Tiling(64, 32, 64, 8, 2),
             volume=Tiling(64, 32, 64, 8, 2),
             volume_many=Tiling(64, 32, 64, 8, 2),
             product=Tiling(64, 64, 256, 8, 3),
@@ -102,6 +107,7 @@ TILINGS = {
             block=Tiling(64, 64, 32, 8, 2),
             block_many=Tiling(64, 32, 32, 4, 2),
             second=Tiling(32, 32, 32, 8, 2),
+            second_block=Tiling(32, 32, 32, 8, 2),
             volume=Tiling(64, 32, 32, 8, 2),
             volume_many=Tiling(64, 32, 32, 8, 2),
             product=Tiling(64, 32, 128, 8, 2),
@@ -115,13 +121,14 @@ TILINGS = {
             block=Tiling(128, 128, 64, 8, 2),
             block_many=Tiling(128, 64, 64, 8, 2),
             second=Tiling(64, 64, 64, 8, 2),
+            second_block=Tiling(64, 64, 64, 8, 2),
             volume=Tiling(128, 64, 64, 8, 2),
             volume_many=Tiling(64, 32, 64, 4, 2),
             product=Tiling(64, 64, 256, 8, 3),
             rows=Tiling(64, 32, 0, 4, 2),
         ),
         4: Tilings(
-            *[Tiling(64, 64, 16, 8, 3)] * 6,
+            *[Tiling(64, 64, 16, 8, 3)] * 7,
             volume_many=Tiling(64, 32, 16, 4, 2),
             product=Tiling(64, 32, 128, 8, 2),
             rows=None,
@@ -169,8 +176,10 @@ def forward_tiling(problem: Problem) -> Tiling:
 
 def block_tiling(problem: Problem) -> Tiling:
     tilings = _of(problem)
-    if problem.members or problem.second.u is not None:
+    if problem.members:
         return forward_tiling(problem)
+    if problem.second.u is not None:
+        return tilings.second_block
     return tilings.block_many if _many(problem) or problem.mirrored else tilings.block
 
 
@@ -198,9 +207,11 @@ def attention_tiling(problem: Problem) -> Tiling:
 
 
 def topk_tiling(problem: Problem, k: int) -> Tiling:
-    """That of forward, with fewer rows where their candidates take the registers."""
-    tiling = _of(problem).forward_many
-    return tiling._replace(block_m=max(16, min(tiling.block_m, CANDIDATES // k)), block_n=64, warps=8)
+    """That of forward, with fewer rows where their candidates take the registers: no target spills any."""
+    tiling = _of(problem).forward_many._replace(block_n=64)
+    if k * 64 > CANDIDATES:
+        return tiling._replace(block_m=16, warps=4)
+    return tiling._replace(block_m=min(tiling.block_m, CANDIDATES // k), warps=8)
 
 
 def _of_all_features(tiling: Tiling, problem: Problem) -> Tiling:

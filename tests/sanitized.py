@@ -33,13 +33,14 @@ from ttsem import mlir
 
 from __main__ import KernelFault  # python -m has a ttsem.sanitize of its own, with other classes
 from contrastive_ops import backends
+from contrastive_ops.backends import tiled, trust
 from contrastive_ops.ops.arguments import per_row
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 HOST = Path(backends.sweep.__file__)
 PACKAGE, SWEEP = "contrastive_ops.kernels", "contrastive_ops.backends.sweep"
 # N, M, D: tails of every tile, and N < M; of volumes N > M, where some rows name no column to leave out
-SHAPES = {"similarity_logsumexp": (130, 150, 20), "volume_logsumexp": (100, 60, 20)}
+PAIRS, VOLUMES = (130, 150, 20), (100, 60, 20)
 PROGRAMS = 9  # 3 groups of rows and 3 strips of columns
 WORKSPACE = 96  # rows and columns, of every dtype; of tuples of four vectors 48, which have one tile of rows
 ONE_BLOCK = (70, 60, 20)  # N below WORKSPACE, and not a whole tile: the workspace ends where the block does
@@ -138,43 +139,65 @@ class Launched(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, engine, op, gradients, *arguments):
+        names = trust._SWEEPS[op]
         run = getattr(engine.sweep, f"{op}_forward")
         kernels, needs = engine.launch.TritonKernels(), list(ctx.needs_input_grad[3 : 3 + gradients])
-        *statistics, row_lse, col_lse = run(kernels, *arguments, needs)
-        row_max, col_max, row_log_sum, col_log_sum, kept, *others = statistics
-        tensors = [argument for argument in arguments if not isinstance(argument, bool)]
-        ctx.save_for_backward(row_max, col_max, row_log_sum, col_log_sum, kept, *tensors)
+        given = (*names.statistics, "kept", *names.others, *names.results)
+        outputs = dict(zip(given, run(kernels, *arguments, needs), strict=True))
+        tensors = [argument for argument in arguments if argument is None or isinstance(argument, Tensor)]
+        ctx.save_for_backward(*(outputs[name] for name in (*names.statistics, "kept", *names.saved)), *tensors)
         ctx.run = functools.partial(getattr(engine.sweep, f"{op}_backward"), kernels)
         ctx.gradients, ctx.flags = gradients, arguments[len(tensors) :]
-        ctx.mark_non_differentiable(row_max, col_max)
-        return (row_lse, col_lse, *others, row_max, col_max)
+        maxima = [outputs[name] for name in names.statistics[:2]]
+        ctx.outputs = len(names.results) + len(names.others)
+        ctx.mark_non_differentiable(*maxima)
+        return tuple(outputs[name] for name in (*names.results, *names.others)) + tuple(maxima)
 
     @staticmethod
     def backward(ctx, *grads):
-        *incoming, _row_max, _col_max = grads
         needs = list(ctx.needs_input_grad[3 : 3 + ctx.gradients])
-        results = ctx.run(*incoming, *ctx.saved_tensors, *ctx.flags, needs)
+        results = ctx.run(*grads[: ctx.outputs], *ctx.saved_tensors, *ctx.flags, needs)
         wanted = [result if need else None for result, need in zip(results, needs, strict=True)]
-        return (None, None, None, *wanted, *[None] * (len(ctx.needs_input_grad) - 2 - len(wanted)))
+        return (None, None, None, *wanted, *[None] * (len(ctx.needs_input_grad) - 3 - len(wanted)))
 
 
-def similarity_logsumexp(
-    x: Tensor,
-    y: Tensor | None = None,
-    *,
+def pairs(
+    op: problems.Op,
+    *features: Tensor,
     engine: Engine,
     ids: str = "exclude",
     rows: bool = True,
     cols: bool = False,
+    guide: Any = None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
+    """What an op over pairs gives, in the order of its `naive`."""
+    alone = len(features) == 1
+    x, y, u, v = (*features, *[None] * (4 - len(features)))
+    u = options.get("u", u)
     sizes = {"row": len(x), "col": len(x if y is None else y)}
-    vectors = [per_row(name, options.get(name), sizes[name[:3]], x, "x") for name in problems.VECTORS]
+
+    def vectors(form: str = "") -> list[Tensor | None]:
+        return [per_row(name, options.get(form + name), sizes[name[:3]], x, "x") for name in problems.VECTORS]
+
     indices = [options.get(name) for name in ("exclude", "row_ids", "col_ids")]
-    row_lse, col_lse, excluded, row_max, col_max = Launched.apply(
-        engine, "similarity_logsumexp", len(vectors) + 2, x, y, *vectors, *indices, ids == "restrict", rows, cols
-    )
-    return problems.requested((row_lse, col_lse, row_max, col_max, excluded), rows, cols, indices[0] is not None)
+    restrict, above = ids == "restrict", options.get("keep") == "above"
+    if op.name == "similarity_expectation":
+        given = (x, y, *vectors(), u, v, *vectors("teacher_"), *indices, restrict, rows, cols)
+    else:
+        guides = (None, None) if guide is None else (guide, None) if alone else guide
+        ceilings = [
+            per_row("row_bias", options.get(name), sizes[side], x, "x")
+            for name, side in (("ceiling", "row"), ("col_ceiling", "col"))
+        ]
+        of = () if op.of is None else (op.of,)
+        given = (x, y, *vectors(), *indices, *guides, *ceilings, restrict, above, rows, cols, *of)
+    outputs = Launched.apply(engine, op.name, 12 if op.name == "similarity_expectation" else 6, *given)
+    if op == problems.LOGSUMEXP:
+        row_lse, col_lse, excluded, row_max, col_max = outputs
+        return problems.requested((row_lse, col_lse, row_max, col_max, excluded), rows, cols, indices[0] is not None)
+    asked = (rows, cols, rows, cols) if op in problems.EXPECTATIONS else (rows, cols, indices[0] is not None)
+    return tuple(value for value, wanted in zip(outputs, asked, strict=False) if wanted)
 
 
 def volume_logsumexp(
@@ -195,14 +218,18 @@ def volume_logsumexp(
     return volumes.requested((row_lse, col_lse, row_max, col_max, row_total, col_total), rows, cols, totals)
 
 
-def pair_problem(name: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def pair_problem(
+    op: problems.Op, name: str, n: int, m: int, d: int, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     kind, _, other = name.partition("-")
     if kind == "frozen":
-        return problems.frozen(other, n, m, d, dtype)
-    if kind == "scaled":  # without scales every tile is masked
+        arguments, options = problems.frozen(other, n, m, d, dtype)
+    elif kind == "scaled":  # without scales every tile is masked
         arguments, options = problems.problem(other, n, m, d, dtype)
-        return arguments, options | {"row_scale": 1.25}
-    return problems.problem(name, n, m, d, dtype)
+        options |= {"row_scale": 1.25}
+    else:
+        return op.problem(name, n, m, d, dtype)
+    return arguments, options if op.of is None else options | {"of": op.of}
 
 
 def volume_problem(name: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -221,6 +248,10 @@ def volume_problem(name: str, n: int, m: int, d: int, dtype: torch.dtype) -> tup
     }.get(kind, {})
 
 
+def of_pairs(op: problems.Op, *names: str) -> Op:
+    return Op(names, functools.partial(pair_problem, op), functools.partial(pairs, op), op.naive)
+
+
 class Op(NamedTuple):
     names: tuple[str, ...]
     problem: Callable[..., tuple[tuple[Tensor, ...], dict[str, Any]]]  # of a name, a shape and a dtype
@@ -229,13 +260,18 @@ class Op(NamedTuple):
 
 
 OPS = {
-    "similarity_logsumexp": Op(
-        ("rows", "cols", "both", "row_scale-0d", "col_bias-vector", "vectors", "exclude", "exclude-diagonal",
+    "similarity_logsumexp": of_pairs(
+        problems.LOGSUMEXP,
+        "rows", "cols", "both", "row_scale-0d", "col_bias-vector", "vectors", "exclude", "exclude-diagonal",
          "ids-exclude-sorted", "ids-restrict-sorted",
          "everything", "everything-restrict", "self", "self-row_scale-vector", "self-ids-restrict-sorted",
-         "self-everything", "self-everything-restrict"),
-        pair_problem, similarity_logsumexp, problems.naive,
+         "self-everything", "self-everything-restrict", "guide-everything",
     ),
+    "similarity_sum": of_pairs(
+        problems.SUMS[1], "everything", "self-everything", "guide-everything", "self-guide-own_logits"
+    ),
+    "similarity_expectation": of_pairs(problems.EXPECTATIONS[0], "everything", "self-everything-restrict"),
+    "tilted": of_pairs(problems.EXPECTATIONS[1], "everything", "self-everything"),
     "volume_logsumexp": Op(
         ("1", "2", "4", "2-rows", "2-cols", "2-no totals"),
         volume_problem, volume_logsumexp, volumes.naive,
@@ -252,11 +288,16 @@ CASES = [
         ("similarity_logsumexp", f"scaled-{name}", torch.float32)
         for name in ("rows", "cols", "exclude", "ids-exclude-sorted", "ids-restrict-sorted")
     ),
+    *(("similarity_sum", f"frozen-{name}", torch.float16) for name in ("rows", "everything")),
     ("volume_logsumexp", "3", torch.bfloat16),
     ("volume_logsumexp", "2-unscaled", torch.float32),
     ("volume_logsumexp", "2-zeros", torch.float32),
     ("volume_logsumexp", "2-zeros", torch.float16),
 ]
+
+
+def shape_of(op: str) -> tuple[int, ...]:
+    return VOLUMES if op == "volume_logsumexp" else PAIRS
 
 
 def of_dtype(engine: Engine, dtype: torch.dtype) -> Engine:
@@ -267,7 +308,7 @@ def of_dtype(engine: Engine, dtype: torch.dtype) -> Engine:
 
 def check(op: str, name: str, dtype: torch.dtype, engine: Engine, shape: tuple[int, ...] | None = None) -> None:
     _, problem, launched, naive = OPS[op]
-    arguments, options = problem(name, *(shape or SHAPES[op]), dtype)
+    arguments, options = problem(name, *(shape or shape_of(op)), dtype)
     judge(launched, naive, arguments, options, fused_options={"engine": of_dtype(engine, dtype)})
 
 
@@ -305,14 +346,14 @@ def test_blocks_of_16_bits(name, dtype, load, monkeypatch):
 def test_features_by_descriptors_and_by_pointers(dtype, d, by_descriptors, load, monkeypatch):
     """Rows of whole 16 bytes have tensor descriptors; and of 16 bits more features than rows_kernel takes."""
     engine, taken = load(), set()
-    features = engine.launch.features
+    inputs = engine.launch.inputs
 
     def counted(*arguments):
-        x, y, described = features(*arguments)
+        given, described = inputs(*arguments)
         taken.add(described)
-        return x, y, described
+        return given, described
 
-    monkeypatch.setattr(engine.launch, "features", counted)
+    monkeypatch.setattr(engine.launch, "inputs", counted)
     check("similarity_logsumexp", "everything", dtype, engine, (100, 70, d))
     assert taken == {by_descriptors}
 
@@ -336,11 +377,25 @@ def test_one_strip(load):
 )  # fmt: skip
 def test_one_gradient(op, name, dtype, wanted, load):
     _, problem, launched, naive = OPS[op]
-    arguments, options = problem(name, *SHAPES[op], dtype)
+    arguments, options = problem(name, *shape_of(op), dtype)
     for key, value in {"argument0": arguments[0], "argument1": arguments[1], **options}.items():
         if isinstance(value, Tensor) and value.requires_grad:
             value.requires_grad_(key == wanted)
     judge(launched, naive, arguments, options, fused_options={"engine": of_dtype(load(), dtype)})
+
+
+@pytest.mark.parametrize("noise", [None, 7])
+def test_best(noise, load):
+    """Some strips have fewer columns than are wanted, and the whole has fewer than two sweeps find."""
+    engine = load()
+    engine.sweep.MOST_CANDIDATES = 16
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(-1, 2, (size, 20), generator=generator).float() for size in (70, 50))
+    options = (None, None, None, None, torch.arange(70), None, None, False, 20, True, noise)
+    values, indices = engine.sweep.similarity_topk_forward(engine.launch.TritonKernels(), x, y, *options)
+    right = tiled.similarity_topk_forward(x, y, *options)
+    assert torch.equal(indices, right[1])
+    torch.testing.assert_close(values, right[0])
 
 
 class Fault(NamedTuple):
@@ -360,7 +415,7 @@ class Fault(NamedTuple):
     shape: tuple[int, ...] | None = None  # where it is not that of the case
 
 
-VOLUME = "volume_logsumexp"
+VOLUME, TEACHER = "volume_logsumexp", "similarity_expectation"
 FAULTS = {
     # one tile
     "load without its mask": Fault(
@@ -461,12 +516,12 @@ FAULTS = {
         "cols", "race of col_part",
     ),
     "statistics beyond the last row": Fault(
-        "tl.store(part.sum + index, total, mask=inside)",
-        "tl.store(part.sum + index, total)",
+        "tl.store(part[k] + begin + index, state[0], mask=inside)",
+        "tl.store(part[k] + begin + index, state[0])",
         "rows", "oob_write of row_part",
     ),
     "statistics that start as they were": Fault(
-        'store_part(col_part, cols, col_begin + m, nothing - float("inf"), nothing, nothing)',
+        "store_state(col_part, 0, cols, cols < col_begin + m, empty_state(col_part, BLOCK_N))",
         "pass",
         "cols", "nan",
     ),
@@ -475,8 +530,8 @@ FAULTS = {
     ),
     "sums that stay relative to the shift of their tile": Fault("total * factor", "total", "both", "value"),
     "diagonal that counts twice": Fault(
-        "tl.where(row + BLOCK_M <= col, tile_col",
-        "tl.where(row <= col, tile_col",
+        "state_if(row + BLOCK_M <= col,",
+        "state_if(row <= col,",
         "self", "value",
     ),
     "tiles on the diagonal that are left out": Fault(
@@ -491,7 +546,36 @@ FAULTS = {
     ),
     "one part that is not merged": Fault("range(parts)", "range(parts - 1)", "rows", "value"),
     "mirror images that are not merged": Fault(
-        "fold_parts(mirror, mirrors, ", "fold_parts(mirror, 0, ", "self", "value"
+        "join_parts(mirror, mirrors, ", "join_parts(mirror, 0, ", "self", "value"
+    ),
+    # what other reductions fold
+    "moments that stay relative to the shift of their tile": Fault(
+        "row_moment = relative_to(row_max, row_moment, shift)", "pass", "everything", "value", op=TEACHER
+    ),
+    "weights of 0 that count": Fault(
+        "tl.where(weight == 0.0, 0.0, weight * values)", "weight * values", "everything", "nan", op=TEACHER
+    ),
+    "coefficients of the teacher in the place of the others": Fault(
+        "of_teacher = coefficients + tl.cast", "of_teacher = coefficients + 0 * tl.cast",
+        "everything", "nan", op=TEACHER,
+    ),
+    "width of the pairs for that of the teacher": Fault(
+        "dot_products(u, v, width, rows, cols, n, m, width,", "dot_products(u, v, width, rows, cols, n, m, 20,",
+        "everything", "value", torch.bfloat16, op=TEACHER,
+    ),
+    "means of the first form for its own teacher": Fault(
+        "gradient += of_logits + of_others", "gradient += of_logits", "everything", "value", op="tilted"
+    ),
+    "ceilings without their mask": Fault(
+        "tl.load(second.row_ceiling + rows, mask=rows < n, other=0.0)", "tl.load(second.row_ceiling + rows)",
+        "guide-everything", "oob_read of second", op="similarity_sum",
+    ),
+    "pairs above the ceilings for those below": Fault(
+        "m) == ABOVE", "m) != ABOVE", "guide-everything", "value", op="similarity_sum"
+    ),
+    "sums of pairs that take no part": Fault(
+        "function_of(logits, REDUCTION), others, 0.0", "function_of(logits, REDUCTION), others, 1.0",
+        "everything", "value", op="similarity_sum",
     ),
     # the logits that were left out
     "columns of rows that leave out none": Fault(
@@ -521,12 +605,12 @@ FAULTS = {
         "vectors", "oob_write of col_sums",
     ),
     "tiles that share their partial sums": Fault(
-        "row_sums.scale + row_place",
-        "row_sums.scale + local_rows",
+        "row_scale + row_place",
+        "row_scale + local_rows",
         "vectors", "race of row_sums",
     ),
     "partial sums that nobody writes": Fault(
-        "tl.store(col_sums.bias + col_place, tl.sum(gradient, 0), mask=local_cols < block_cols)",
+        "tl.store(col_bias + col_place, tl.sum(gradient, 0), mask=local_cols < block_cols)",
         "pass",
         "col_bias-vector", "nan",
     ),
@@ -560,8 +644,8 @@ FAULTS = {
         "everything-restrict", "value",
     ),
     "sides of the whole in the product of the columns": Fault(
-        "swapped = problem if members else problem.transposed()",
-        "swapped = problem",
+        "of_cols = problem if members else problem.transposed()",
+        "of_cols = problem",
         "ids-restrict-sorted", "nan",
     ),
     "product that overwrites the gradient": Fault(
@@ -622,8 +706,8 @@ FAULTS = {
         "vectors", "value", torch.bfloat16,
     ),
     "gradients of the rows in the columns' place": Fault(
-        "for value in (col, row)]",
-        "for value in (row, col)]",
+        "Incoming(*swapped(incoming))",
+        "incoming",
         "both", "oob_read of incoming", torch.float16,
     ),
     # gradients in forward
@@ -640,7 +724,7 @@ FAULTS = {
         "share *= tl.load(unit)", "pass", "frozen-rows", "value", torch.float16
     ),
     "strips of empty rows that have a share": Fault(
-        ".masked_fill(torch.isneginf(maxima), 0.0)",
+        ".masked_fill(torch.isneginf(part.maximum), 0.0)",
         "",
         "frozen-ids-restrict-far", "nan", torch.bfloat16, shape=EMPTY_ROWS,
     ),
@@ -687,7 +771,7 @@ FAULTS = {
         "1", "oob_write of coefficients", torch.float16, VOLUME, ONE_BLOCK,
     ),
     "moments of the first member for all": Fault(
-        "totals_y[t], cols", "totals_y[0], cols", "2", "nan", op=VOLUME
+        "Total(grad_y[t])", "Total(grad_y[0])", "2", "nan", op=VOLUME
     ),
     "sums along the row that are divided by the unit": Fault(
         "tl.sum(q, 1), mask",
@@ -698,11 +782,6 @@ FAULTS = {
         "along[:, None], problem.x, value=-1",
         "along[:, None], problem.x, value=0",
         "2", "value", op=VOLUME,
-    ),
-    "totals that start as they were": Fault(
-        "nothing, nothing)",
-        "nothing, tl.load(col_part.total + cols, mask=cols < col_begin + m))",
-        "2", "nan", op=VOLUME,
     ),
     "totals of pairs that take no part": Fault(
         'tl.where(logits > -float("inf"), logits, 0.0)', "logits", "2", "value", op=VOLUME

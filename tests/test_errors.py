@@ -101,7 +101,7 @@ REFUSALS = {
         "exclude must be an integer tensor, got bool; give integers."),
     "integers-column": (
         lambda: co.supcon(X, IDS[:, None]), ValueError,
-        "labels must have shape (4,), got (4, 1); call labels.flatten()."),
+        "labels must have shape (4,) or (4, C) with C >= 2, got (4, 1); call labels.flatten()."),
     "integers-size": (
         lambda: co.clip_loss(X, X, 1.0, ids=IDS[:3]), ValueError,
         "ids must have shape (4,), got (3,); give one value per row of image_features."),
@@ -265,11 +265,11 @@ REFUSALS = {
     "self-cols": (
         lambda: op(X, cols=True), ValueError,
         "rows=True, cols=False is expected in self-similarity (y=None), got rows=True, cols=True; "
-        "the columns have the same log-sum-exp, or pass y=x."),
+        "the columns have the same result, or pass y=x."),
     "self-no_rows": (
         lambda: op(X, rows=False, cols=True), ValueError,
         "rows=True, cols=False is expected in self-similarity (y=None), got rows=False, cols=True; "
-        "the columns have the same log-sum-exp, or pass y=x."),
+        "the columns have the same result, or pass y=x."),
     # supcon's features
     "supcon-1d": (
         lambda: co.supcon(X[0], IDS), ValueError,
@@ -556,6 +556,232 @@ REFUSALS = {
     "logit_bias-device": (
         lambda: co.clip_loss(X, X, 1.0, logit_bias=torch.zeros(1, device="meta")), ValueError,
         'logit_bias must be on cpu, got meta; call logit_bias.to("cpu").'),
+    "output_dict-siglip": (
+        lambda: co.siglip_loss(X, X, 1.0, 0.0, output_dict=True), ValueError,
+        'output_dict must be False, got True; the loss is a tensor, put it into {"contrastive_loss": loss}.'),
+    # siglip_loss
+    "siglip-bias-none": (
+        lambda: co.siglip_loss(X, X, 1.0, None), TypeError,
+        "logit_bias must be a float or a tensor, got NoneType; pass a number."),
+    "siglip-bias-infinite": (
+        lambda: co.siglip_loss(X, X, 1.0, -float("inf")), ValueError,
+        "logit_bias must be finite, got -inf."),
+    "siglip-scale": (
+        lambda: co.siglip_loss(X, X, -2.0, 0.0), ValueError,
+        "logit_scale must be positive, got -2.0; pass it exponentiated, such as 1 / 0.07."),
+    "siglip-rows": (
+        lambda: co.siglip_loss(X, Y, 1.0, 0.0), ValueError,
+        "text_features must have the shape of image_features, (4, 3), got (5, 3); "
+        "row i of text_features is the positive of row i of image_features."),
+    "siglip-weight": (
+        lambda: co.siglip_loss(X, X, 1.0, 0.0, weight="per_text"), ValueError,
+        "weight must be one of 'per_pair', 'per_anchor', got 'per_text'."),
+    "siglip-ids": (
+        lambda: co.siglip_loss(X, X, 1.0, 0.0, ids=IDS.float()), TypeError,
+        "ids must be an integer tensor, got float32; ids.long() keeps values that are whole."),
+    # nt_xent_labelled
+    "labelled-labels": (
+        lambda: co.nt_xent_labelled(X, IDS[:3]), ValueError,
+        "labels must have shape (4,), got (3,); give one value per row of features."),
+    "labelled-sets": (
+        lambda: co.nt_xent_labelled(X, torch.ones(4, 2)), TypeError,
+        "labels must be an integer tensor, got float32; labels.long() keeps values that are whole."),
+    "labelled-over": (
+        lambda: co.nt_xent_labelled(X, IDS, over="rows"), ValueError,
+        "over must be one of 'pairs', 'anchors', got 'rows'."),
+    "labelled-weights": (
+        lambda: co.nt_xent_labelled(X, IDS, sample_weight=torch.ones(5)), ValueError,
+        "sample_weight must have shape (4,), got (5,); give one value per row of features."),
+    # several labels per sample
+    "label_sets-rows": (
+        lambda: co.supcon(X, torch.ones(5, 2)), ValueError,
+        "labels must have shape (4,) or (4, C) with C >= 2, got (5, 2); "
+        "give one label, or an entry of each of C labels, per row of features."),
+    "label_sets-views": (
+        lambda: co.supcon(X[:, None], torch.ones(4, 1, 2)), ValueError,
+        "labels must have shape (4,) or (4, C) with C >= 2, got (4, 1, 2); "
+        "give one label, or an entry of each of C labels, per row of features."),
+    "label_sets-device": (
+        lambda: co.supcon(X, torch.ones(4, 2, device="meta")), ValueError,
+        "labels must be on the device of features, cpu, got meta; call labels.to(features.device)."),
+    "label_sets-keys": (
+        lambda: co.supcon(X, torch.ones(4, 2), keys=Y, key_labels=torch.ones(5, 3)), ValueError,
+        "key_labels must have shape (5, 2), got (5, 3); give an entry of each of the 2 labels per row of keys."),
+    "label_sets-keys-single": (
+        lambda: co.supcon(X, torch.ones(4, 2), keys=Y, key_labels=torch.arange(5)), ValueError,
+        "key_labels must have shape (5, 2), got (5,); give an entry of each of the 2 labels per row of keys."),
+    "label_sets-keys-list": (
+        lambda: co.supcon(X, torch.ones(4, 2), keys=Y, key_labels=[[0, 1]] * 5), TypeError,
+        "key_labels must be a torch.Tensor, got list; call torch.as_tensor(key_labels)."),
+    "label_sets-of-keys-alone": (
+        lambda: co.supcon(X, IDS, keys=Y, key_labels=torch.ones(5, 2).long()), ValueError,
+        "key_labels must have shape (5,), got (5, 2); give one value per row of keys."),
+    # mw_loss
+    "mw-compare": (
+        lambda: co.mw_loss(X, X, compare="each"), ValueError,
+        "compare must be one of 'all', 'own', got 'each'."),
+    "mw-fewer_keys": (
+        lambda: co.mw_loss(Y, X), ValueError,
+        "key must have at least as many rows as query, N = 5, got M = 4; "
+        "row i of key is the positive of query i, or pass target=."),
+    "mw-temperature": (
+        lambda: co.mw_loss(X, X, temperature=torch.ones(4)), ValueError,
+        "temperature must be a float or a tensor of one element, got shape (4,); give one value for all rows."),
+    # guided_info_nce
+    "guided-rows": (
+        lambda: co.guided_info_nce(X, Y), ValueError,
+        "positive must have the shape of anchor, (4, 3), got (5, 3); row i of positive is the positive of row i of "
+        "anchor."),
+    "guided-negatives": (
+        lambda: co.guided_info_nce(X, X, negatives=X[:, None]), ValueError,
+        "negatives must have shape (M, D), got (4, 1, 3); every row is a candidate of all anchors."),
+    "guided-margin": (
+        lambda: co.guided_info_nce(X, X, margin=torch.tensor(0.1)), ValueError,
+        "margin must be a finite float, got tensor(0.1000); 0.0 switches it off."),
+    "guided-margin-nan": (
+        lambda: co.guided_info_nce(X, X, margin=float("nan")), ValueError,
+        "margin must be a finite float, got nan; 0.0 switches it off."),
+    "guided-strategy": (
+        lambda: co.guided_info_nce(X, X, margin_strategy="percent"), ValueError,
+        "margin_strategy must be one of 'absolute', 'relative', got 'percent'."),
+    "guided-guide-tensor": (
+        lambda: co.guided_info_nce(X, X, guide=X), TypeError,
+        "guide must be 2 tensors, the guide's features of anchors and positives, got Tensor."),
+    "guided-guide-two": (
+        lambda: co.guided_info_nce(X, X, negatives=Y, guide=(X, X)), TypeError,
+        "guide must be 3 tensors, the guide's features of anchors, positives and negatives, got 2 values."),
+    "guided-guide-rows": (
+        lambda: co.guided_info_nce(X, X, guide=(X, Y)), ValueError,
+        "guide[1] must have an entry for each row of positive, N = 4, got shape (5, 3); its first axis is that of the "
+        "rows."),
+    "guided-guide-width": (
+        lambda: co.guided_info_nce(X, X, guide=(X, X[:, :2])), ValueError,
+        "guide[1] must have the feature size of guide[0], D = 3, got 2; project both to one size."),
+    "guided-guide-dtensor": (
+        lambda: co.guided_info_nce(X, X, guide=(distributed(), X)), TypeError,
+        "guide[0] must be a plain tensor, got a DTensor; call guide[0].full_tensor(), "
+        "guide[0].to_local() is the part of this rank alone."),
+    # soft_target_loss
+    "soft-teacher-rows": (
+        lambda: co.soft_target_loss(X, X, Y, X), ValueError,
+        "u must have an entry for each row of x, N = 4, got shape (5, 3); its first axis is that of the rows."),
+    "soft-teacher-width": (
+        lambda: co.soft_target_loss(X, X, X, X[:, :2]), ValueError,
+        "v must have the feature size of u, D = 3, got 2; project both to one size."),
+    "soft-teacher-none": (
+        lambda: co.soft_target_loss(X, X, X, None), TypeError,
+        "v must be a torch.Tensor, got NoneType; pass a tensor, there is no default."),
+    "soft-teacher-nested": (
+        lambda: co.soft_target_loss(X, X, NESTED, X), TypeError,
+        "u must be a plain tensor, got a nested one; its rows are torch.cat(u.unbind()), "
+        "of which row i goes with row i of the other arguments."),
+    "soft-y": (
+        lambda: co.soft_target_loss(X, X[0], X, X), ValueError,
+        "y must have shape (M, D), got (3,); every row is a column of the similarities."),
+    "soft-symmetric": (
+        lambda: co.soft_target_loss(X, Y, X, Y), ValueError,
+        "y must have an entry for each row of x, N = 4, got shape (5, 3); its first axis is that of the rows."),
+    "soft-one_hot-columns": (
+        lambda: co.soft_target_loss(Y, X, Y, X, symmetric=False, one_hot=0.5), ValueError,
+        "y must have at least as many rows as x with one_hot, N = 5, got M = 4; "
+        "row i of y is the positive of row i of x."),
+    "soft-one_hot": (
+        lambda: co.soft_target_loss(X, X, X, X, one_hot=1.0), ValueError,
+        "one_hot must be a float in [0, 1), got 1.0; 0.0 switches it off."),
+    "soft-teacher_temperature": (
+        lambda: co.soft_target_loss(X, X, X, X, teacher_temperature=0), ValueError,
+        "teacher_temperature must be positive, got 0; pass a value such as 0.07."),
+    # sums, expectations, the best k, guides
+    "sum-of": (
+        lambda: co.similarity_sum(X, of="exp"), ValueError,
+        "of must be one of 'identity', 'softplus', 'relu', 'sigmoid', 'square', 'step', got 'exp'."),
+    "sum-self": (
+        lambda: co.similarity_sum(X, col_bias=1.0), ValueError,
+        "col_bias must be None in self-similarity (y=None), where the row option applies to both sides, "
+        "got a value; pass y=x for logits that are not symmetric."),
+    "guide-one": (
+        lambda: op(X, Y, guide=X, ceiling=0.0), TypeError,
+        "guide must be a pair of tensors, for the rows of x and of y, got Tensor; pass (u, v)."),
+    "guide-three": (
+        lambda: co.similarity_sum(X, Y, guide=[X, Y, Y], ceiling=0.0), TypeError,
+        "guide must be a pair of tensors, for the rows of x and of y, got 3 values; pass (u, v)."),
+    "guide-self": (
+        lambda: op(X, guide=(X, X), ceiling=0.0), TypeError,
+        "guide must be one tensor in self-similarity (y=None), got a tuple; pass y=x for two that differ."),
+    "guide-rows": (
+        lambda: op(X, Y, guide=(X, X), ceiling=0.0), ValueError,
+        "guide[1] must have an entry for each row of y, N = 5, got shape (4, 3); its first axis is that of the rows."),
+    "guide-width": (
+        lambda: op(X, Y, guide=(X, Y[:, :2]), ceiling=0.0), ValueError,
+        "guide[1] must have the feature size of guide, D = 3, got 2; project both to one size."),
+    "guide-no_ceiling": (
+        lambda: op(X, Y, guide=(X, Y)), ValueError,
+        "ceiling or col_ceiling must be given with a guide, got neither; "
+        "pairs are left out by what their guide is compared with."),
+    "guide-keep-no_ceiling": (
+        lambda: op(X, keep="above"), ValueError,
+        "ceiling or col_ceiling must be given with keep='above', got neither; "
+        "pairs are left out by what their guide is compared with."),
+    "guide-keep": (
+        lambda: op(X, keep="under"), ValueError,
+        "keep must be one of 'below', 'above', got 'under'."),
+    "ceiling-size": (
+        lambda: op(X, Y, ceiling=torch.ones(5)), ValueError,
+        "ceiling must have shape (4,), got (5,); give one value per row of x."),
+    "ceiling-self": (
+        lambda: op(X, col_ceiling=1.0), ValueError,
+        "col_ceiling must be None in self-similarity (y=None), where the row option applies to both sides, "
+        "got a value; pass y=x for logits that are not symmetric."),
+    "teacher-one": (
+        lambda: co.similarity_expectation(X, Y, X), ValueError,
+        "v must be given together with u, got only u; pass both or neither."),
+    "teacher-self": (
+        lambda: co.similarity_expectation(X, None, X, X), ValueError,
+        "v must be None in self-similarity (y=None), got a value; pass y=x for two that differ."),
+    "teacher-none": (
+        lambda: co.similarity_expectation(X, Y, teacher_row_scale=2.0), ValueError,
+        "u must be given with scales or biases of a teacher, got None; without it the student is its own teacher."),
+    "teacher-scale": (
+        lambda: co.similarity_expectation(X, Y, X, Y, teacher_col_scale=torch.ones(4)), ValueError,
+        "teacher_col_scale must have shape (5,), got (4,); give one value per row of y."),
+    "topk-k": (
+        lambda: co.similarity_topk(X, Y, 0), ValueError,
+        "k must be an integer in [1, 1024], the number of columns that are kept of each row at most, got 0."),
+    "topk-k-large": (
+        lambda: co.similarity_topk(X, Y, 1025), ValueError,
+        "k must be an integer in [1, 1024], the number of columns that are kept of each row at most, got 1025."),
+    "topk-largest": (
+        lambda: co.similarity_topk(X, Y, largest="yes"), ValueError,
+        "largest must be one of True, False, got 'yes'."),
+    "topk-noise": (
+        lambda: co.similarity_topk(X, Y, noise=2.0), ValueError,
+        "noise must be an integer of 64 bits, the seed of the draw, got 2.0."),
+    "topk-noise-smallest": (
+        lambda: co.similarity_topk(X, Y, largest=False, noise=7), ValueError,
+        "noise must be None with largest=False, got 7; draws are of the largest logits."),
+    # metrics
+    "recall-ks": (
+        lambda: co.metrics.recall_at_k(X, X, ks=5), TypeError,
+        "ks must be a list or tuple of at least one integer, got 5; pass (1, 5, 10)."),
+    "recall-ks-none": (
+        lambda: co.metrics.recall_at_k(X, X, ks=()), TypeError,
+        "ks must be a list or tuple of at least one integer, got (); pass (1, 5, 10)."),
+    "recall-ks-large": (
+        lambda: co.metrics.recall_at_k(X, X, ks=(1, 2000)), ValueError,
+        "ks must be an integer in [1, 1024], the number of keys that are kept of each query at most, got 2000."),
+    "recall-target-ids": (
+        lambda: co.metrics.recall_at_k(X, X, IDS, query_ids=IDS, key_ids=IDS), ValueError,
+        "target must be None with query_ids and key_ids, got a value; they say which keys are positives."),
+    "recall-target": (
+        lambda: co.metrics.recall_at_k(X, Y, IDS + 2), ValueError,
+        "target must be in [0, M) = [0, 5), got values from 2 to 5."),
+    "recall-keys": (
+        lambda: co.metrics.recall_at_k(Y, X), ValueError,
+        "key must have at least as many rows as query, N = 5, got M = 4; "
+        "row i of key is the positive of query i, or pass target=."),
+    "recall-normalize": (
+        lambda: co.metrics.recall_at_k(X, X, normalize="yes"), ValueError,
+        "normalize must be one of True, False, got 'yes'."),
     # backends
     "backend-op": (
         lambda: op(X, backend="triton2"), ValueError,
@@ -572,8 +798,7 @@ REFUSALS = {
         "x must have shape (N, D), got (3,); {axes (N, D)}."),
     "explain-op": (
         lambda: co.explain(X, op="attention"), ValueError,
-        "op must be one of 'similarity_logsumexp', 'volume_logsumexp', 'gramian_volume', 'area_logsumexp', "
-        "got 'attention'."),
+        "op must be one of {ops}, got 'attention'."),
     "explain-backend": (
         lambda: co.explain(X.to("meta"), backend="cpu"), RuntimeError,
         'backend="cpu" can\'t run similarity_logsumexp: cpu runs CPU tensors, got a tensor on meta. '
@@ -616,6 +841,7 @@ REFUSALS = {
 def test_refusal(name):
     call, kind, sentence = REFUSALS[name]
     sentence = sentence.replace("{names}", ", ".join(repr(known) for known in backends.NAMES))
+    sentence = sentence.replace("{ops}", ", ".join(repr(known) for known in backends.tiled.OPS))
     for expected, axes in checks.AXES.items():
         sentence = sentence.replace(f"{{axes {expected}}}", axes)
     with pytest.raises(kind, match=f"^{re.escape(sentence)}$") as info:
@@ -623,14 +849,19 @@ def test_refusal(name):
     assert type(info.value) is kind
 
 
-LOSSES = [co.info_nce, co.clip_loss, co.nt_xent, co.dcl, co.dclw, co.supcon, co.dhel, co.gram_loss, co.triangle_loss]
+LOSSES = [co.info_nce, co.clip_loss, co.nt_xent, co.dcl, co.dclw, co.supcon, co.dhel, co.gram_loss, co.triangle_loss,
+          co.siglip_loss, co.nt_xent_labelled, co.guided_info_nce, co.soft_target_loss,
+          co.mw_loss]  # fmt: skip
 OF_VIEWS = [co.mv_infonce, co.mv_dhel, co.pvc, co.pairwise_views]
 
 
 @pytest.mark.parametrize("loss", LOSSES + OF_VIEWS)
 @pytest.mark.parametrize("option", ["reduction", "normalize", "backend"])
 def test_every_loss_checks_the_common_options(option, loss):
-    arguments = {co.clip_loss: (X, X, 1.0), co.supcon: (X, IDS), co.triangle_loss: (X, X, X)}.get(loss, (X, X))
+    arguments = {
+        co.clip_loss: (X, X, 1.0), co.siglip_loss: (X, X, 1.0, 0.0), co.supcon: (X, IDS), co.nt_xent_labelled: (X, IDS),
+        co.triangle_loss: (X, X, X), co.soft_target_loss: (X, X, X, X),
+    }.get(loss, (X, X))  # fmt: skip
     arguments = (VIEWS,) if loss in OF_VIEWS else arguments
     with pytest.raises(ValueError, match=rf"^{option} must be one of .*, got 'wrong'\.$"):
         loss(*arguments, **{option: "wrong"})
@@ -641,7 +872,9 @@ WRONG = {
     "include_same_view": 1.5, "detach_others": "no", "squared": 2, "temperature": 0.0, "logit_scale": torch.tensor(1),
     "sigma": -1.0, "t": 0.0, "alpha": float("nan"), "label_smoothing": 1.0, "sample_weight": IDS, "target": IDS.float(),
     "logit_bias": "0", "output_dict": True, "ids": [0], "query_ids": X, "key_ids": IDS > 0, "keys": IDS[:, None],
-    "key_labels": X[0],
+    "key_labels": X[0], "weight": "per_text", "over": "rows", "compare": "each", "margin": "0.1",
+    "margin_strategy": "percent", "contrast_anchors": "no", "contrast_positives": 2, "teacher_temperature": -1.0,
+    "symmetric": "no", "one_hot": 1.0,
 }  # fmt: skip
 
 
@@ -657,8 +890,12 @@ def test_modules_refuse_options_where_they_are_given(kind):
         "negatives",
         "labels",
         "text_features",
+        "positive",
+        "guide",
         "x",
         "y",
+        "u",
+        "v",
         "loss",
         "return_stats",
     }
@@ -669,7 +906,7 @@ def test_modules_refuse_options_where_they_are_given(kind):
 
 def test_every_refusal_of_checks_is_above():
     """Counts the `raise` statements, so that a new check can't come without its sentence here."""
-    assert inspect.getsource(checks).count("    raise ") == 39
+    assert inspect.getsource(checks).count("    raise ") == 66  # those of flex ops are in test_flex.py
 
 
 # it says of every size that is compared that the comparison is not recorded
@@ -680,6 +917,8 @@ def test_jit_trace_is_refused():
     for op, call in {
         "similarity_logsumexp": lambda x, **options: co.info_nce(x, x.roll(1, 0), **options),
         "volume_logsumexp": lambda x, **options: co.gram_loss(x, x.roll(1, 0), **options),
+        "similarity_sum": lambda x, **options: co.siglip_loss(x, x.roll(1, 0), 5.0, -5.0, **options),
+        "similarity_expectation": lambda x, **options: co.soft_target_loss(x, x.roll(1, 0), x, x.roll(1, 0), **options),
         "area_logsumexp": lambda x, **options: co.triangle_loss(x, x.roll(1, 0), x.roll(2, 0), **options),
     }.items():
         sentence = (

@@ -311,7 +311,7 @@ def test_losses(loss, variant, backend, dtype):
     options = variant | (loss_tests.temperature_of(loss, dtype) if loss in loss_tests.SCALED else {})
     options |= {"reduction": "none"} if loss.name != "uniformity" else {}
     arguments = loss_tests.arguments_of(loss, n, d, dtype)
-    given = {"fused_options": {"backend": backend}, "logits": loss_tests.LOGITS}
+    given = {"fused_options": {"backend": backend}, "logits": loss_tests.logits_of(loss)}
     judge(moved(loss.fused), loss.naive, arguments, options, **given)
 
 
@@ -332,7 +332,7 @@ def test_sides_of_losses(loss, variant, backend, side, dtype):
     options = variant | loss_tests.temperature_of(loss, dtype) | {"reduction": "mean"}
     options |= side(n, d, dtype, torch.Generator().manual_seed(7))
     arguments = loss_tests.arguments_of(loss, n, d, dtype)
-    given = {"fused_options": {"backend": backend}, "logits": loss_tests.LOGITS}
+    given = {"fused_options": {"backend": backend}, "logits": loss_tests.logits_of(loss)}
     judge(moved(loss.fused), loss.naive, arguments, options, **given)
 
 
@@ -349,12 +349,9 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def on_device(arguments: Sequence[Any]) -> list[Any]:
+def on_device(arguments: Any) -> Any:
     """Tensors as leaves on the device."""
-    return [
-        value.detach().to(DEVICE).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-        for value in arguments
-    ]
+    return tree_map_only(Tensor, lambda value: value.detach().to(DEVICE).requires_grad_(value.requires_grad), arguments)
 
 
 @gpu
@@ -378,7 +375,7 @@ def test_no_side_waits_for_the_device(loss, variant, backend, side, dtype):
     n, d = each((129, 96), (20, 10))
     arguments = on_device(loss_tests.arguments_of(loss, n, d, dtype))
     drawn = side(n, d, dtype, torch.Generator().manual_seed(7))
-    options = variant | dict(zip(drawn, on_device([*drawn.values()]), strict=True))
+    options = variant | on_device(drawn)
     for waiting in (nullcontext(), no_waiting()):
         with waiting:
             loss.fused(*arguments, **options, backend=backend).backward()

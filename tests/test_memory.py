@@ -34,11 +34,22 @@ def step(n):
     ballast = torch.ones(max(peak() - resident(), 0), dtype=torch.uint8)
     before = peak()
     arguments = (x, y, 10.0) if name == "clip_loss" else (x, y)
+    if name == "soft_target_loss":
+        arguments = (x, y, y.detach(), x.detach())
     if name == "triangle_loss":
         arguments = (x, y, y.roll(1, 0))
     if name.startswith("mv"):
         arguments = (torch.cat([x, y]).unflatten(0, (4, -1)),)
-    getattr(co, name)(*arguments, backend=backend).backward()
+    if name == "flex_logsumexp":
+        label, scale = torch.arange(n) % 100, torch.tensor(3.0, requires_grad=True)
+        options = {
+            "score_mod": lambda score, row, col: scale * score + (label[row] - label[col]).abs(),
+            "mask_mod": lambda row, col: label[row] != label[col],
+        }
+        out = co.flex_logsumexp(x, y, **options, parameters=[scale], cols=True)
+        (out.row_lse.sum() + out.col_lse.sum()).backward()
+    else:
+        getattr(co, name)(*arguments, backend=backend).backward()
     assert x.grad.isfinite().all()
     return peak() - before
 
@@ -67,15 +78,26 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, an
 # tiles of 4 MB at a time; half of one matrix is still far from the several that the dense loss holds. NT-Xent stacks
 # its views: N / 2 samples are N rows, and those two matrices are four views for MV-InfoNCE.
 @pytest.mark.parametrize(
-    ("name", "n"), [("clip_loss", N), ("gram_loss", N), ("nt_xent", N // 2), ("mv_infonce", N // 2)]
+    ("op", "name", "n"),
+    [
+        ("similarity_logsumexp", "clip_loss", N),
+        ("volume_logsumexp", "gram_loss", N),
+        ("similarity_logsumexp", "nt_xent", N // 2),
+        ("similarity_logsumexp", "mv_infonce", N // 2),
+        ("similarity_expectation", "soft_target_loss", N),
+    ],
 )
-def test_extra_memory_is_far_below_one_matrix(name, n, backend):
+def test_extra_memory_is_far_below_one_matrix(op, name, n, backend):
     assert extra_bytes(backend, name, n) < MATRIX / 2
 
 
 def test_extra_memory_of_areas():
     n = 3 * N // 2  # its tiles, some 100 MB, are not far below half of a matrix of N
     assert extra_bytes("tiled", "triangle_loss", n) < n * n * 4 / 2
+
+
+def test_extra_memory_of_a_pair_function():
+    assert extra_bytes("tiled", "flex_logsumexp", N) < MATRIX / 8
 
 
 def test_the_measurement_sees_a_matrix():

@@ -20,10 +20,14 @@ from contrastive_ops.nn import LogitScale
 MODULES = {
     "info_nce": (co.nn.InfoNCE, {"temperature": 0.3, "label_smoothing": 0.1}),
     "clip_loss": (co.nn.CLIPLoss, {"label_smoothing": 0.1, "normalize": False}),
+    "siglip_loss": (co.nn.SigLIPLoss, {"normalize": False, "weight": "per_anchor"}),
     "nt_xent": (co.nn.NTXent, {"temperature": 0.3, "reduction": "sum"}),
     "dcl": (co.nn.DCL, {"temperature": 0.3}),
     "dclw": (co.nn.DCLW, {"temperature": 0.3, "sigma": 0.2}),
     "supcon": (co.nn.SupCon, {"temperature": 0.3, "variant": "in", "empty": "drop"}),
+    "nt_xent_labelled": (co.nn.NTXentLabelled, {"temperature": 0.3, "over": "anchors"}),
+    "guided_info_nce": (co.nn.GuidedInfoNCE, {"temperature": 0.3, "margin": 0.1, "contrast_positives": False}),
+    "soft_target_loss": (co.nn.SoftTargetLoss, {"temperature": 0.3, "symmetric": False, "one_hot": 0.5}),
     "mv_infonce": (co.nn.MVInfoNCE, {"temperature": 0.3, "include_same_view": False}),
     "mv_dhel": (co.nn.MVDHEL, {"temperature": 0.3}),
     "dhel": (co.nn.DHEL, {"temperature": 0.3, "reduction": "sum"}),
@@ -111,11 +115,15 @@ TENSORS = {
     "info_nce": {"target": torch.arange(12).flip(0), "query_ids": torch.arange(12) % 5, "key_ids": torch.arange(12) % 5,
                  "sample_weight": torch.linspace(0.5, 1.0, 12), "temperature": torch.linspace(0.1, 0.2, 12)},
     "clip_loss": {"ids": torch.arange(12) % 5, "sample_weight": torch.linspace(0.5, 1.0, 12)},
+    "siglip_loss": {"ids": torch.arange(12) % 5, "sample_weight": torch.linspace(0.5, 1.0, 12)},
     "nt_xent": {"ids": torch.arange(12) % 5, "sample_weight": torch.linspace(0.5, 1.0, 12)},
     "dcl": {"ids": torch.arange(12) % 5, "sample_weight": torch.linspace(0.5, 1.0, 12)},
     "dclw": {"ids": torch.arange(12) % 5, "sample_weight": torch.linspace(0.5, 1.0, 12)},
     "supcon": {"temperature": torch.tensor(0.3), "keys": torch.eye(5), "key_labels": torch.arange(5) % 3,
                "sample_weight": torch.linspace(0.5, 1.0, 12)},
+    "nt_xent_labelled": {"temperature": torch.tensor(0.3), "sample_weight": torch.linspace(0.5, 1.0, 12)},
+    "guided_info_nce": {"negatives": torch.eye(5), "sample_weight": torch.linspace(0.5, 1.0, 12)},
+    "soft_target_loss": {"teacher_temperature": torch.tensor([0.3]), "sample_weight": torch.linspace(0.5, 1.0, 12)},
     "mv_infonce": {"ids": torch.arange(12) % 5, "sample_weight": torch.linspace(0.5, 1.0, 12)},
     "mv_dhel": {"ids": torch.arange(12) % 5, "sample_weight": torch.linspace(0.5, 1.0, 12)},
     "dhel": {"ids": torch.arange(12) % 5, "sample_weight": torch.linspace(0.5, 1.0, 12)},
@@ -173,6 +181,17 @@ def test_a_module_gives_the_value():
     assert torch.equal(clip(x, y, logit_scale=3.0), co.clip_loss(x, y, 3.0))
     bank = co.nn.InfoNCE(key=y)  # fixed keys
     assert torch.equal(bank(x), co.info_nce(x, y))
+
+
+def test_scale_and_bias_of_siglip_learn(backend):
+    """From where the paper starts: the bias answers for nearly all pairs being none."""
+    scale, bias = LogitScale(10.0), torch.nn.Parameter(torch.tensor(-10.0))
+    module, x = co.nn.SigLIPLoss(logit_scale=scale, logit_bias=bias), torch.randn(12, 6)
+    assert [name for name, _ in module.named_parameters()] == ["logit_bias", "logit_scale.logit_scale"]
+    loss = module(x, x + 0.1 * torch.randn(12, 6), backend=backend)
+    loss.backward()
+    assert scale.logit_scale.grad.item() < 0  # good positives: sharper is better
+    assert bias.grad.item() < 0  # and all but the diagonal is far below 0 already
 
 
 def test_options_are_attributes_that_may_be_set():
@@ -316,12 +335,16 @@ def test_public_name_exists_and_is_documented(name):
         assert places == sorted(places)
         assert ">>>" in doc[places[-1] :]
         described = doc[places[0] : places[1]]
+        if "of `similarity_logsumexp`" in doc:  # whose options are described there alone
+            described += inspect.getdoc(co.similarity_logsumexp).partition("Returns\n---")[0]
         missing = [p for p in inspect.signature(value).parameters if p not in described]
         assert not missing, f"parameters without a description: {missing}"
 
 
 @pytest.mark.parametrize(
-    "kind", [*(kind for kind, _ in MODULES.values()), co.nn.Alignment, LogitScale], ids=lambda kind: kind.__name__
+    "kind",
+    [*(kind for kind, _ in MODULES.values()), co.nn.Alignment, co.nn.MWLoss, LogitScale],
+    ids=lambda kind: kind.__name__,
 )
 def test_module_has_an_example(kind):
     assert "Examples" in inspect.getdoc(kind)
@@ -364,11 +387,13 @@ def imports_of(path: Path) -> set[str]:
 ALLOWED = {
     "losses": ("checks", "dtypes", "losses", "ops"),
     "ops": ("checks", "dtypes", "ops", "backends"),
-    "reference": ("reference",),
+    "reference": ("noise", "reference"),
     "nn.py": ("checks", "losses"),
+    "metrics.py": ("checks", "dtypes", "ops"),
     "catalogue.py": ("losses", "reference"),
     "checks.py": (),
     "dtypes.py": (),
+    "noise.py": (),
     "tracing.py": (),
     "build.py": (),
 }
@@ -385,8 +410,10 @@ def test_imports_flow_downwards(path):
         if place == "backends":
             sibling = name in {f"contrastive_ops.backends.{backend}" for backend in backends.NAMES}
             assert path.name in ABOVE_BACKENDS or not sibling, f"{path.name} imports another backend: {name}"
-            assert target in ("checks", "dtypes", "tracing", "backends", "build", "reference"), name
-            assert target != "reference" or path.name == "reference.py", name
+            below = ("checks", "dtypes", "noise", "plane", "tracing", "build")
+            assert target in (*below, "backends", "reference"), name
+            # a function that is summed is the same plain PyTorch for a tile as for the dense logits
+            assert target != "reference" or path.name in ("reference.py", "reductions.py"), name
         elif place in ALLOWED:
             assert target in ALLOWED[place], f"{place} must not import {name}"
 

@@ -78,6 +78,16 @@ def test_supcon_with_classes_of_one_is_that_of_pytorch_metric_learning(metric_lo
     assert_same(ours, theirs, features)
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["all have positives", "classes of one"])
+def test_nt_xent_labelled_is_ntxent_of_pytorch_metric_learning(metric_losses, alone, backend, labelled):
+    """A mean over the pairs: an anchor without a positive is in none."""
+    features, labels = labelled
+    if alone:
+        labels = torch.where(labels < 4, labels, torch.arange(23) + 10)
+    theirs = metric_losses.NTXentLoss(temperature=0.2)(features, labels)
+    assert_same(co.nt_xent_labelled(features, labels, temperature=0.2, backend=backend), theirs, features)
+
+
 def test_info_nce_is_that_of_info_nce_pytorch(info_nce_module, backend, pair):
     theirs = info_nce_module.InfoNCE(temperature=0.2)(*pair)
     assert_same(co.info_nce(*pair, temperature=0.2, backend=backend), theirs, *pair)
@@ -137,6 +147,105 @@ def test_clip_takes_what_models_of_open_clip_return(logit_bias, backend, pair):
             assert abs(grad.item()) < 1e-7
     per_row = co.clip_loss(**output, normalize=False, reduction="none", backend=backend)
     assert per_row.shape == (len(image),)
+
+
+@pytest.mark.parametrize("bias", [-10.0, 0.0])
+def test_siglip_loss_is_that_of_open_clip(bias, backend, pair):
+    """SigLipLoss.forward of one process: labels of 1 and -1, the sum over all pairs, divided by the images."""
+    scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor([bias], dtype=torch.float64, requires_grad=True)
+    image, text = (F.normalize(x, dim=-1) for x in pair)
+    logits = scale * image @ text.T + bias
+    labels = 2 * torch.eye(len(image), dtype=torch.float64) - 1
+    theirs = -F.logsigmoid(labels * logits).sum() / len(image)
+    assert_same(co.siglip_loss(*pair, scale, bias, backend=backend), theirs, *pair, scale, bias)
+    output = {"image_features": image, "text_features": text, "logit_scale": scale, "logit_bias": bias}
+    ours = co.siglip_loss(**output, output_dict=False, normalize=False, backend=backend)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_siglip_with_ids_is_that_of_siglip_kernel(backend, pair):
+    """SigLIPPlusLoss: 1 / k for each of the k positives of an anchor, the mean of both directions."""
+    ids = torch.arange(24) % 7
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (8.0, -6.0))
+    image, text = (F.normalize(x, dim=-1) for x in pair)
+    logits = scale * image @ text.T + bias
+    same = (ids[:, None] == ids).double()
+    weight = same / same.sum(1, keepdim=True) + (1 - same)
+    of_pairs = weight * F.binary_cross_entropy_with_logits(logits, same, reduction="none")
+    theirs = (of_pairs.sum(1).mean() + of_pairs.sum(0).mean()) / 2
+    ours = co.siglip_loss(*pair, scale, bias, ids=ids, weight="per_anchor", backend=backend)
+    assert_same(ours, theirs, *pair, scale, bias)
+
+
+@pytest.mark.parametrize("width", [10, 16])
+def test_soft_target_loss_is_the_distillation_of_open_clip(width, backend, pair):
+    """DistillClipLoss.dist_loss of both directions; the teacher has another scale, and may have another width."""
+    scale, of_teacher = torch.tensor(14.0, dtype=torch.float64, requires_grad=True), 30.0
+    teacher = [F.normalize(x, dim=-1) for x in torch.randn(2, 24, width, dtype=torch.float64)]
+    image, text = (F.normalize(x, dim=-1) for x in pair)
+
+    def dist_loss(teacher_logits, student_logits):
+        return -(teacher_logits.softmax(dim=1) * student_logits.log_softmax(dim=1)).sum(dim=1).mean(dim=0)
+
+    student_logits, teacher_logits = scale * image @ text.T, of_teacher * teacher[0] @ teacher[1].T
+    theirs = (dist_loss(teacher_logits, student_logits) + dist_loss(teacher_logits.T, student_logits.T)) / 2
+    ours = co.soft_target_loss(
+        *pair, *teacher, temperature=1 / scale, teacher_temperature=1 / of_teacher, backend=backend
+    )
+    assert_same(ours, theirs, *pair, scale)
+
+
+@pytest.mark.parametrize("strategy", ["absolute", "relative"])
+@pytest.mark.parametrize("contrast", [True, False])
+def test_guided_info_nce_is_the_gist_loss_of_sentence_transformers(contrast, strategy, backend, pair):
+    """GISTEmbedLoss.forward of an anchor, a positive and a negative each, whose own anchors and positives are masked.
+
+    There only the positive's own logit is protected: an anchor and itself are left out because its guide finds 1, more
+    than for the positive. So here, where no guide's similarity of anchor and positive is 1.
+    """
+    negative = torch.randn(24, 10, dtype=torch.float64, requires_grad=True)
+    guides = [torch.randn(24, 7, dtype=torch.float64) for _ in range(3)]
+    guides[1] = guides[0] + guides[1]
+    margin, temperature = 0.05, 0.1
+    a, p, n = (F.normalize(x, dim=1) for x in (*pair, negative))
+    guided_a, guided_p, guided_n = (F.normalize(x, dim=1) for x in guides)
+    guided_sim = (guided_a * guided_p).sum(1, keepdim=True)
+    thresholds = guided_sim - (margin if strategy == "absolute" else guided_sim.abs() * margin)
+
+    def masked(sim, guided, positives=None):
+        out = guided > thresholds
+        return sim.masked_fill(out if positives is None else out & ~positives, -torch.inf)
+
+    scores = [masked(a @ p.T, guided_a @ guided_p.T, torch.eye(24, dtype=torch.bool))]
+    if contrast:
+        scores += [masked(a @ a.T, guided_a @ guided_a.T), masked(p @ p.T, guided_p @ guided_p.T)]
+    scores += [masked(a @ n.T, guided_a @ guided_n.T)]
+    theirs = F.cross_entropy(torch.cat(scores, dim=1) / temperature, torch.arange(24))
+    ours = co.guided_info_nce(
+        *pair,
+        negatives=negative,
+        guide=tuple(guides),
+        margin=margin,
+        margin_strategy=strategy,
+        contrast_anchors=contrast,
+        contrast_positives=contrast,
+        temperature=temperature,
+        backend=backend,
+    )
+    assert_same(ours, theirs, *pair, negative)
+
+
+def test_guided_info_nce_without_a_guide_is_the_positive_aware_loss_of_ms_swift(backend, pair):
+    """INFONCE_MASK_FAKE_NEGATIVE: what is more similar than the positive and 0.1 is left out."""
+    a, p = (F.normalize(x, dim=1) for x in pair)
+    eye = torch.eye(24, dtype=torch.bool)
+    ceiling = (a * p).sum(1, keepdim=True).detach() + 0.1
+    blocks = [(a @ p.T).masked_fill((a @ p.T > ceiling) & ~eye, -torch.inf)]
+    blocks += [(a @ a.T).masked_fill((a @ a.T > ceiling) | eye, -torch.inf)]
+    theirs = F.cross_entropy(torch.cat(blocks, 1) / 0.1, torch.arange(24))
+    ours = co.guided_info_nce(*pair, margin=-0.1, contrast_positives=False, temperature=0.1, backend=backend)
+    assert_same(ours, theirs, *pair)
 
 
 def test_keys_of_each_query_as_the_error_says(backend, pair):

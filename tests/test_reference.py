@@ -149,6 +149,17 @@ def test_supcon_is_its_loop(views, variant):
         ("nt_xent", 2, {"temperature": 1.0}, math.log(math.e + 4) - 1),
         ("dcl", 2, {"temperature": 1.0}, math.log(4) - 1),
         ("dclw", 2, {"temperature": 1.0}, math.log(4) - 1),
+        ("siglip_loss", 2, {"logit_scale": 2.0, "logit_bias": -1.0}, math.log1p(1 / math.e) * 3),
+        ("guided_info_nce", 2, {"temperature": 1.0}, math.log(math.e + 6) - 1),
+        ("guided_info_nce", 2, {"temperature": 1.0, "contrast_anchors": False}, math.log(math.e + 4) - 1),
+        ("guided_info_nce", 2, {"temperature": 1.0, "margin": 1.5}, 0.0),
+        ("soft_target_loss", 4, {"temperature": 1.0}, math.log(math.e + 2) - math.e / (math.e + 2)),
+        (
+            "soft_target_loss",
+            4,
+            {"temperature": 1.0, "one_hot": 0.5},
+            math.log(math.e + 2) - (1 + math.e / (math.e + 2)) / 2,
+        ),
     ],
 )
 def test_identity_matrices_by_hand(name, arguments, options, expected):
@@ -162,6 +173,105 @@ def test_supcon_by_hand():
     for variant in ("out", "in"):
         loss = reference.supcon(eye, labels, temperature=1.0, variant=variant)
         assert loss.item() == pytest.approx(math.log(3), rel=1e-14)
+
+
+@pytest.mark.parametrize("weight", ["per_pair", "per_anchor"])
+@pytest.mark.parametrize("ids", [None, [0, 1, 0, 2, 0]])
+def test_siglip_loss_is_its_loop(ids, weight):
+    x, y = inputs(5)
+    scale, bias, of_samples = 3.0, -1.5, [0.5, 1.0, 2.0, 0.0, 1.0]
+    s = [[scale * c + bias for c in row] for row in dots(unit(x.tolist()), unit(y.tolist()))]
+    ids = ids or list(range(5))
+    losses = []
+    for i in range(5):
+        count = ids.count(ids[i]) if weight == "per_anchor" else 1
+        by_image, by_text = (
+            sum(math.log1p(math.exp(-v)) / count if ids[j] == ids[i] else math.log1p(math.exp(v)) for j, v in row)
+            for row in (enumerate(s[i]), enumerate(line[i] for line in s))
+        )
+        losses.append((by_image + by_text) / 2 if weight == "per_anchor" else by_image)
+    options = {"ids": torch.tensor(ids), "weight": weight}
+    got = reference.siglip_loss(x, y, scale, bias, **options, reduction="none")
+    torch.testing.assert_close(got.tolist(), losses)
+    weights = torch.tensor(of_samples, dtype=torch.float64)
+    mean = reference.siglip_loss(x, y, scale, bias, **options, sample_weight=weights).item()
+    weighted = sum(w * value for w, value in zip(of_samples, losses, strict=True))
+    assert mean == pytest.approx(weighted / sum(of_samples), rel=1e-12)
+
+
+@pytest.mark.parametrize("over", ["pairs", "anchors"])
+def test_nt_xent_labelled_is_its_loop(over):
+    labels, weight, tau = [0, 1, 0, 2, 1, 0], [0.5, 1.0, 2.0, 1.0, 0.0, 1.0], 0.5
+    x, _ = inputs(6)
+    z = unit(x.tolist())
+    s = [[c / tau for c in row] for row in dots(z, z)]
+    pairs = []  # of each anchor, one number for each of its positives
+    for a in range(6):
+        negatives = [s[a][b] for b in range(6) if labels[b] != labels[a]]
+        positives = [s[a][b] for b in range(6) if labels[b] == labels[a] and b != a]
+        pairs.append([softmax_loss(positive, negatives) for positive in positives])
+    anchors = [sum(of_anchor) / max(len(of_anchor), 1) for of_anchor in pairs]
+    if over == "pairs":
+        terms = [(w, value) for w, of_anchor in zip(weight, pairs, strict=True) for value in of_anchor]
+    else:
+        terms = list(zip(weight, anchors, strict=True))
+    options = {"temperature": tau, "over": over}
+    weights = torch.tensor(weight, dtype=torch.float64)
+    labels = torch.tensor(labels)
+    got = reference.nt_xent_labelled(x, labels, **options, reduction="none")
+    torch.testing.assert_close(got.tolist(), anchors)
+    plain = reference.nt_xent_labelled(x, labels, **options).item()
+    assert plain == pytest.approx(sum(value for _, value in terms) / len(terms), rel=1e-12)
+    weighted = reference.nt_xent_labelled(x, labels, **options, sample_weight=weights).item()
+    total = sum(w * value for w, value in terms)
+    assert weighted == pytest.approx(total / sum(w for w, _ in terms), rel=1e-12)
+    summed = reference.nt_xent_labelled(x, labels, **options, sample_weight=weights, reduction="sum").item()
+    assert summed == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("strategy", ["absolute", "relative"])
+def test_guided_info_nce_is_its_loop(strategy, guided):
+    x, y = inputs(6)
+    y = y + x
+    z, _ = inputs(4)
+    sides = [unit(side.tolist()) for side in (x, y, z)]
+    of_guide = [torch.randn(len(side), 5, dtype=torch.float64) for side in sides]
+    guides = [unit(side.tolist()) for side in of_guide] if guided else sides
+    margin, tau = 0.1, 0.5
+    losses = []
+    for i in range(6):
+        known = dots(guides[0], guides[1])[i][i]
+        ceiling = known - (margin if strategy == "absolute" else margin * abs(known))
+        candidates = []
+        for row, col in ((0, 1), (0, 0), (1, 1), (0, 2)):
+            s, g = dots(sides[row], sides[col])[i], dots(guides[row], guides[col])[i]
+            candidates += [s[j] / tau for j in range(len(s)) if g[j] <= ceiling and (j != i or col == 2)]
+        losses.append(softmax_loss(dots(sides[0], sides[1])[i][i] / tau, candidates))
+    options = {"negatives": z, "guide": tuple(of_guide) if guided else None, "temperature": tau, "margin": margin}
+    got = reference.guided_info_nce(x, y, **options, margin_strategy=strategy, reduction="none")
+    torch.testing.assert_close(got.tolist(), losses)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_soft_target_loss_is_its_loop(symmetric):
+    x, y = inputs(4, 4 if symmetric else 6)
+    u, v = inputs(4, 4 if symmetric else 6, d=5)
+    tau, of_teacher, h = 0.5, 0.3, 0.2
+    s = [[c / tau for c in row] for row in dots(unit(x.tolist()), unit(y.tolist()))]
+    z = [[c / of_teacher for c in row] for row in dots(unit(u.tolist()), unit(v.tolist()))]
+
+    def cross_entropy(logits, teacher, place):
+        lse = math.log(sum(math.exp(v) for v in logits))
+        mass = [math.exp(v) for v in teacher]
+        return sum((lse - logits[j]) * ((1 - h) * mass[j] / sum(mass) + h * (j == place)) for j in range(len(logits)))
+
+    losses = [cross_entropy(s[i], z[i], i) for i in range(4)]
+    if symmetric:
+        cols = [cross_entropy([row[i] for row in s], [row[i] for row in z], i) for i in range(4)]
+        losses = [(a + b) / 2 for a, b in zip(losses, cols, strict=True)]
+    options = {"temperature": tau, "teacher_temperature": of_teacher, "one_hot": h, "symmetric": symmetric}
+    torch.testing.assert_close(reference.soft_target_loss(x, y, u, v, **options, reduction="none").tolist(), losses)
 
 
 def test_similarity_logits_is_its_loop():
@@ -226,7 +336,7 @@ def test_gradients_to_second_order(loss, variant, normalize):
     arguments = loss.inputs(5, 3, torch.float64, torch.Generator().manual_seed(1))
     tensors = [t for t in arguments if t.requires_grad]
     rest = arguments[len(tensors) :]
-    unscaled = loss.name in ("clip_loss", "uniformity", "joint_entropy")
+    unscaled = loss.name in ("clip_loss", "siglip_loss", "uniformity", "joint_entropy")
     options = {**variant, "normalize": normalize} | ({} if unscaled else {"temperature": 0.5})
 
     def call(*given):

@@ -8,13 +8,13 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_losses import LOGITS, TABLE, arguments_of, temperature_of
+from test_losses import LOGITS, TABLE, arguments_of, logits_of, temperature_of
 from test_rowwise import TRITON
 from tolerance import evaluate, judge
 from torch.nn import functional as F
 
 import contrastive_ops as co
-from contrastive_ops import reference
+from contrastive_ops import backends, reference
 from contrastive_ops.catalogue import LOSSES, VIEWS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,6 +28,7 @@ def with_option(name):
             for row in LOSSES for v in row.variants for s in row.sides if s.__name__ == name]  # fmt: skip
 
 
+OF_POSITIVES = "each of its positives is a question of its own, whatever negatives there are"
 WITH_IDS, WITH_WEIGHTS = with_option("same"), with_option("weights")
 
 
@@ -44,18 +45,25 @@ def test_value_and_gradients(loss, variant, side, n, d, dtype, reduction, backen
         d = max(d, 4)
     options = variant | temperature_of(loss, dtype) | drawn(side, n, d, dtype) | {"reduction": reduction}
     judge(loss.fused, loss.naive, arguments_of(loss, n, d, dtype), options,
-          fused_options={"backend": backend}, logits=LOGITS)  # fmt: skip
+          fused_options={"backend": backend}, logits=logits_of(loss))  # fmt: skip
+
+
+def in_triton(loss, variant, side):
+    """Of the losses over sums and expectations, where Triton has them, the first variant: its interpreter is slow."""
+    return loss.op == "similarity_logsumexp" or (
+        loss.op.startswith("similarity") and loss.op in backends.triton.OPS and not variant
+    )
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # log(0) of an empty set, in numpy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("loss", "variant", "side"), [p for p in SIDES if p.values[0].op == "similarity_logsumexp"])
+@pytest.mark.parametrize(("loss", "variant", "side"), [p for p in SIDES if in_triton(*p.values)])
 @TRITON
 def test_in_triton(loss, variant, side, dtype):
     """In its interpreter, with its row kernels."""
     options = variant | temperature_of(loss, dtype) | drawn(side, 43, 10, dtype)
     judge(loss.fused, loss.naive, arguments_of(loss, 43, 10, dtype), options,
-          fused_options={"backend": "triton"}, logits=LOGITS)  # fmt: skip
+          fused_options={"backend": "triton"}, logits=logits_of(loss))  # fmt: skip
 
 
 @pytest.mark.parametrize(("loss", "variant"), WITH_IDS)
@@ -68,13 +76,19 @@ def test_ids_of_any_integers(loss, variant, backend):
     expected = evaluate(loss.fused, arguments, {**variant, "ids": group, "backend": backend})
     for ids in (far[group], near[group], group.to(torch.uint8), group.to(torch.int16)):
         found = evaluate(loss.fused, arguments, {**variant, "ids": ids, "backend": backend})
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        if loss.name == "siglip_loss":  # in the order of the ids, and so are its sums
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+        else:
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("loss", "variant"), WITH_IDS)
 def test_all_of_one_id_contribute_zero(loss, variant, dtype, backend):
     """No negatives: 0 with zero gradient, connected to the graph."""
+    if loss.name == "siglip_loss":
+        pytest.skip(OF_POSITIVES)
     arguments = arguments_of(loss, 9, 4, dtype)
     for reduction in ("mean", "sum", "none"):
         options = {**variant, **temperature_of(loss, dtype), "reduction": reduction}
@@ -98,6 +112,8 @@ def test_ids_of_one_another_change_nothing(loss, variant, backend):
 @pytest.mark.parametrize("n", [0, 1])
 @pytest.mark.parametrize(("loss", "variant"), WITH_IDS)
 def test_no_sample_and_one(loss, variant, n, ids, backend):
+    if loss.name == "siglip_loss" and n == 1:
+        pytest.skip(OF_POSITIVES)
     arguments = arguments_of(loss, n, 4)
     sides = {"sample_weight": torch.ones(n).requires_grad_()} | ({} if ids is None else {"ids": ids[:n]})
     for reduction in ("mean", "sum", "none"):
@@ -137,6 +153,14 @@ def test_weights_are_of_the_samples_in_the_sum(loss, variant, backend):
     options = {**variant, "backend": backend}
     none = loss.fused(*arguments, **options, reduction="none")
     assert torch.equal(none, loss.fused(*arguments, **options, sample_weight=weight, reduction="none"))
+    if loss.name == "nt_xent_labelled" and not variant:  # over pairs: an anchor counts once for each of its positives
+        options["sample_weight"] = weight
+        _, labels = arguments
+        pairs = (labels[:, None] == labels).sum(1) - 1
+        weight = weight * pairs
+        mean = (weight * none).sum() / weight.sum()
+        torch.testing.assert_close(loss.fused(*arguments, **options), mean, rtol=1e-13, atol=0)
+        return
     per_sample = none.reshape(-1, 12).mean(0)
     shared = none.numel() // 12
     total = loss.fused(*arguments, **options, sample_weight=weight, reduction="sum")

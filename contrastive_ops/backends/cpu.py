@@ -12,7 +12,14 @@ from contrastive_ops import build, checks
 from contrastive_ops.backends import tuples as tuple_basis
 from contrastive_ops.dtypes import statistics_dtype
 
-OPS = ("similarity_logsumexp", "volume_logsumexp", "gramian_volume")
+OPS = (
+    "similarity_logsumexp",
+    "similarity_sum",
+    "similarity_expectation",
+    "similarity_topk",
+    "volume_logsumexp",
+    "gramian_volume",
+)
 
 
 def why_not(op: str, x: Tensor) -> str | None:
@@ -26,7 +33,10 @@ def why_not(op: str, x: Tensor) -> str | None:
 
 
 def kept(op: str, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool], second: bool) -> int:
-    """Dots that forward keeps for backward: whole tiles of 128 x 128, within 64 MB (kKeptDotsBytes in csrc/cpu)."""
+    """Dots that forward keeps for backward: whole tiles of 128 x 128, within 64 MB (kKeptDotsBytes in csrc/cpu).
+
+    Those of x and y; the dots of a guide or a teacher are made again.
+    """
     if not any(needs):
         return 0
     y = x if y is None else y
@@ -37,20 +47,37 @@ def kept(op: str, x: Tensor, y: Tensor | None, cols: bool, needs: list[bool], se
     return torch.sym_min(tiles, limit) * tile
 
 
+def _forward(op: str, *arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, needs = arguments
+    return getattr(torch.ops.contrastive_ops_cpu, op)(*inputs, any(needs))
+
+
 def similarity_logsumexp_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, needs = _without_guide(arguments, 0)
-    return torch.ops.contrastive_ops_cpu.similarity_logsumexp(*inputs, any(needs))
+    return _forward("similarity_logsumexp", *arguments)
 
 
 def similarity_logsumexp_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return torch.ops.contrastive_ops_cpu.similarity_logsumexp_backward(*_without_guide(arguments, 8))
+    return torch.ops.contrastive_ops_cpu.similarity_logsumexp_backward(*arguments)
 
 
-def _without_guide(arguments: tuple[Any, ...], first: int) -> tuple[Any, ...]:
-    guide, ceilings = first + 9, first + 13
-    if any(value is not None for value in arguments[guide:ceilings]):
-        raise RuntimeError('cpu has no guide yet; pass backend="tiled".')
-    return (*arguments[:guide], arguments[ceilings], *arguments[ceilings + 2 :])
+def similarity_sum_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return _forward("similarity_sum", *arguments)
+
+
+def similarity_sum_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.contrastive_ops_cpu.similarity_sum_backward(*arguments)
+
+
+def similarity_expectation_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return _forward("similarity_expectation", *arguments)
+
+
+def similarity_expectation_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.contrastive_ops_cpu.similarity_expectation_backward(*arguments)
+
+
+def similarity_topk_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    return torch.ops.contrastive_ops_cpu.similarity_topk(*arguments)
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:

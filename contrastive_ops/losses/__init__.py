@@ -8,6 +8,7 @@ from contrastive_ops.losses.guided import guided_info_nce
 from contrastive_ops.losses.info_nce import info_nce
 from contrastive_ops.losses.labelled import nt_xent_labelled
 from contrastive_ops.losses.multi_view import dhel, mv_dhel, mv_infonce, pairwise_views, pvc
+from contrastive_ops.losses.ranking import mw_loss
 from contrastive_ops.losses.siglip import siglip_loss
 from contrastive_ops.losses.supcon import supcon
 from contrastive_ops.losses.terms import LossStats
@@ -29,6 +30,7 @@ __all__ = [
     "joint_entropy",
     "mv_dhel",
     "mv_infonce",
+    "mw_loss",
     "nt_xent",
     "nt_xent_labelled",
     "pairwise_views",

@@ -46,7 +46,7 @@ def soft_target_loss(
     temperature : float or Tensor of one element
         Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     teacher_temperature : float or Tensor of one element, optional
-        None takes that of the student.
+        None takes that of the student, whose gradient then is that of both.
     symmetric : bool
         Also in the direction of the columns; needs N = M.
     one_hot : float in [0, 1)
@@ -71,7 +71,7 @@ def soft_target_loss(
     Notes
     -----
     One sweep for both forms and both directions. Extra memory is O((N + M)(D + D_t)). A frozen teacher costs one
-    product each way.
+    product each way. A single column contributes 0 with zero gradient.
 
     References
     ----------
@@ -88,7 +88,7 @@ def soft_target_loss(
         reduction=reduction, normalize=normalize, symmetric=symmetric, one_hot=one_hot, sample_weight=sample_weight
     )
     checks.features("x", x)
-    checks.features("y", y, expected="(M, D)")
+    checks.features("y", y, expected="(M, D)", axes="every row is a column of the similarities")
     x, y = promoted(x, y)
     checks.same_kind("y", y, "x", x)
     checks.other_features("u", u, "x", x)
@@ -123,7 +123,6 @@ def soft_target_loss(
         cols=symmetric,
         backend=backend,
     )
-    # an empty set of columns has nothing to say: the mean 0 and the log-sum-exp -inf
     soft = 1.0 - one_hot
     per_row = swept.row_lse - soft * swept.row_mean
     if symmetric:
@@ -131,6 +130,6 @@ def soft_target_loss(
     if one_hot > 0.0:
         positive = terms.scaled(row_scale, row_dot(x, y[:n]))
         per_row = per_row - one_hot * terms.scaled(None if col_scale is None else col_scale[:n], positive)
-    if m == 0:
-        per_row = torch.zeros_like(per_row)
+    if m < 2:  # all the mass of both is on one column, or there is none: exactly 0, where roundings differ
+        per_row = per_row.masked_fill(torch.ones_like(per_row, dtype=torch.bool), 0.0)
     return terms.reduce(per_row, reduction, sample_weight)

@@ -45,7 +45,8 @@ def guided_info_nce(
     negatives : Tensor of shape (M, D), dtype of `anchor`, optional
         Candidates of all anchors.
     guide : Tensors of the guide's features of anchors, positives and, with them, negatives, optional
-        Of any width, taken in the dtype of `anchor`. Cosines with ``normalize``; no gradient goes through them.
+        Of any width, taken in the dtype of `anchor`. Cosines with ``normalize``; no gradient goes through them. Where
+        a candidate is exactly as similar as the positive, such as its duplicate, rounding decides: a small margin does.
     margin : float
         m; with "relative", :math:`m |g_i|`. A negative one also leaves out what is nearly as similar.
     margin_strategy : "absolute" or "relative"
@@ -89,24 +90,26 @@ def guided_info_nce(
     terms.check_options(
         reduction=reduction,
         normalize=normalize,
+        margin=margin,
         margin_strategy=margin_strategy,
         contrast_anchors=contrast_anchors,
         contrast_positives=contrast_positives,
     )
-    checks.number("margin", margin)
     checks.features("anchor", anchor)
     checks.features("positive", positive)
-    anchor, positive = promoted(anchor, positive)
+    if negatives is None:
+        anchor, positive = promoted(anchor, positive)
+        features = [anchor, positive]
+    else:
+        checks.features("negatives", negatives, expected="(M, D)", axes="every row is a candidate of all anchors")
+        anchor, positive, negatives = promoted(anchor, positive, negatives)
+        checks.same_kind("negatives", negatives, "anchor", anchor)
+        features = [anchor, positive, negatives]
     checks.same_kind("positive", positive, "anchor", anchor)
     checks.same_shape("positive", positive, "anchor", anchor)
-    features = [anchor, positive]
-    if negatives is not None:
-        checks.features("negatives", negatives, expected="(M, D)")
-        checks.same_kind("negatives", negatives, "anchor", anchor)
-        features.append(negatives)
     checks.temperature("temperature", temperature, anchor.device)
     checks.samples(None, sample_weight, anchor.shape[0], anchor.device, rows_of="anchor")
-    guides = None if guide is None else _guides(guide, features, normalize)
+    guides = None if guide is None else _guides(guide, features, normalize, backend)
 
     scale = terms.inverse(temperature, anchor)
     sides = [terms.with_norm_scale(x, normalize, backend) for x in features]
@@ -144,7 +147,7 @@ def guided_info_nce(
     return terms.cross_entropy(of_positive, (lse,), reduction=reduction, sample_weight=sample_weight, backend=backend)
 
 
-def _guides(guide: tuple[Tensor, ...], features: list[Tensor], normalize: bool) -> list[Tensor]:
+def _guides(guide: tuple[Tensor, ...], features: list[Tensor], normalize: bool, backend: str) -> list[Tensor]:
     """The guide's features, of length 1 if cosines are asked for."""
     checks.one_guide_for_each(guide, len(features))
     for name, of_guide, rows_of, x in zip(
@@ -152,6 +155,7 @@ def _guides(guide: tuple[Tensor, ...], features: list[Tensor], normalize: bool) 
     ):
         checks.other_features(name, of_guide, rows_of, x)
         checks.same_width(name, of_guide, "guide[0]", guide[0])
-    dtype = features[0].dtype
-    of_all = [of_guide.detach().to(dtype) for of_guide in guide]
-    return [unit(of_guide) for of_guide in of_all] if normalize else of_all
+    of_all = [of_guide.detach() for of_guide in guide]
+    if normalize:
+        of_all = [unit(of_guide, backend) for of_guide in of_all]
+    return [of_guide.to(features[0].dtype) for of_guide in of_all]

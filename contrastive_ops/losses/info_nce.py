@@ -103,21 +103,13 @@ def info_nce(
         checks.same_kind("negatives", negatives, "query", query)
         checks.one_per_row("negatives", negatives, "query", query)
     checks.same_kind("key", key, "query", query)
-    n, m = query.shape[0], key.shape[0]
+    n = query.shape[0]
     checks.temperature("temperature", temperature, query.device, rows=n, rows_of="query")
-    checks.both_or_neither("query_ids", query_ids, "key_ids", key_ids)
-    if query_ids is not None and key_ids is not None:
-        checks.integer_vector("query_ids", query_ids, n, query.device, rows_of="query")
-        checks.integer_vector("key_ids", key_ids, m, key.device, rows_of="key")
+    checks.ids_of_both(query_ids, key_ids, query, key)
     if sample_weight is not None:
         checks.weights("sample_weight", sample_weight, n, query.device, rows_of="query")
-    if target is None:
-        checks.enough_keys(n, m)
-        target = torch.arange(n, device=query.device, dtype=torch.int32)
-    else:
-        checks.integer_vector("target", target, n, query.device, rows_of="query")
-        checks.target_range(target, m)
-        target = target.long()
+    checks.positives(target, query, key)
+    target = torch.arange(n, device=query.device, dtype=torch.int32) if target is None else target.long()
 
     temperature = terms.flat(temperature, query)
     query, query_scale = terms.with_logit_scale(query, temperature, -1.0, normalize, backend)

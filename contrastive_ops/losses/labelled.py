@@ -14,6 +14,7 @@ def nt_xent_labelled(
     features: Tensor,
     labels: Tensor,
     *,
+    sample_weight: Tensor | None = None,
     temperature: float | Tensor = 0.07,
     over: str = "pairs",
     normalize: bool = True,
@@ -33,6 +34,8 @@ def nt_xent_labelled(
     ----------
     features : Tensor of shape (N, D), float32 / bfloat16 / float16 / float64
     labels : integer Tensor of shape (N,)
+    sample_weight : floating-point Tensor of shape (N,), optional
+        Weights of the anchors, each for all its pairs; the mean divides by the sum of the weights of what it is over.
     temperature : float or Tensor of one element
         Positive: checked of floats and of CPU tensors. A tensor receives its gradient.
     over : "pairs" or "anchors"
@@ -46,7 +49,7 @@ def nt_xent_labelled(
 
     Returns
     -------
-    Tensor of shape (), or (N,) for ``reduction="none"``, float32 (float64 for float64)
+    Tensor of shape (), or (N,) for ``reduction="none"`` (unweighted), float32 (float64 for float64)
 
     Raises
     ------
@@ -72,6 +75,7 @@ def nt_xent_labelled(
     checks.features("features", features)
     n, device = features.shape[0], features.device
     checks.integer_vector("labels", labels, n, device, rows_of="features")
+    checks.samples(None, sample_weight, n, device, rows_of="features")
     checks.temperature("temperature", temperature, device)
 
     order = labels.argsort(stable=True)
@@ -93,8 +97,10 @@ def nt_xent_labelled(
         backend=backend,
     )
     positives = (terms.group_sizes(labels) - 1).to(pairs.row_sum.dtype)
-    if reduction != "none" and over == "pairs":
-        total = pairs.row_sum.sum()
-        return total if reduction == "sum" else total / positives.sum().clamp(min=1.0)
     per_anchor = pairs.row_sum / positives.clamp(min=1.0)
-    return terms.reduce(per_anchor[order.argsort()] if reduction == "none" else per_anchor, reduction)
+    if reduction == "none":
+        return per_anchor[order.argsort()]
+    weight = None if sample_weight is None else sample_weight[order]
+    if over == "pairs":  # of each anchor as many as it has positives
+        weight = positives if weight is None else positives * weight
+    return terms.reduce(per_anchor, reduction, weight)

@@ -19,9 +19,11 @@ def siglip_loss(
     logit_bias: float | Tensor,
     *,
     ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     weight: str = "per_pair",
     normalize: bool = True,
     reduction: str = "mean",
+    output_dict: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -43,12 +45,16 @@ def siglip_loss(
         gradients.
     ids : integer Tensor of shape (N,), optional
         Images and texts of the same id are positives of each other.
+    sample_weight : floating-point Tensor of shape (N,), optional
+        Weights of the :math:`\ell_i` in the sum; the mean divides by their sum.
     weight : "per_pair" or "per_anchor"
         :math:`w_i` is 1, or 1 over the number of positives of the image; then the loss is the mean of the sums over
         the texts of each image and over the images of each text.
     normalize : bool
         Cosine similarity; False takes the dot product as it is.
     reduction : "mean", "sum" or "none"
+    output_dict : bool
+        False: this is open_clip's, whose loss returns a dictionary for True.
     return_stats : bool
         Also return `LossStats`, for one more sweep without gradient.
     backend : str
@@ -56,8 +62,9 @@ def siglip_loss(
 
     Returns
     -------
-    Tensor of shape (), or (N,) for ``reduction="none"``, float32 (float64 for float64)
-        With `return_stats`, a pair of it and `LossStats` with vectors of shape (N,), of the images.
+    Tensor of shape (), or (N,) for ``reduction="none"`` (unweighted), float32 (float64 for float64)
+        With `return_stats`, a pair of it and `LossStats` with vectors of shape (N,): of each image its own text, beside
+        the texts of other ids.
 
     Raises
     ------
@@ -66,7 +73,8 @@ def siglip_loss(
 
     Notes
     -----
-    Extra memory is O(N D). Gradients reach both features, the scale and the bias.
+    Extra memory is O(N D). One sweep, and with ids one more over the tiles of equal ids. Gradients reach both features,
+    the scale, the bias and `sample_weight`. The paper starts from a scale of 10 and a bias of -10.
 
     References
     ----------
@@ -86,7 +94,8 @@ def siglip_loss(
     n, device = image_features.shape[0], image_features.device
     checks.temperature("logit_scale", logit_scale, device)
     checks.logit_bias(logit_bias, device)
-    checks.samples(ids, None, n, device, rows_of="image_features")
+    checks.no_dict(output_dict)
+    checks.samples(ids, sample_weight, n, device, rows_of="image_features")
 
     scale, bias = terms.flat(logit_scale, image_features), terms.flat(logit_bias, image_features)
     x, row_scale = terms.with_logit_scale(image_features, scale, 1.0, normalize, backend)
@@ -134,7 +143,7 @@ def siglip_loss(
         per_row = (rows + cols) / 2
     else:
         per_row = by_image + negatives.row_sum
-    loss = terms.reduce(per_row, reduction)
+    loss = terms.reduce(per_row, reduction, sample_weight)
     if not return_stats:
         return loss
     with torch.no_grad():

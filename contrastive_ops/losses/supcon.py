@@ -124,8 +124,7 @@ def supcon(
         features, keys = promoted(features, keys)
         checks.same_kind("keys", keys, "features", features)
         if several:
-            checks.label_sets("key_labels", key_labels, "keys", keys)
-            checks.same_width("key_labels", key_labels, "labels", labels)
+            checks.label_sets("key_labels", key_labels, "keys", keys, labels.shape[1])
         else:
             checks.integer_vector("key_labels", key_labels, keys.shape[0], keys.device, rows_of="keys")
     checks.samples(None, sample_weight, features.shape[0], features.device, rows_of="features")
@@ -140,7 +139,7 @@ def supcon(
     temperature = terms.flat(temperature, x)
     place: Tensor | slice = slice(None)  # of each anchor among those of the sweeps
     if several:
-        sets = of_views(labels).reshape(x.shape[0], -1)
+        sets = of_views(labels).reshape(x.shape[0], labels.shape[1])
         parts = _of_label_sets(x, sets, keys, key_labels, temperature, normalize, backend)
     else:
         label = of_views(labels).flatten()

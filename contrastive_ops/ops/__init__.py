@@ -13,6 +13,7 @@ from contrastive_ops.ops.classes import (
     with_class_mean,
 )
 from contrastive_ops.ops.cross_entropy import contrast, contrast_sum, softplus
+from contrastive_ops.ops.flex import FlexLSE, FlexSum, flex_logsumexp, flex_sum
 from contrastive_ops.ops.gramian_volume import gramian_volume, orthogonalised
 from contrastive_ops.ops.pair_contrast import pair_contrast_sum
 from contrastive_ops.ops.rowwise import (
@@ -34,6 +35,8 @@ from contrastive_ops.ops.volume_logsumexp import VolumeLSE, volume_logsumexp
 __all__ = [
     "BACKENDS",
     "Classes",
+    "FlexLSE",
+    "FlexSum",
     "SimilarityExpectation",
     "SimilarityLSE",
     "SimilaritySum",
@@ -45,6 +48,8 @@ __all__ = [
     "class_contrast_sum",
     "contrast",
     "contrast_sum",
+    "flex_logsumexp",
+    "flex_sum",
     "gramian_volume",
     "in_order",
     "inverse_norm",

@@ -115,8 +115,8 @@ def define(
         inputs = arguments[first : first + gradients]
         x = inputs[0]
         return tuple(
-            value.new_empty(value.shape) if need else x.new_empty(0, dtype=_dtype_of(value, x))
-            for value, need in zip(inputs, needs, strict=True)
+            value.new_empty(value.shape) if need else x.new_empty(0, dtype=_dtype_of(name, value, x))
+            for name, value, need in zip(op.gradients, inputs, needs, strict=True)
         )
 
     torch.library.register_fake(f"contrastive_ops::{name}", forward_fake)
@@ -127,8 +127,11 @@ def _names(schema: str) -> list[str]:
     return [argument.split()[-1] for argument in schema.split(", ")]
 
 
-def _dtype_of(value: Tensor | None, x: Tensor) -> torch.dtype:
-    return statistics_dtype(x) if value is None else value.dtype
+def _dtype_of(name: str, value: Tensor | None, x: Tensor) -> torch.dtype:
+    """Of a gradient that is not asked for: features that are not there have the dtype of x."""
+    if value is None:
+        return x.dtype if name in ("y", "u", "v") else statistics_dtype(x)
+    return value.dtype
 
 
 def call(name: str, arguments: tuple[Any, ...], backend: str) -> tuple[Tensor, ...]:
@@ -265,7 +268,4 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_grads):
-        raise RuntimeError(
-            f"{ctx.name} is differentiable once, got a second differentiation (create_graph=True); "
-            'call it with backend="reference", which autograd differentiates to any order.'
-        )
+        checks.no_second_differentiation(ctx.name, 'call it with backend="reference"')

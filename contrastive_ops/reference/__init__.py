@@ -1,12 +1,14 @@
 """The dense, naive twin of every op and every loss: the specification in code."""
 
 from contrastive_ops.reference.area_logsumexp import line_logits
+from contrastive_ops.reference.flex import flex_logsumexp, flex_sum
 from contrastive_ops.reference.gram import gram_loss, gram_volumes, triangle_areas, triangle_loss
 from contrastive_ops.reference.losses import (
     clip_loss,
     dcl,
     dclw,
     info_nce,
+    mw_loss,
     nt_xent,
     nt_xent_labelled,
     siglip_loss,
@@ -32,6 +34,8 @@ __all__ = [
     "dcl",
     "dclw",
     "dhel",
+    "flex_logsumexp",
+    "flex_sum",
     "gram_loss",
     "gram_volumes",
     "guided_info_nce",
@@ -42,6 +46,7 @@ __all__ = [
     "logsumexp",
     "mv_dhel",
     "mv_infonce",
+    "mw_loss",
     "nt_xent",
     "nt_xent_labelled",
     "pairwise_views",

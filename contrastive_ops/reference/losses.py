@@ -208,6 +208,7 @@ def nt_xent_labelled(
     features: Tensor,
     labels: Tensor,
     *,
+    sample_weight: Tensor | None = None,
     temperature: float | Tensor = 0.07,
     over: str = "pairs",
     normalize: bool = True,
@@ -221,10 +222,11 @@ def nt_xent_labelled(
     none = same.all(1)[:, None]
     lse = logits.masked_fill(same & ~none, -torch.inf).logsumexp(1, keepdim=True)
     of_pairs = (torch.logaddexp(logits, lse) - logits).masked_fill(~positive | none, 0.0)
-    size = positive.sum(1)
+    weight = torch.ones_like(of_pairs[:, 0]) if sample_weight is None else sample_weight
     if over == "pairs" and reduction != "none":
-        return of_pairs.sum() / (size.sum().clamp(min=1) if reduction == "mean" else 1)
-    return _reduce(of_pairs.sum(1) / size.clamp(min=1), reduction)
+        weight = (weight[:, None] * positive)[positive]
+        return _reduce(of_pairs[positive], reduction, weight)
+    return _reduce(of_pairs.sum(1) / positive.sum(1).clamp(min=1), reduction, weight)
 
 
 def siglip_loss(
@@ -234,6 +236,7 @@ def siglip_loss(
     logit_bias: float | Tensor,
     *,
     ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     weight: str = "per_pair",
     normalize: bool = True,
     reduction: str = "mean",
@@ -243,6 +246,29 @@ def siglip_loss(
     match = _equal(ids, image_features)
     positives, negatives = (-F.logsigmoid(sign * logits) for sign in (1, -1))
     if weight == "per_pair":
-        return _reduce(positives.where(match, negatives).sum(1), reduction)
+        return _reduce(positives.where(match, negatives).sum(1), reduction, sample_weight)
     per_anchor = positives.where(match, 0.0) / match.sum(1) + negatives.masked_fill(match, 0.0)
-    return _reduce((per_anchor.sum(1) + per_anchor.sum(0)) / 2, reduction)
+    return _reduce((per_anchor.sum(1) + per_anchor.sum(0)) / 2, reduction, sample_weight)
+
+
+def mw_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    target: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    compare: str = "all",
+    temperature: float | Tensor = 0.01,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Every negative against every positive, N x N x M of them, or against that of its own query."""
+    target = torch.arange(len(query), device=query.device) if target is None else target.long()
+    logits = _unit(query, normalize) @ _unit(key, normalize).T / temperature
+    positive = logits.gather(1, target[:, None])
+    out = torch.zeros_like(logits, dtype=torch.bool).scatter(1, target[:, None], True)
+    if query_ids is not None and key_ids is not None:
+        out = out | (query_ids[:, None] == key_ids)
+    gap = logits[:, None] - (positive.T if compare == "all" else positive)[..., None]
+    return _reduce(-F.logsigmoid(-gap).masked_fill(out[:, None], 0.0).sum((1, 2)), reduction)

@@ -11,6 +11,7 @@
 
 #include "matrix_unit.h"
 #include "memory.h"
+#include "ranges.h"
 #include "tasks.h"
 #include "tile.h"
 
@@ -20,10 +21,6 @@
 #include <type_traits>
 
 namespace contrastive_ops {
-
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 template <typename T>
 class VectorProducts {

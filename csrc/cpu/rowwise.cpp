@@ -139,12 +139,6 @@ std::tuple<double, double> power_of(const std::optional<Tensor>& factor, double 
   return {multiplier * std::pow(t, power), multiplier * power * std::pow(t, power - 1.0)};
 }
 
-// f(zero) with a zero of the dtype of a statistic.
-template <typename F>
-auto with_statistic(const Tensor& statistic, const F& f) {
-  return statistic.scalar_type() == at::kDouble ? f(double()) : f(float());
-}
-
 template <typename T>
 std::vector<const T*> pointers_to(at::TensorList vectors, std::vector<Tensor>& kept) {
   std::vector<const T*> pointers;
@@ -164,7 +158,7 @@ std::tuple<Tensor, Tensor> scale(
   const double value = std::get<0>(power_of(factor, multiplier, power));
   const Tensor result = at::empty({x.size(0)}, x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   double* length = inverse.mutable_data_ptr<double>();
-  with_statistic(result, [&](auto zero) {
+  with_zero(result.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     T* scales = result.mutable_data_ptr<T>();
     for (const auto i : c10::irange(x.size(0))) {
@@ -217,7 +211,7 @@ std::tuple<Tensor, Tensor> scale_backward(
 Tensor contrast(
     const Tensor& positive, at::TensorList lse, at::TensorList totals, double factor, double slope, double share) {
   const Tensor result = at::empty({}, positive.options());
-  with_statistic(positive, [&](auto zero) {
+  with_zero(positive.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     std::vector<Tensor> kept;
     const T* s = pointers_to<T>(positive, kept).front();
@@ -251,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> contrast_backward(
   const double unit = grad.to(at::kDouble).item<double>() * factor;
   const Tensor grad_positive = at::empty({n}, positive.options());
   const Tensor grad_lse = at::empty({directions, n}, positive.options());
-  with_statistic(positive, [&](auto zero) {
+  with_zero(positive.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     std::vector<Tensor> kept;
     const T* s = pointers_to<T>(positive, kept).front();

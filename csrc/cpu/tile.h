@@ -1,8 +1,9 @@
 // The elementwise and product work on one tile of the N x M plane, and on vectors of one row, as a table of plain
 // functions.
 //
-// tile.cpp is compiled once per instruction set (default, AVX2, AVX-512); each object provides one table for float and
-// one for double, and the engine takes the best that the processor runs. Nothing here knows of tensors or threads.
+// tile.cpp, with the functions in tile/, is compiled once per instruction set (default, AVX2, AVX-512); each object
+// provides one table for float and one for double, and the engine takes the best that the processor runs. Nothing here
+// knows of tensors or threads.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,9 @@ struct Tile {
   const T* row_bias;
   const T* col_bias;
 };
+
+// What is summed over the rows and columns of similarity_sum.
+enum class Function : uint8_t { identity, softplus, relu, sigmoid, square, step };
 
 // Maximum of the logits and sum of exp(logit - maximum), of one tile or running over many. An empty set is (-inf, 0).
 template <typename T>
@@ -66,11 +70,41 @@ struct SpanCoefficients {
   T* row_sum;         // 128 values: minus the weight of x_i in its own gradient
 };
 
-// Sums over one tile, of 128 values each: the gradients of scale and bias.
+// Sums over one tile, of 128 values each: the gradients of scale and bias. All are null where none are needed.
 template <typename T>
 struct ScaleBiasSums {
   T* scale;
   T* bias;
+};
+template <typename T>
+struct CoefficientSums {
+  ScaleBiasSums<T> rows;
+  ScaleBiasSums<T> cols;
+};
+
+// Of one direction: the weight constant + slope (s - mean) of a pair in the backward of an expectation.
+template <typename T>
+struct Tilt {
+  const T* constant;
+  const T* slope;
+  const T* mean;
+};
+
+// Noise of pairs: the seed, and the place of the first pair of a tile in the plane.
+struct Noise {
+  uint64_t seed;
+  int64_t row;
+  int64_t col;
+};
+
+// Pairs of a tile, row by row and in the order of the columns; there is room for all. The keys are what they are
+// compared by.
+template <typename T>
+struct Candidates {
+  T* values;
+  T* keys;
+  uint8_t* cols;
+  int32_t* ends;  // [128] where those of a row end
 };
 
 template <typename T>
@@ -95,24 +129,68 @@ struct TileKernels {
   // logits = -inf where the ids are equal, or with `restrict` where they are not
   void (*mask_ids)(int64_t rows, const int64_t* row_ids, const int64_t* col_ids, bool restrict, T* logits);
 
+  // logits = -inf where the guide is above a ceiling of the row or of the column, or with `above` where it is not. The
+  // guide may be the logits.
+  void (*mask_ceilings)(int64_t rows, const T* guide, const T* ceiling, const T* col_ceiling, bool above, T* logits);
+
   // Maxima and sums over the rows and over the columns of the logits; a null direction is skipped.
   void (*reduce)(const Tile<T>& tile, MaxSum<T> rows, MaxSum<T> cols);
 
-  // Sums of the logits over the rows and over the columns, of the pairs that take part; a null direction is skipped.
-  void (*totals)(const Tile<T>& tile, T* rows, T* cols);
+  // Sums of a function of the logits over the rows and over the columns, of the pairs that take part; a null direction
+  // is skipped.
+  void (*sum)(const Tile<T>& tile, Function function, T* rows, T* cols);
+
+  // Means of the values under the softmax of stored logits, given its maxima, over rows and columns; 0 of an empty set.
+  // Those that are null are skipped.
+  void (*means)(const Tile<T>& tile, const T* values, const T* row_max, const T* col_max, T* row_means, T* col_means);
+
+  // The pairs whose keys are above the thresholds of their rows, or NaN. Without noise the keys are the logits, or to
+  // find the smallest their negatives, and those of pairs that do not take part are -inf.
+  void (*candidates)(
+      const Tile<T>& tile, const T* thresholds, bool largest, const Noise* noise, const Candidates<T>& candidates);
 
   // Fold `part` into the running statistics of n rows (columns).
   void (*fold)(int64_t n, MaxSum<T> running, MaxSum<T> part);
+
+  // The same, and the means of the part into the running ones, for at most 128 rows.
+  void (*fold_means)(int64_t n, MaxSum<T> running, MaxSum<T> part, const T* part_means, double* means);
 
   // coefficients = (u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j) + the gradients of the totals) row_scale_i
   // col_scale_j, the gradient of the pair: for dot products the weight of y_j in the gradient of x_i, and of x_i in
   // that of y_j. A direction whose max is null is skipped. Sums are skipped where null. May overwrite the logits.
   void (*coefficients)(
+      const Tile<T>& tile, Direction<T> rows, Direction<T> cols, const CoefficientSums<T>& sums, T* coefficients);
+
+  // The same where the gradient of a logit is (row_grad_i + col_grad_j) times the derivative of the function.
+  void (*sum_coefficients)(
+      const Tile<T>& tile,
+      Function function,
+      const T* row_grads,
+      const T* col_grads,
+      const CoefficientSums<T>& sums,
+      T* coefficients);
+
+  // result = u_i e^(s - row_lse_i) + v_j e^(s - col_lse_j), of stored logits.
+  void (*softmax)(const Tile<T>& tile, Direction<T> rows, Direction<T> cols, T* result);
+
+  // `coefficients` where the gradient of a logit has `more` added.
+  void (*mixed_coefficients)(
       const Tile<T>& tile,
       Direction<T> rows,
       Direction<T> cols,
-      ScaleBiasSums<T> row_sums,
-      ScaleBiasSums<T> col_sums,
+      const T* more,
+      const CoefficientSums<T>& sums,
+      T* coefficients);
+
+  // `coefficients` where u_i and v_j are multiplied by a pair's weight, from the tilts of its row and its column.
+  void (*tilted_coefficients)(
+      const Tile<T>& tile,
+      const T* values,
+      Direction<T> rows,
+      Direction<T> cols,
+      Tilt<T> row_tilt,
+      Tilt<T> col_tilt,
+      const CoefficientSums<T>& sums,
       T* coefficients);
 
   // products[s, t] = <a_s, b_t> of vectors, in float64; `symmetric` where a and b are the same
