@@ -557,7 +557,7 @@ FAULTS = {
     ),
     "coefficients of the teacher in the place of the others": Fault(
         "of_teacher = coefficients + tl.cast", "of_teacher = coefficients + 0 * tl.cast",
-        "everything", "nan", op=TEACHER,
+        "everything", "value", op=TEACHER,
     ),
     "width of the pairs for that of the teacher": Fault(
         "dot_products(u, v, width, rows, cols, n, m, width,", "dot_products(u, v, width, rows, cols, n, m, 20,",

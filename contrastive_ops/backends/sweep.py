@@ -1,14 +1,17 @@
 """The host side of the GPU engines: which kernel of an engine runs when, on what part of the N x M plane.
 
     forward: `forward`, one program per (group of rows, strip of columns), gives partials of the statistics, [strips, N]
-        and [groups, M]; `merge` joins them in a fixed order; `excluded` looks up the logits left out by index
+        and [groups, M]; `merge` joins them in a fixed order, PyTorch those of sums, in float64; `excluded` looks up the
+        logits left out by index
     forward of rows alone whose other side needs no gradient, where the engine takes the problem: `attention` gives the
         statistics and the gradients of the log-sum-exps, of which backward takes the multiples
     backward by blocks of the plane:
-        `block` gives g a b, with g = dL/ds, in a workspace, and partial sums of g for scales and biases
+        `block` gives g a b, with g = dL/ds, in a workspace, and partial sums of g for scales and biases; likewise of
+        the logits of a teacher, if it needs gradients
         dX += (g a b) Y and dY += (g a b)^T X: two matrix products of the vendor's library, or `product` of the engine's
         own, which can leave out tiles without a pair of equal ids
     backward by rows, where the engine takes the problem: `rows` gives dX, and with the sides swapped dY
+    the best k: `topk` gives candidates of every row and strip, which PyTorch sorts
 
 No atomics: the results are bitwise repeatable where the vendor's products are. In self-similarity (no y) forward and
 the blocks visit the tiles on and above the diagonal; a tile above it also stands for its mirror image.
