@@ -496,7 +496,7 @@ def test_nan_in_an_excluded_pair_is_not_read_by_any_op(op, backend):
         assert_accurate(result if len(truth) == 20 else result[keep], truth.detach())
 
 
-@pytest.mark.parametrize("op", (*SUMS, *EXPECTATIONS))
+@pytest.mark.parametrize("op", [*SUMS, EXPECTATIONS[1]])  # a teacher may want what its student excludes
 def test_a_bias_of_minus_infinity_leaves_out(op, backend):
     arguments, options = op.problem("both", 33, 40, 5)
     bias = torch.zeros(40)

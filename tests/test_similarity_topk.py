@@ -100,6 +100,9 @@ def test_nan_comes_first_as_in_torch(backend):
     expected = (x @ y.T).topk(3, dim=1)
     assert values[:, 0].isnan().all()
     assert torch.equal(indices, expected.indices)
+    smallest = best(x, y, 60, largest=False, row_ids=torch.ones(3).long(), col_ids=torch.arange(50), backend=backend)
+    assert smallest.values[:, 48].isnan().all()
+    assert (smallest.indices[:, 48:50] == torch.tensor([7, -1])).all()
 
 
 @pytest.mark.parametrize("name", ["everything", "self-everything"])
@@ -156,7 +159,7 @@ def test_noise_is_gumbel():
 
 
 def test_noise_is_finite_at_the_ends(monkeypatch):
-    """The highest bits of all, and the lowest: a float32 with a 25th bit would round to 1, and its noise be infinite."""
+    """The highest bits of all, and the lowest: with one bit more a float32 would be 1, and its noise infinite."""
     for bits in (-1, 0):
         monkeypatch.setattr(noise, "_mix", lambda _, bits=bits: torch.full((1,), bits))
         assert noise.gumbel(
