@@ -18,11 +18,11 @@ def start(seed: int) -> int:
 def gumbel(seed: int, rows: Tensor, cols: Tensor, dtype: torch.dtype) -> Tensor:
     """Standard Gumbel noise of pairs; rows and columns are int64 indices below 2^32 that are broadcast.
 
-    The place of the pair (i, j) in the stream of the seed is i 2^32 + j + 1; of the 64 bits there the first 24 make a
+    The place of the pair (i, j) in the stream of the seed is i 2^32 + j + 1; of the 64 bits there the first 23 make a
     number in (0, 1).
     """
     bits = _mix(start(seed) + ((rows << 32) + cols + 1) * STEP)
-    uniform = (_shifted(bits, 40).to(dtype) + 0.5) * 2.0**-24
+    uniform = (_shifted(bits, 41).to(dtype) + 0.5) * 2.0**-23  # 24 bits: never 1 in float32
     return -(-uniform.log()).log()
 
 

@@ -42,7 +42,7 @@ def gumbel(start, rows, cols):
     bits = (bits ^ (bits >> FIRST_SHIFT)) * FIRST_FACTOR
     bits = (bits ^ (bits >> SECOND_SHIFT)) * SECOND_FACTOR
     bits = bits ^ (bits >> 31)
-    uniform = ((bits >> 40).to(tl.float32) + 0.5) * (1.0 / 16777216.0)
+    uniform = ((bits >> 41).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
     return -tl.log(-tl.log(uniform))
 
 

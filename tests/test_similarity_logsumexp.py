@@ -41,7 +41,9 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in op.options])
 def test_options(op, name, backend, dtype):
     arguments, options = op.problem(name, 65, 129, 17, dtype)
-    judge(op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits)
+    judge(
+        op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits(arguments[0].dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,7 +51,9 @@ def test_options(op, name, backend, dtype):
 @pytest.mark.parametrize("op", [op for op in SUMS if op not in OPS])
 def test_functions(op, name, backend, dtype):
     arguments, options = op.problem(name, 65, 129, 17, dtype)
-    judge(op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits)
+    judge(
+        op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits(arguments[0].dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,7 +63,9 @@ def test_functions(op, name, backend, dtype):
 def test_shapes(op, shape, name, backend, dtype):
     # a seed by which dense PyTorch is not right by luck where the results are one element
     arguments, options = op.problem(name, *shape, dtype, seed=1)
-    judge(op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits)
+    judge(
+        op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits(arguments[0].dtype)
+    )
 
 
 # 1024 is the edge of the outer tiles: more than one of them in both directions, and in self-similarity tiles on, next
@@ -79,7 +85,15 @@ def test_shapes(op, shape, name, backend, dtype):
 @pytest.mark.parametrize("op", [LOGSUMEXP, SUMS[1], EXPECTATIONS[0]])
 def test_beyond_one_outer_tile(op, name, shape, backend):
     arguments, options = op.problem(name, *shape)
-    judge(op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits, roundings=1)
+    judge(
+        op.fused,
+        op.naive,
+        arguments,
+        options,
+        fused_options={"backend": backend},
+        logits=op.logits(arguments[0].dtype),
+        roundings=1,
+    )
 
 
 # D beyond one panel of the products; an odd one, so that the last panel is ragged
@@ -88,7 +102,9 @@ def test_beyond_one_outer_tile(op, name, shape, backend):
 @pytest.mark.parametrize("op", [LOGSUMEXP, SUMS[1], EXPECTATIONS[0]])
 def test_many_features(op, backend, dtype):
     arguments, options = op.problem("everything", 65, 40, 2049, dtype)
-    judge(op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits)
+    judge(
+        op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits(arguments[0].dtype)
+    )
 
 
 @pytest.mark.parametrize("name", ["everything", "self-everything"])
@@ -193,7 +209,9 @@ def test_huge_logits(op, size, name, backend, dtype):
     results = evaluate(op.fused, arguments, options | {"backend": backend})
     assert all(value.isfinite().all() for value in results.values())
     assert max(value.abs().max() for key, value in results.items() if key.startswith("output")) > 10.0
-    judge(op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits)
+    judge(
+        op.fused, op.naive, arguments, options, fused_options={"backend": backend}, logits=op.logits(arguments[0].dtype)
+    )
 
 
 @pytest.mark.parametrize("shift", [1e4, -1e4])
@@ -476,6 +494,19 @@ def test_nan_in_an_excluded_pair_is_not_read_by_any_op(op, backend):
     expected = op.naive(x.double(), y.double()[keep], *(of.double() for of in teacher), **options)
     for result, truth in zip(results, expected, strict=True):
         assert_accurate(result if len(truth) == 20 else result[keep], truth.detach())
+
+
+@pytest.mark.parametrize("op", [*SUMS, EXPECTATIONS[1]])  # a teacher may want what its student excludes
+def test_a_bias_of_minus_infinity_leaves_out(op, backend):
+    arguments, options = op.problem("both", 33, 40, 5)
+    bias = torch.zeros(40)
+    bias[::3] = -torch.inf
+    ids = {"row_ids": torch.ones(33, dtype=torch.int64), "col_ids": bias.isfinite().long(), "ids": "restrict"}
+    by_bias, by_ids = (
+        evaluate(op.fused, arguments, options | given | {"backend": backend}) for given in ({"col_bias": bias}, ids)
+    )
+    for key, value in by_bias.items():
+        torch.testing.assert_close(value, by_ids[key], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("op", OPS[1:])

@@ -100,6 +100,9 @@ def test_nan_comes_first_as_in_torch(backend):
     expected = (x @ y.T).topk(3, dim=1)
     assert values[:, 0].isnan().all()
     assert torch.equal(indices, expected.indices)
+    smallest = best(x, y, 60, largest=False, row_ids=torch.ones(3).long(), col_ids=torch.arange(50), backend=backend)
+    assert smallest.values[:, 48].isnan().all()
+    assert (smallest.indices[:, 48:50] == torch.tensor([7, -1])).all()
 
 
 @pytest.mark.parametrize("name", ["everything", "self-everything"])
@@ -155,6 +158,15 @@ def test_noise_is_gumbel():
     assert values[2, 3].item() == gumbel_of(0, 2, 3)
 
 
+def test_noise_is_finite_at_the_ends(monkeypatch):
+    """The highest bits of all, and the lowest: with one bit more a float32 would be 1, and its noise infinite."""
+    for bits in (-1, 0):
+        monkeypatch.setattr(noise, "_mix", lambda _, bits=bits: torch.full((1,), bits))
+        assert noise.gumbel(
+            0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.float32
+        ).isfinite()
+
+
 def gumbel_of(seed, i, j):
     """The definition, in integers of Python."""
     mask = (1 << 64) - 1
@@ -165,7 +177,7 @@ def gumbel_of(seed, i, j):
         return z ^ (z >> 31)
 
     bits = mix((mix(seed & mask) + 0x9E3779B97F4A7C15 * ((i << 32) + j + 1)) & mask)
-    uniform = torch.tensor(((bits >> 40) + 0.5) * 2.0**-24, dtype=torch.float64)
+    uniform = torch.tensor(((bits >> 41) + 0.5) * 2.0**-23, dtype=torch.float64)
     return -(-uniform.log()).log().item()
 
 

@@ -86,19 +86,22 @@ class Expectation:
         return torch.where(self.teacher.sum == 0.0, 0.0, self.moment / self.teacher.sum)
 
 
+def function(of: str, logits: Tensor) -> Tensor:
+    """f(s) of the functions that are summed, 0 for a logit of -inf, which takes no part."""
+    terms = FUNCTIONS[of](logits)
+    return terms.masked_fill_(logits == -torch.inf, 0.0) if of in ("identity", "square") else terms
+
+
 def derivative(of: str, logits: Tensor) -> Tensor:
-    """df/ds of the functions that are summed."""
+    """df/ds."""
     if of == "softplus":
         return logits.sigmoid()
     if of == "sigmoid":
         value = logits.sigmoid()
-        return value.mul_(1.0 - value)
-    if of == "square":
-        return 2.0 * logits
+        return value * (1.0 - value)
     if of == "relu":
         return (logits > 0.0).to(logits.dtype)
-    return torch.full_like(logits, 1.0 if of == "identity" else 0.0)
-
-
-def function(of: str, logits: Tensor) -> Tensor:
-    return FUNCTIONS[of](logits)
+    if of == "step":
+        return torch.zeros_like(logits)
+    value = 2.0 * logits if of == "square" else torch.ones_like(logits)
+    return value.masked_fill_(logits == -torch.inf, 0.0)

@@ -314,7 +314,12 @@ def similarity_topk_forward(x: Tensor, y: Tensor | None, *arguments: Any) -> tup
         # those found so far are of lower columns: a stable sort leaves them in front of their equals
         key = torch.cat((keys[i], key), 1)
         column = torch.cat((indices[i], index[j].expand_as(logits)), 1)
-        keys[i], order = (found[:, :k] for found in key.sort(stable=True, dim=1, descending=largest))
+        order = key.argsort(stable=True, dim=1, descending=largest)
+        if not largest:  # NaN comes last, but before those that are not there
+            absent = (key == none).gather(1, order)
+            order = order.gather(1, absent.int().argsort(stable=True, dim=1))
+        order = order[:, :k]
+        keys[i] = key.gather(1, order)
         values[i] = torch.cat((values[i], logits), 1).gather(1, order)
         indices[i] = column.gather(1, order).masked_fill(keys[i] == none, -1)
     return values, indices

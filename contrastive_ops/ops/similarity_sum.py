@@ -52,7 +52,8 @@ def similarity_sum(
         \mathrm{row\_sum}_i = \sum_{j \in A(i)} f(s_{ij}), \qquad
         \mathrm{col\_sum}_j = \sum_{i : j \in A(i)} f(s_{ij})
 
-    with the logits :math:`s_{ij}` and the pairs :math:`A` of `similarity_logsumexp`, which has all options but `of`.
+    with the logits :math:`s_{ij}` and the pairs :math:`A` of `similarity_logsumexp`, which has all options but `of`. A
+    pair whose logit is -inf, by a bias, takes no part.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from torch import Tensor
 from contrastive_ops import noise as pair_noise
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda s: s,
+    "identity": lambda s: s.clone(),
     "softplus": lambda s: torch.logaddexp(s, torch.zeros_like(s)),
     "relu": lambda s: torch.relu(s),
     "sigmoid": lambda s: torch.sigmoid(s),

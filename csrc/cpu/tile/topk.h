@@ -22,7 +22,7 @@ inline void add_noise(const Noise& noise, int64_t i, T* keys) {
   alignas(64) T uniform[kTile];
   for (int64_t j = 0; j < kTile; ++j) {
     const uint64_t hash = mixed(state + 0x9E3779B97F4A7C15u * (first + static_cast<uint64_t>(j)));
-    uniform[j] = (static_cast<T>(static_cast<int32_t>(hash >> 40)) + T(0.5)) * T(0x1p-24);
+    uniform[j] = (static_cast<T>(static_cast<int32_t>(hash >> 41)) + T(0.5)) * T(0x1p-23);
   }
   for (int64_t j = 0; j < kTile; j += Vec<T>::size()) {
     const Vec<T> exponential = Vec<T>::loadu(uniform + j).log().neg();
