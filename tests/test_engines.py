@@ -269,7 +269,7 @@ def test_opcheck_of_frozen_columns(engine):
 def test_gradient_that_forward_was_not_told_of(engine):
     """y requires one after all: what forward kept is of no use then, and backward computes the tiles again."""
     (x, y), _ = problem("rows", 20, 30, 17, torch.float16)
-    options = (x.detach(), y.detach(), *[None] * 7, False, True, False)
+    options = (x.detach(), y.detach(), *[None] * 11, False, False, True, False)
     needs = [True, True] + [False] * 4
     grads = []
     for told in ([True] + [False] * 5, needs):
