@@ -90,7 +90,7 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
         return f"{argname.upper()}{val}"
     if argname == "shape" and isinstance(val, tuple):
         return "-".join(f"{name}{size}" for name, size in zip("NMD", val, strict=False))
-    if argname == "op" and not isinstance(val, str):
+    if type(val).__name__ == "Op":
         return str(val)
     if isinstance(val, dict):
         return "+".join(f"{name}={value}" for name, value in val.items()) or "plain"

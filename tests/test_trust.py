@@ -26,6 +26,7 @@ from contrastive_ops import backends, info
 from contrastive_ops.backends import cuda, sweep, tiled, trust, tuples
 
 OPS = cuda.OPS  # those that there is an engine for
+SWEPT = tuple(op for op in OPS if op in trust._SWEEPS)
 X = torch.zeros(4, 3)
 CPU = torch.device("cpu")
 choose = partial(backends.choose, x=X, backend="auto")
@@ -36,7 +37,7 @@ class Engine(SimpleNamespace):
 
     def __init__(self, **faults):
         self.OPS, self.kept, self.calls = OPS, tiled.kept, []
-        for name in (*(f"{op}_{way}" for op in OPS[:2] for way in ("forward", "backward")),
+        for name in (*(f"{op}_{way}" for op in SWEPT for way in ("forward", "backward")),
                      "factor", "volume_gradient"):  # fmt: skip
             function = getattr(tiled, name, None) or getattr(tuples, name)
             if name in faults:
@@ -112,7 +113,7 @@ def test_problems_have_both_directions_an_exclusion_and_scales(plant):
     arguments = [given for name, given in engine.calls if name == "similarity_logsumexp_forward"]
     assert {(rows, cols) for *_, rows, cols, _needs in arguments} == {(True, True), (True, False)}
     assert {y is None for _x, y, *_ in arguments} == {True, False}
-    assert {restrict for *_, restrict, _rows, _cols, _needs in arguments} == {True, False}
+    assert {restrict for *_, restrict, _above, _rows, _cols, _needs in arguments} == {True, False}
     for x, _y, row_scale, _col_scale, row_bias, _col_bias, exclude, *_ in arguments:
         assert x.shape[0] % 2 == 1
         assert (exclude >= 0).any()
@@ -170,17 +171,15 @@ def nan(tensor):
     return tensor.index_fill_(0, torch.tensor([0]), torch.nan) if tensor.numel() else tensor
 
 
-FORWARD = {
-    "similarity_logsumexp": ("row_max", "col_max", "row_log_sum", "col_log_sum", None, "excluded_logit"),
-    "volume_logsumexp": ("row_max", "col_max", "row_log_sum", "col_log_sum", None, "row_total", "col_total"),
-}
 RESULTS = [
     (op, way, place, name)
-    for op in OPS[:2]
-    for way, names in (("forward", FORWARD[op]), ("backward", trust._INPUTS[op]))
-    for place, name in enumerate(names)
+    for op, names in ((op, trust._SWEEPS[op]) for op in SWEPT)
+    for way, given in (
+        ("forward", (*names.statistics, None, *names.others, *names.results)), ("backward", names.inputs)
+    )
+    for place, name in enumerate(given)
     if name is not None
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", [off, nan])
@@ -237,7 +236,7 @@ def test_rounding_is_no_fault(dtype, plant):
     def rounded(function, *arguments):
         return tuple(x * (1 + torch.finfo(x.dtype).eps) for x in function(*arguments))
 
-    plant(planted=Engine(similarity_logsumexp_backward=rounded, volume_logsumexp_backward=rounded))
+    plant(planted=Engine(**{f"{op}_backward": rounded for op in SWEPT}))
     for op in OPS:
         assert choose(op, x=X.to(dtype)) == "planted"
 
@@ -258,7 +257,7 @@ def test_a_wrong_shape_is_found(plant):
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
-@pytest.mark.parametrize("op", OPS[:2])
+@pytest.mark.parametrize("op", SWEPT)
 def test_an_exception_is_found(op, way, plant):
     def fail(_function, *_arguments):
         raise ValueError("out of resource: shared memory,\n  required 1, limit 0")
@@ -446,7 +445,7 @@ def test_threads_wait_for_one_check(fault, plant):
         chosen = {future.result() for future in [threads.submit(first) for _ in range(8)]}
     assert chosen == {"tiled" if fault else "planted"}
     forwards = [name for name, _ in engine.calls if name == "similarity_logsumexp_forward"]
-    assert len(forwards) == (1 if fault else 6)
+    assert len(forwards) == (1 if fault else 8)
     assert not fault or len(caught) == 1
 
 
@@ -641,7 +640,7 @@ def test_first_use_in_backward_of_a_checkpoint(plant):
     x, y = (value.requires_grad_() for value in torch.randn(2, 9, 5).unbind())
     torch.utils.checkpoint.checkpoint(step, x, y, use_reentrant=False).backward()
     forwards = [name for name, _ in engine.calls if name == "similarity_logsumexp_forward"]
-    assert len(forwards) == 6 + 2
+    assert len(forwards) == 8 + 2
 
 
 # captures
