@@ -231,6 +231,11 @@ def naive(
     return requested((logsumexp(logits, 1), logsumexp(logits, 0), *largest, excluded), rows, cols, exclude is not None)
 
 
+def _half(x: Tensor) -> Tensor:
+    """Of teachers: where a pair with itself has all the weight, s - E is nothing but its rounding."""
+    return (x.detach() / 2).requires_grad_()
+
+
 class Op(NamedTuple):
     """An op over pairs beside its dense twin; both give what was asked for of its results, one after the other."""
 
@@ -258,11 +263,12 @@ class Op(NamedTuple):
         arguments, options = problem(name, n, m, d, dtype, seed)
         if self.of is not None:
             options["of"] = self.of
+        if self.name == "similarity_expectation" and not self.teacher:
+            arguments = tuple(_half(x) for x in arguments)
         if self.teacher:
             make = Maker(n, len(arguments[-1]), dtype, seed + 1)
             sizes = (n, m)[: len(arguments)]
-            # half as long: where a pair with itself has all the weight, s - E is nothing but its rounding
-            teacher = tuple((make.features(size, d + 2).detach() / 2).requires_grad_() for size in sizes)
+            teacher = tuple(_half(make.features(size, d + 2)) for size in sizes)
             arguments = (*arguments, *teacher)
             if name.startswith("self"):
                 arguments, options["u"] = arguments[:1], arguments[1]

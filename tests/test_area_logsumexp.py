@@ -14,7 +14,7 @@ from torch import Tensor
 
 import contrastive_ops as co
 from contrastive_ops import backends
-from contrastive_ops.backends import cuda, tiled
+from contrastive_ops.backends import cuda, tiles
 from contrastive_ops.dtypes import statistics_dtype
 from contrastive_ops.reference import triangle_areas
 from contrastive_ops.reference.volume_logsumexp import logits_of
@@ -104,7 +104,7 @@ def test_shapes(shape, dtype, squared, backend):
 @squared
 @pytest.mark.parametrize("tile", [1, 7, 64])
 def test_tiles_of_any_size(tile, squared, monkeypatch):
-    monkeypatch.setattr(tiled, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     arguments, options = problem(23, 64, 9)
     judge(fused, naive, arguments, options | {"squared": squared}, fused_options={"backend": "tiled"})
 

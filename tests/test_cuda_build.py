@@ -266,6 +266,7 @@ def test_nothing_is_for_a_debugger(setup_py, tmp_path, monkeypatch):
 
 # what torch 2.11 offers, by its libtorch_cpu.so, of what the library takes
 OF_TORCH = {
+    *(f"torch_{name}" for name in ("delete_string", "string_c_str", "string_length")),
     *(f"aoti_torch_device_type_{name}" for name in ("cpu", "cuda", "meta", "mps", "privateuse1", "xpu")),
     *(
         f"aoti_torch_dtype_{name}"

@@ -121,7 +121,7 @@ FAULTS = {
         "        logits.begin(row, col);\n        second.finish(dots, row, col);\n",
         "forward",
         "float32 guide",
-        "race",
+        "value",
     ),
     "no barrier before the place of a tile is filled again": Fault(
         "rows.cu",

@@ -26,13 +26,13 @@ import test_losses as loss_tests
 import test_similarity_logsumexp as op_tests
 import test_volume_logsumexp as volume_tests
 import torch
-from problems import ALL_OPTIONS, frozen, problem
+from problems import LOGSUMEXP, OPS, SUMS, frozen, problem
 from tolerance import ROUNDINGS, evaluate, judge
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import contrastive_ops as co
-from contrastive_ops import backends
+from contrastive_ops import backends, ops
 from contrastive_ops.backends import sweep, trust
 from contrastive_ops.catalogue import LOSSES
 
@@ -118,6 +118,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         (pytest.skip if DRY else pytest.fail)(sentence)
     monkeypatch.setattr(co, "similarity_logsumexp", moved(OP))
     monkeypatch.setattr(co, "volume_logsumexp", moved(VOLUME_OP))
+    for name in ("similarity_sum", "similarity_expectation"):
+        monkeypatch.setattr(co, name, moved(getattr(ops, name)))
     if dtype.itemsize == 2:  # of float32 the CPU's products are as good, and no launches
         monkeypatch.setattr(op_tests, "naive", by_matrix_units(NAIVE))
         monkeypatch.setattr(volume_tests, "naive", by_matrix_units(NAIVE_OF_VOLUMES))
@@ -133,9 +135,15 @@ def real_device(device: None) -> None:
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", each(list(ALL_OPTIONS), ["everything-restrict", "row_scale-float"]))
-def test_options(name, backend, dtype):
-    op_tests.test_options(name, backend, dtype)
+@pytest.mark.parametrize(
+    ("op", "name"),
+    each(
+        [(op, name) for op in OPS for name in op.options],
+        [(LOGSUMEXP, "everything-restrict"), (LOGSUMEXP, "row_scale-float"), (SUMS[1], "guide"), (OPS[-2], "both")],
+    ),
+)
+def test_options(op, name, backend, dtype):
+    op_tests.test_options(op, name, backend, dtype)
 
 
 @gpu
@@ -144,7 +152,7 @@ def test_options(name, backend, dtype):
 @pytest.mark.parametrize("name", each(["both", "everything", "self-everything"], ["both"]))
 @pytest.mark.parametrize("shape", each(op_tests.SHAPES, [(7, 2, 3)]))
 def test_shapes(shape, name, engine, dtype):
-    op_tests.test_shapes(shape, name, engine, dtype)
+    op_tests.test_shapes(LOGSUMEXP, shape, name, engine, dtype)
 
 
 # both forms of backward of 16-bit features, more than one step of the features, more than one block of the plane
@@ -205,7 +213,7 @@ def test_volume_of_one_set(members, dtype):
 @pytest.mark.parametrize("name", each(["both", "self-row_scale-0d"], ["self-row_scale-0d"]))
 @pytest.mark.parametrize("size", each(["scale 1e4", "magnitude 100", "negative scale"], ["scale 1e4"]))
 def test_huge_logits(size, name, engine, dtype):
-    op_tests.test_huge_logits(size, name, engine, dtype)
+    op_tests.test_huge_logits(LOGSUMEXP, size, name, engine, dtype)
 
 
 PROPERTIES = [

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import contrastive_ops as co
 from contrastive_ops import reference
-from contrastive_ops.backends import tiled
+from contrastive_ops.backends import tiles
 from contrastive_ops.losses import volume
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -76,7 +76,7 @@ def test_loss_of_any_number_of_modalities(others, options, n, d, backend, dtype)
 @pytest.mark.parametrize("squared", [False, True])
 def test_triangles_in_tiles(squared, size, dtype, monkeypatch):
     """23 rows are one tile, 64 more than there are."""
-    monkeypatch.setattr(tiled, "TILE", size)
+    monkeypatch.setattr(tiles, "TILE", size)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     options = {
         "squared": squared,
@@ -102,13 +102,13 @@ def test_areas_do_not_change_with_an_offset_of_all_corners(squared, dtype):
 
 
 def test_triangles_in_one_piece_are_those_in_tiles(monkeypatch):
-    monkeypatch.setattr(tiled, "TILE", 5)
+    monkeypatch.setattr(tiles, "TILE", 5)
     corners = related(23, 9, 3)
-    whole, tiles = (
+    whole, in_tiles = (
         evaluate(co.triangle_loss, corners, {"reduction": "none", "backend": name}) for name in ("reference", "tiled")
     )
     for name, value in whole.items():
-        torch.testing.assert_close(value, tiles[name])
+        torch.testing.assert_close(value, in_tiles[name])
 
 
 def test_loss_of_1e_minus_12_is_no_rounding_of_zero(backend):

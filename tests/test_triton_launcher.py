@@ -169,12 +169,32 @@ def wrong(launch: Launch) -> dict[str, str]:
 
 
 # What no launch has, and what none is without, of the fields of tuples and of what may be None.
-NEVER = {
-    "merge_kernel": {"mirror.total"},  # of volumes, which have no mirror
-    "block_kernel": {"col_sums.along"},
-    "rows_kernel": {"incoming.row_total", "incoming.col_total", "sums.along"},  # of volumes
-    "attention_kernel": {"vectors.col_exclude", "part.total"},  # of self-similarity, and of volumes
+BY_THEMSELVES = {"second.u", "second.v"}  # features are arguments, which descriptors may take the place of
+OF_SECOND = BY_THEMSELVES | {
+    f"second.{side}_{name}" for side in ("row", "col") for name in ("scale", "bias", "ceiling")
 }
+OF_MEANS = {
+    *(f"incoming.{side}_{name}" for side in ("row", "col") for name in ("mean", "share")),
+    *(f"incoming.teacher_{side}_max" for side in ("row", "col")),
+}
+NEVER = {
+    "forward_kernel": BY_THEMSELVES,
+    # of a teacher they are joined as if they were its own; totals by torch.sum
+    "merge_kernel": {
+        *(f"{part}.{name}" for part in ("part", "mirror") for name in ("total", "teacher_maximum", "teacher_sum"))
+    },
+    "block_kernel": {"col_sums.along", *BY_THEMSELVES},
+    # volumes, guides by features and teachers take the blocks
+    "rows_kernel": {
+        "incoming.row_total", "incoming.col_total", "sums.along", *OF_SECOND, *OF_MEANS,
+        "sums.teacher_bias", "sums.teacher_scale",
+    },
+    # nor is self-similarity here
+    "attention_kernel": {
+        "vectors.col_exclude", "part.total", "part.moment", "part.teacher_maximum", "part.teacher_sum", "slopes.bias",
+        *OF_SECOND,
+    },
+}  # fmt: skip
 ALWAYS = {
     "excluded_kernel": {"vectors.row_exclude"},
     "merge_kernel": {"part.maximum", "part.sum"},
@@ -187,7 +207,9 @@ ALWAYS = {
 }
 # What may be None and is no field of a tuple.
 OPTIONAL = {
-    "block_kernel": {"unit", "coefficients"},
+    "forward_kernel": {"u", "v", "width"},
+    "merge_kernel": {"out_lse", "out_mean"},
+    "block_kernel": {"u", "v", "width", "unit", "coefficients"},
     "rows_kernel": {"unit", "grad"},
     "attention_kernel": {"unit"},
     "scale_kernel": {"factor"},

@@ -73,10 +73,10 @@ class Forward {
   }
 
   Expectations result(const Tensor& kept) const {
-    const Tensor none = full(0, T(0));
+    const auto none = [] { return full(0, T(0)); };  // each result of an op is a tensor of its own
     return {
         sums_.finish(),
-        teacher_ ? teacher_->finish() : SoftmaxStatistics{none, none, none, none, none, none},
+        teacher_ ? teacher_->finish() : SoftmaxStatistics{none(), none(), none(), none(), none(), none()},
         kept,
         means_.rows(),
         means_.cols()};

@@ -50,8 +50,13 @@ class Forward {
   }
 
   LogSumExps result(const Tensor& kept, const Tensor& excluded) const {
-    const Tensor none = full(0, T(0));
-    return {sums_.finish(), kept, excluded, totals_ ? totals_->rows() : none, totals_ ? totals_->cols() : none};
+    // each result of an op is a tensor of its own, also those with nothing in them
+    return {
+        sums_.finish(),
+        kept,
+        excluded,
+        totals_ ? totals_->rows() : full(0, T(0)),
+        totals_ ? totals_->cols() : full(0, T(0))};
   }
 
  private:

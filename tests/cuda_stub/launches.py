@@ -63,6 +63,11 @@ def tuples(members: int, dtype: torch.dtype, **flags: bool) -> Call:
     return functools.partial(volumes.fused, *arguments, backend="triton", **options | flags)
 
 
+def of_op(op: problems.Op, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Call:
+    arguments, options = op.problem(name, *shape, dtype)
+    return functools.partial(op.fused, *arguments, backend="triton", **options)
+
+
 def few_gradients(call: Call) -> Call:
     """Of the first argument alone: no sums of scales and biases."""
     first, *others = call.args
@@ -100,6 +105,17 @@ def calls() -> Iterator[tuple[str, Call]]:
     # Triton takes an int of 1 for a constant
     for name in ("everything-restrict", "self-everything-restrict"):
         yield f"{name}, 1 x 1 x 1", pairs(name, (1, 1, 1), float32)
+    yield "guide, float32", pairs("guide-everything", few, float32)
+    yield "guide, self, float16", pairs("self-guide-everything", few, float16)
+    teacher, own = problems.EXPECTATIONS
+    for op, name in (
+        (problems.SUMS[1], "everything"),
+        (own, "both"),
+        (own, "self"),
+        (teacher, "everything"),
+        (teacher, "rows"),
+    ):
+        yield f"{op}, {name}", of_op(op, name, few, float32)
     yield "P = 1, rows", few_gradients(tuples(1, float32, cols=False))
     yield "P = 1, cols", scales_alone(tuples(1, float32, rows=False, totals=False))
     yield "P = 3", tuples(3, float16)
@@ -277,7 +293,7 @@ class Recorder:
 
 # Places in a call of the launcher: grid, stream, function, (warps, clusters, shared), ..., the arguments of the kernel.
 GRID_X, GRID_Y, ON_STREAM, METADATA = 0, 1, 3, 5
-X, Y, ROW_PART, N, M = 9, 10, 13, 15, 16  # of forward_kernel
+X, Y, ROW_PART, N, M = 9, 10, 16, 18, 19  # of forward_kernel
 
 FAULTS: dict[str, Callable[[tuple[Any, ...]], dict[int, Any]]] = {
     "none": lambda call: {},
