@@ -192,8 +192,12 @@ class Plane {
         of_teacher->end(block, packed.second->x(), packed.second->y(), work_of(block));
       }
     });
-    const at::Tensor none = full(0, T(0));
-    return {of_pairs.result(), of_teacher ? of_teacher->result() : Gradients{none, none, none, none, none, none}};
+    // each result of an op is a tensor of its own, of the dtype it always has
+    const auto none = [] { return full(0, T(0)); };
+    const auto no_features = [&] { return at::empty({0}, pairs_.x().options()); };
+    return {
+        of_pairs.result(),
+        of_teacher ? of_teacher->result() : Gradients{no_features(), no_features(), none(), none(), none(), none()}};
   }
 
   // f(multiply), where multiply() makes all the dots of the first block and returns their number of multiply-adds.
