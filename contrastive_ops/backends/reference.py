@@ -53,13 +53,16 @@ def similarity_logsumexp(*arguments: Any) -> tuple[Tensor, ...]:
 
 def similarity_sum(*arguments: Any) -> tuple[Tensor, ...]:
     x, y, *options, rows, cols, of = arguments
-    logits, excluded = _logits(x, y, *options)
-    all_pairs = similarity_logits(x, y, **dict(zip(_VECTORS, options, strict=False)))
+    logits = similarity_logits(x, y, **dict(zip(_VECTORS, options, strict=False)))
     masks = dict(zip(_MASKS, options[len(_VECTORS) :], strict=True))
-    taking_part = takes_part(all_pairs, y is None, **masks) & (all_pairs != -torch.inf)
-    terms = torch.where(taking_part, FUNCTIONS[of](all_pairs.where(taking_part, 0.0)), 0.0)
-    nothing = logits.new_empty(0)
-    return terms.sum(1) if rows else nothing, terms.sum(0) if cols else nothing, excluded
+    taking_part = takes_part(logits, y is None, **masks) & (logits != -torch.inf)
+    terms = torch.where(taking_part, FUNCTIONS[of](logits.where(taking_part, 0.0)), 0.0)
+    nothing, exclude = logits.new_empty(0), masks["exclude"]
+    return (
+        terms.sum(1) if rows else nothing,
+        terms.sum(0) if cols else nothing,
+        nothing if exclude is None else logits_at(logits, exclude),
+    )
 
 
 def similarity_expectation(*arguments: Any) -> tuple[Tensor, ...]:

@@ -61,9 +61,7 @@ class Tiles:
         return self.x.new_full((size,), value, dtype=self.dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        for i in range(0, self.n, TILE):
-            for j in range(i if self.mirrored else 0, self.m, TILE):
-                yield slice(i, min(i + TILE, self.n)), slice(j, min(j + TILE, self.m))
+        return ((i, j) for i, j in self.all() if not self.mirrored or j.start >= i.start)
 
     def all(self) -> Iterator[tuple[slice, slice]]:
         """Of self-similarity also those below the diagonal; in the order of the columns."""

@@ -76,8 +76,7 @@ class _PairContrast(torch.autograd.Function):
         col_scale, col_inverse = (None, None) if y is None else call.rowwise.scale(y, None, 1.0, 1.0)
         _, need_x, need_y, need_factor, *_ = ctx.needs_input_grad
         needs = [need_x, need_y, need_x or need_factor, need_y, False, False]
-        indices = (exclude, ids, None if y is None else ids)
-        problem = (x, y, row_scale, col_scale, None, None, *indices, *(None,) * 4, False, False, True, call.cols)
+        problem = _problem(call, x, y, row_scale, col_scale, exclude, ids)
         *statistics, positive, row_lse, col_lse = call.sweep.similarity_logsumexp_forward(*problem, needs)
         lse = (row_lse, col_lse) if call.cols else (row_lse,)
         ctx.save_for_backward(
@@ -106,8 +105,7 @@ class _PairContrast(torch.autograd.Function):
             grad, positive, lse, False, 1.0 / call.divisor, 0.0, 0.0
         )
         of_cols = grad_lse[1] if call.cols else grad_lse.new_empty(0)
-        indices = (exclude, ids, None if y is None else ids)
-        problem = (x, y, row_scale, col_scale, None, None, *indices, *(None,) * 4, False, False, True, call.cols)
+        problem = _problem(call, x, y, row_scale, col_scale, exclude, ids)
         grad_x, grad_y, grad_row_scale, grad_col_scale, *_ = call.sweep.similarity_logsumexp_backward(
             grad_lse[0], of_cols, grad_positive, *statistics, *problem, needs
         )
@@ -130,6 +128,20 @@ class _PairContrast(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _problem(
+    call: _Call,
+    x: Tensor,
+    y: Tensor | None,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    exclude: Tensor,
+    ids: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments of the sweep: no biases, no guide, ids that leave pairs out."""
+    indices = (exclude, ids, None if y is None else ids)
+    return (x, y, row_scale, col_scale, None, None, *indices, *(None,) * 4, False, False, True, call.cols)
 
 
 def _in_steps(call: _Call, x: Tensor, *others: Any) -> Tensor:
